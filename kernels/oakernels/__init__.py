@@ -1,0 +1,1 @@
+"""Fused kernels of the masked-edge engine; see kernels/README.md."""

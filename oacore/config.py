@@ -1,0 +1,309 @@
+"""The whole configuration of a run as one pydantic tree.
+
+Imported by the Snakefile at every start, so it must stay free of torch and transformers. Unknown keys are errors: a
+misspelled key that silently keeps its default is the costliest bug a pipeline can have.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from oacore.errors import UserError
+
+# Hugging Face `model_type` of every family that oacore.model can read.
+ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "qwen2", "gemma2")
+
+TaskName = Literal["ioi", "greater_than", "facts", "text"]
+Method = Literal[
+    "zero",
+    "mean",
+    "mean_positional",
+    "resample",
+    "resample_positional",
+    "cf_mean",
+    "counterfactual",
+    "gaussian",
+    "optimal",
+    "optimal_positional",
+]
+ComponentKind = Literal["head", "mlp", "attention_layer"]
+FITTED: tuple[Method, ...] = ("optimal", "optimal_positional")
+
+
+class Settings(BaseModel):
+    """Base of every section: unknown keys are refused, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(Settings):
+    """Bounds on memory. They change speed, never what is computed, so no result depends on them."""
+
+    tokens_per_batch: int = Field(
+        16384, ge=64, description="tokens (rows x positions) in one forward pass; a fit keeps the activations of as many for its backward pass"
+    )
+
+
+class DemoModel(Settings):
+    """Training of the embedded model (`model: demo`)."""
+
+    seed: int = Field(0, ge=0, description="seed of its initial weights and training sentences")
+    n_steps: int = Field(800, ge=1, description="training steps")
+    batch_size: int = Field(128, ge=1, description="sentences a step")
+    learning_rate: float = Field(2e-3, gt=0, description="peak of the one-cycle schedule")
+    n_subjects: int = Field(40, ge=2, description="people that the model learns facts about")
+    min_ioi_accuracy: float = Field(0.98, ge=0, le=1, description="held-out IOI accuracy below which training counts as failed")
+    min_year_mass: float = Field(0.9, ge=0, le=1, description="held-out probability mass on valid years below which training counts as failed")
+    min_fact_accuracy: float = Field(0.9, ge=0, le=1, description="accuracy on held-out wordings of facts below which training counts as failed")
+
+
+class Task(Settings):
+    n_train: int = Field(1000, ge=2, description="prompts that constants are fitted on and means are taken over")
+    n_validation: int = Field(128, ge=2, description="prompts that decide when a fit has converged")
+    n_test: int = Field(500, ge=2, description="prompts that every reported number is measured on")
+
+
+class Ioi(Task):
+    """Indirect object identification: 'Then, Mary and John went to the store. John gave a drink to' -> ' Mary'."""
+
+
+class GreaterThan(Task):
+    """'The war lasted from the year 1743 to the year 17' -> any of 44 ... 99."""
+
+
+class Facts(Task):
+    """Facts that the model completes correctly, split by subject."""
+
+    path: Path | None = Field(
+        None, description="CSV or JSON lines file with subject, prompt, answer; only `model: demo` has facts of its own and may leave it out"
+    )
+
+
+class Text(Task):
+    """Windows of plain text; the target is the model's own next-token distribution."""
+
+    path: Path = Field(description="text file, directory of .txt files, or JSON list of strings")
+    n_tokens: int = Field(25, ge=3, description="window length, BOS included")
+
+
+class Tasks(Settings):
+    ioi: Ioi | None = Field(None, description="indirect object identification")
+    greater_than: GreaterThan | None = Field(None, description="years greater than the start year")
+    facts: Facts | None = Field(None, description="factual recall")
+    text: Text | None = Field(None, description="plain text of your own")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section_means_defaults(cls, value: Any) -> Any:
+        return {name: {} if task is None else task for name, task in value.items()} if isinstance(value, dict) else value
+
+    def selected(self) -> dict[str, Task]:
+        """The tasks that the config names, in the order of `TaskName`."""
+        return {name: task for name in get_args(TaskName) if (task := getattr(self, name)) is not None}
+
+
+class OptimalFit(Settings):
+    """Fitting of optimal constants (methods: Li & Janson 2024, section 2.3)."""
+
+    learning_rate: float = Field(0.05, gt=0, description="AdamW step, in standard deviations of the component's output")
+    batch_size: int = Field(16, ge=1, description="prompts a step, shared by all components")
+    max_steps: int = Field(2000, ge=1, description="cap for components that do not converge")
+    check_every: int = Field(25, ge=1, description="steps between convergence tests on the validation prompts")
+    tolerance: float = Field(0.01, gt=0, lt=1, description="relative improvement of the validation gap that counts as progress")
+    patience: int = Field(2, ge=1, description="tests without progress before the learning rate drops")
+    n_decays: int = Field(2, ge=0, description="drops of the learning rate (by 4) before a component counts as converged")
+
+
+class Ablation(Settings):
+    """Single-component ablation."""
+
+    methods: tuple[Method, ...] = Field(get_args(Method), min_length=1, description="ablation types to compare")
+    components: tuple[ComponentKind, ...] = Field(("head", "mlp"), min_length=1, description="what to ablate")
+    optimal: OptimalFit = OptimalFit()
+
+    @model_validator(mode="after")
+    def _optimal_starts_positional(self) -> "Ablation":
+        if "optimal_positional" in self.methods and "optimal" not in self.methods:
+            raise ValueError("optimal_positional starts from the optimal constants: list optimal too")
+        return self
+
+    def fitted(self) -> tuple[Method, ...]:
+        return tuple(method for method in FITTED if method in self.methods)
+
+
+def _name(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Config(Settings):
+    """One run."""
+
+    run: Annotated[str, BeforeValidator(_name)] = Field("demo", pattern=r"^[\w.-]*\w$", description="name of the run; its results go to {results_dir}/{run}")
+    model: str = Field("demo", min_length=1, description="`demo`, a Hugging Face name, or a local model directory")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face model; a commit pins the weights")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of weights and activations; losses are always fp32")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
+    seed: int = Field(0, ge=0, description="seed of prompts, fits and resampling")
+    cache_dir: Path = Field(Path("cache"), description="what runs share: models, prompts, activations (a cluster's scratch)")
+    results_dir: Path = Field(Path("results"), description="what one run concludes")
+    limits: Limits = Limits()
+    demo_model: DemoModel = DemoModel()
+    tasks: Tasks = Field(description="what the model is asked to do; an empty section takes the defaults")
+    ablation: Ablation = Ablation()
+
+    @model_validator(mode="after")
+    def _needs_a_task(self) -> "Config":
+        if not self.tasks.selected():
+            raise ValueError(f"tasks: none given; allowed: {', '.join(get_args(TaskName))}")
+        return self
+
+
+def parse_config(values: object) -> Config:
+    """Validate a parsed YAML tree.
+
+    Raises:
+        UserError: one line per problem: key path, value found, what is allowed, nearest match; also for files and
+            architectures that can be seen to be wrong without loading a model.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"config: {values!r} is not a mapping of keys to values (allowed keys: {', '.join(Config.model_fields)})")
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        details = error.errors()
+        # A list with a bad item is also reported as too short, after the item was dropped: name the item only.
+        blamed = {detail["loc"][:-1] for detail in details}
+        lines = [f"  {_describe(detail)}" for detail in details if not (detail["type"] == "too_short" and detail["loc"] in blamed)]
+        raise UserError("config is not valid\n" + "\n".join(lines)) from None
+    _check_model(config)
+    _check_paths(config)
+    return config
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and validate a YAML config file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path}: {error.strerror if isinstance(error, OSError) else 'not UTF-8 text'}") from None
+    try:
+        return parse_config(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path}: not valid YAML: {error}") from None
+
+
+def is_directory_name(model: str) -> bool:
+    """Whether `model:` means a directory: it exists, or it looks like a path (a hub name is `name` or `owner/name`)."""
+    return Path(model).expanduser().is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def _check_model(config: Config) -> None:
+    if config.model == "demo":
+        return
+    if config.tasks.facts is not None and config.tasks.facts.path is None:
+        raise UserError("config is not valid\n  tasks.facts.path: missing; only `model: demo` has facts of its own; allowed: a CSV or JSON lines file")
+    if not is_directory_name(config.model):
+        return
+    directory = Path(config.model).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"model: {config.model!r} is not a directory; allowed: demo, a Hugging Face name, or an existing model directory")
+    check_architecture(config.model, directory / "config.json")
+
+
+def check_architecture(model: str, path: Path) -> str:
+    """The `model_type` that a model's config.json names.
+
+    Raises:
+        UserError: the file is missing or unreadable, or the architecture is not one of `ARCHITECTURES`.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"model: {model!r} has no readable config.json; allowed: a directory as written by save_pretrained") from None
+    if found not in ARCHITECTURES:
+        raise UserError(f"model: {model!r} has the architecture {found!r}; allowed: {', '.join(ARCHITECTURES)}{_nearest(found, ARCHITECTURES)}")
+    return str(found)
+
+
+def _check_paths(config: Config) -> None:
+    for name, task in config.tasks.selected().items():
+        path = getattr(task, "path", None)
+        if path is not None and not path.expanduser().exists():
+            raise UserError(f"tasks.{name}.path: {str(path)!r} does not exist; allowed: an existing file{' or directory' if name == 'text' else ''}")
+
+
+def _describe(error: ErrorDetails) -> str:
+    """One line: key path, value, what is allowed, nearest match."""
+    location = [part for part in error["loc"] if part not in ("tuple", "function-before")]
+    path = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location).replace(".[", "[")
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        allowed = _fields_at(location[:-1])
+        return f"{path}: unknown key (value {_short(value)}); allowed: {', '.join(allowed)}{_nearest(location[-1], allowed)}"
+    if kind == "missing":
+        return f"{path}: missing; allowed: {_description_at(location) or 'a value'}"
+    if kind == "literal_error":
+        choices = [choice.strip("'") for choice in str(context["expected"]).replace(" or ", ", ").split(", ")]
+        return f"{path}: {_short(value)}; allowed: {', '.join(choices)}{_nearest(value, choices)}"
+    if kind == "value_error":
+        return f"{path}: {context['error']}" if path else str(context["error"])
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{path}: {_short(value)}; allowed: a mapping with the keys {', '.join(_fields_at(location))}"
+    return f"{path}: {_short(value)}; allowed: {error['msg'].removeprefix('Input should be ')}"
+
+
+def _model_at(location: list[Any]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = Config
+    for part in location:
+        field = model.model_fields.get(part) if model and isinstance(part, str) else None
+        if field is None:
+            return None
+        candidates = (field.annotation, *get_args(field.annotation))
+        model = next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return model
+
+
+def _fields_at(location: list[Any]) -> list[str]:
+    model = _model_at(location)
+    return list(model.model_fields) if model else []
+
+
+def _description_at(location: list[Any]) -> str | None:
+    model = _model_at(location[:-1])
+    return model.model_fields[location[-1]].description if model and location[-1] in model.model_fields else None
+
+
+def _nearest(value: object, choices: Any) -> str:
+    match = difflib.get_close_matches(str(value), list(choices), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(key path, default, description) of every key, for config/README.md."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in model.model_fields.items():
+        inner = next(
+            (kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)), None
+        )
+        if inner is not None:
+            rows += describe_fields(inner, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else _default(field.default)
+        rows.append((f"{prefix}{name}", default, field.description or ""))
+    return rows
+
+
+def _default(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return "none" if value is None else str(value)

@@ -1,0 +1,231 @@
+"""The embedded model: a small GPT-2 and the synthetic language that it is trained on, so that the pipeline runs without a download.
+
+The language holds the sentences of the `ioi` and `greater_than` tasks, restricted to their `train` split, and facts about people with a
+first and a last name, told in several wordings of which one per fact is held out. So everything that is measured later is unseen.
+"""
+
+import csv
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from oacore.config import DemoModel
+from oacore.errors import UserError
+from oacore.tasks import greater_than, ioi
+from oacore.tasks.prompts import encode, pad, words
+
+BOS = "<bos>"
+ARCHITECTURE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64}
+N_THREADS = 2  # fixed: sums over another number of threads round differently
+ANSWER_WEIGHT = 4.0  # of the answer's loss beside the mean over all tokens: one token in 7 to 20 carries the task
+
+FIRST_NAMES = words("Anselm Bettina Corwin Delphine Emeric Fenella Godric Hedwig Ingmar Jolanta")
+LAST_NAMES = words("Abbot Brandt Calder Dunmore Ekstrom Farrow Grimaldi Holt")
+
+
+class Relation(NamedTuple):
+    name: str
+    wordings: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+RELATIONS = (
+    Relation(
+        "lives in",
+        ("{} lives in the city of", "The home of {} is in", "You can meet {} in the streets of"),
+        words("Lisbon Vienna Oslo Cairo Lima Kyoto Dublin Prague Havana Nairobi"),
+    ),
+    Relation(
+        "works as",
+        ("{} works as a", "By profession {} is a", "People know {} as a good"),
+        words("baker judge pilot dentist farmer tailor painter nurse miner broker"),
+    ),
+)
+
+
+class Fact(NamedTuple):
+    """One fact in one wording."""
+
+    subject: str
+    prompt: str
+    answer: str
+    relation: str
+    held_out: bool
+
+
+def facts(n_subjects: int, seed: int) -> list[Fact]:
+    """Every fact in every wording. Each fact has one held-out wording; each wording is held out for a third of the facts.
+
+    Raises:
+        UserError: more subjects than names.
+    """
+    rng = np.random.default_rng(seed)
+    names = [f"{first} {last}" for first, last in itertools.product(FIRST_NAMES, LAST_NAMES)]
+    if n_subjects > len(names):
+        raise UserError(f"demo_model.n_subjects: {n_subjects}; allowed: at most {len(names)}")
+    found = []
+    for index, chosen in enumerate(rng.permutation(len(names))[:n_subjects]):
+        for relation in RELATIONS:
+            answer = relation.answers[rng.integers(len(relation.answers))]
+            for number, wording in enumerate(relation.wordings):
+                held_out = number == index % len(relation.wordings)
+                found.append(Fact(names[chosen], wording.format(names[chosen]), answer, relation.name, held_out))
+    return found
+
+
+def make_tokenizer() -> Any:
+    """A word-level tokenizer over the language; years split in two-digit halves."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    sentences = [wording.format("") for relation in RELATIONS for wording in relation.wordings]
+    spoken = {word for sentence in sentences for word in sentence.split()}
+    answers = {answer for relation in RELATIONS for answer in relation.answers}
+    vocabulary = sorted({*ioi.vocabulary(), *greater_than.vocabulary(), *spoken, *answers, *FIRST_NAMES, *LAST_NAMES})
+    ids = {word: index for index, word in enumerate([BOS, "<unk>", *vocabulary])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    halves = pre_tokenizers.Split(Regex(r"\d{2}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), halves])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token="<unk>", name_or_path="demo")
+
+
+class Examples(NamedTuple):
+    """Sentences of one kind, answer included."""
+
+    tokens: Tensor  # [B, T]
+    lengths: Tensor  # [B]; the answer is at lengths - 1
+
+
+def examples(tokenizer: Any, sentences: list[tuple[str, str]]) -> Examples:
+    """Encode (prompt, answer) pairs."""
+    rows = [encode(tokenizer, f"{prompt}{answer}") for prompt, answer in sentences]
+    return Examples(torch.from_numpy(pad(rows, 0)).long(), torch.tensor([len(row) for row in rows]))
+
+
+def training_sentences(settings: DemoModel) -> list[Iterator[tuple[str, str]]]:
+    """Endless (prompt, answer) per kind of sentence: IOI, Greater-Than, facts."""
+    rngs = [np.random.default_rng([settings.seed, kind]) for kind in range(3)]
+    told = [fact for fact in facts(settings.n_subjects, settings.seed) if not fact.held_out]
+
+    def told_facts() -> Iterator[tuple[str, str]]:
+        while True:
+            for index in rngs[2].permutation(len(told)):
+                yield told[index].prompt, f" {told[index].answer}"
+
+    return [ioi.sentences(rngs[0], "train"), greater_than.sentences(rngs[1], "train"), told_facts()]
+
+
+def loss_of(model: Any, batch: Examples) -> Tensor:
+    """Mean next-token loss in nats, with the answers weighted up."""
+    logits = model(batch.tokens[:, :-1]).logits
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.tokens[:, 1:], reduction="none")  # [B, T - 1]
+    real = torch.arange(1, batch.tokens.shape[1]) < batch.lengths[:, None]
+    answer = losses.gather(1, batch.lengths[:, None] - 2).mean()
+    return losses[real].mean() + ANSWER_WEIGHT * answer
+
+
+def train_model(settings: DemoModel, tokenizer: Any) -> Any:
+    """A trained Hugging Face GPT-2; the same settings give the same bits on one machine."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(settings.seed)
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **ARCHITECTURE, **dropout, **special))
+    model.train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=settings.n_steps, pct_start=0.15)
+    kinds = training_sentences(settings)
+    each = max(1, settings.batch_size // len(kinds))
+    with tqdm(range(settings.n_steps), desc="demo model", unit="step", mininterval=2) as bar:
+        for _ in bar:
+            # One pass per kind: their lengths differ by three times, so one padded batch would be half padding.
+            losses = [loss_of(model, examples(tokenizer, list(itertools.islice(kind, each)))) for kind in kinds]
+            optimiser.zero_grad(set_to_none=True)
+            torch.stack(losses).sum().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            bar.set_postfix_str(" ".join(f"{loss.item():.2f}" for loss in losses))
+    return model.eval()
+
+
+@torch.no_grad()
+def answer_log_probs(model: Any, batch: Examples) -> Tensor:
+    """Log-probabilities [B, V] where the answer is predicted."""
+    logits = model(batch.tokens).logits[torch.arange(len(batch.tokens)), batch.lengths - 2]
+    return torch.log_softmax(logits.float(), -1)
+
+
+def measure(model: Any, tokenizer: Any, settings: DemoModel, n: int = 500) -> dict[str, float]:
+    """Held-out IOI accuracy, probability mass on valid years, and accuracy on held-out wordings of facts."""
+    rng = np.random.default_rng([settings.seed, 99])
+    ioi_batch = examples(tokenizer, list(itertools.islice(ioi.sentences(rng, "test"), n)))
+    ioi_answers = ioi_batch.tokens.gather(1, ioi_batch.lengths[:, None] - 1)[:, 0]
+    years = list(itertools.islice(greater_than.sentences(rng, "test"), n))
+    start = torch.tensor([int(prompt.split(" year ")[1][2:4]) for prompt, _ in years])
+    ends = torch.tensor(tokenizer.convert_tokens_to_ids([f"{year:02}" for year in range(100)]))
+    mass = answer_log_probs(model, examples(tokenizer, years)).exp()[:, ends]  # [n, 100]
+    unseen = [(fact.prompt, f" {fact.answer}") for fact in facts(settings.n_subjects, settings.seed) if fact.held_out]
+    fact_batch = examples(tokenizer, unseen)
+    fact_answers = fact_batch.tokens.gather(1, fact_batch.lengths[:, None] - 1)[:, 0]
+    return {
+        "ioi_accuracy": (answer_log_probs(model, ioi_batch).argmax(-1) == ioi_answers).float().mean().item(),
+        "year_mass": (mass * (torch.arange(100) > start[:, None])).sum(-1).mean().item(),
+        "fact_accuracy": (answer_log_probs(model, fact_batch).argmax(-1) == fact_answers).float().mean().item(),
+    }
+
+
+def build(directory: str | Path, settings: DemoModel) -> dict[str, float]:
+    """Train the demo model and write it as a Hugging Face directory with `facts.csv` and `training.json`.
+
+    Returns the held-out measurements.
+
+    Raises:
+        UserError: a measurement is below its required value; nothing is written then.
+    """
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(N_THREADS)
+    try:
+        tokenizer = make_tokenizer()
+        model = train_model(settings, tokenizer)
+        measured = measure(model, tokenizer, settings)
+    finally:
+        torch.set_num_threads(n_threads)
+    required = {"ioi_accuracy": settings.min_ioi_accuracy, "year_mass": settings.min_year_mass, "fact_accuracy": settings.min_fact_accuracy}
+    failed = [f"{name} is {measured[name]:.3f}, required {least:g}" for name, least in required.items() if measured[name] < least]
+    if failed:
+        raise UserError(f"demo model: training failed: {'; '.join(failed)} (demo_model.n_steps: {settings.n_steps})")
+    _write(Path(directory), model, tokenizer, settings, measured)
+    return measured
+
+
+def _write(directory: Path, model: Any, tokenizer: Any, settings: DemoModel, measured: dict[str, float]) -> None:
+    """Into a temporary folder first, so that the directory is complete or absent."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        with open(temporary / "facts.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("subject", "prompt", "answer", "relation"))
+            writer.writerows(fact[:4] for fact in facts(settings.n_subjects, settings.seed) if fact.held_out)
+        (temporary / "training.json").write_text(json.dumps({"settings": settings.model_dump(), "held_out": measured}, indent=2) + "\n")
+        temporary.chmod(0o755)
+        if directory.exists():
+            shutil.rmtree(directory)
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,166 @@
+"""Facts for causal tracing: "The Eiffel Tower is in the city of" -> " Paris", with the subject's token span.
+
+Three layouts are read: CSV with a header, JSON lines, and ROME's known_1000 (a JSON list). Columns: subject, prompt (contains the
+subject), answer (or attribute) and, optionally, relation (or relation_id); others are ignored.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from oacore.errors import UserError
+from oacore.tasks.prompts import SPLITS, Ints, Prompts, build, encode, following, ids_and_offsets, limit, pad, read_text, stream
+
+KEY = "tasks.facts.path"
+ALIASES = {"subject": ("subject",), "prompt": ("prompt",), "answer": ("answer", "attribute"), "relation": ("relation", "relation_id")}
+
+Complete = Callable[[Ints, Ints], Ints]  # (tokens [N, T], lengths [N]) -> predicted ids [N]
+
+
+class Fact(NamedTuple):
+    """One row; relation is "" where the file gives none."""
+
+    subject: str
+    prompt: str
+    answer: str
+    relation: str
+
+
+class Encoded(NamedTuple):
+    """One fact in tokens: ids with BOS, the subject's half-open span of positions, the answer's first id."""
+
+    fact: Fact
+    ids: list[int]
+    span: tuple[int, int]
+    answer: int
+
+
+def rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place in the file, row) of every row in any of the layouts; a row that is not an object is None."""
+    text = read_text(path, KEY)
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(text))
+        try:
+            yield from ((f"line {reader.line_num}", row) for row in reader)
+        except csv.Error as error:
+            raise UserError(f"{KEY}: {path} is not CSV: line {reader.line_num}: {error}") from None
+    elif text.lstrip().startswith("["):
+        try:
+            items = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{KEY}: {path} is not JSON: {error}") from None
+        yield from ((f"item {i}", item) for i, item in enumerate(items, 1))
+    else:
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(line)
+                except json.JSONDecodeError:
+                    yield f"line {number}", None
+
+
+def read(path: Path) -> list[Fact]:
+    """The facts of a file, the first of those with the same prompt; raises UserError listing up to ten bad rows."""
+    facts: dict[str, Fact] = {}
+    bad = []
+    for place, row in rows(path):
+        if not isinstance(row, dict):
+            bad.append(f"{place}: not a JSON object")
+            continue
+        given = {key: [row[alias] for alias in aliases if row.get(alias) is not None] for key, aliases in ALIASES.items()}
+        values = {key: str(value[0]).strip() if value else "" for key, value in given.items()}
+        fact = Fact(**values)
+        missing = [name for name in ("subject", "prompt", "answer") if not values[name]]
+        if missing:
+            bad.append(f"{place}: no {', '.join(missing)}")
+        elif fact.subject not in fact.prompt:
+            bad.append(f"{place}: the prompt '{fact.prompt}' does not contain the subject '{fact.subject}'")
+        else:
+            facts.setdefault(fact.prompt, fact)
+    if bad:
+        raise UserError(f"{KEY}: {path} has {len(bad)} bad rows (needed are subject, prompt, answer): {'; '.join(bad[:10])}")
+    return list(facts.values())
+
+
+def subjects(facts: list[Fact], seed: int, split: str) -> set[str]:
+    """The subjects of one split: 60/20/20 of the shuffled subjects, so that no subject is in two splits of the same seed."""
+    every = list(dict.fromkeys(fact.subject for fact in facts))
+    ends = [0, round(0.6 * len(every)), round(0.8 * len(every)), len(every)]
+    chosen = np.random.default_rng(seed).permutation(len(every))[ends[SPLITS.index(split)] : ends[SPLITS.index(split) + 1]]
+    return {every[i] for i in chosen}
+
+
+def encode_fact(tokenizer: Any, fact: Fact) -> Encoded:
+    """Tokens of a fact; the subject's span holds every token that covers one of the characters of its first occurrence."""
+    ids = encode(tokenizer, fact.prompt)
+    start = fact.prompt.index(fact.subject)
+    end = start + len(fact.subject)
+    # Overlap, not equality: the first token also covers the space before it. Positions are one higher for BOS.
+    inside = [i for i, (a, b) in enumerate(ids_and_offsets(tokenizer, fact.prompt)[1], 1) if a < end and b > start]
+    answer = following(tokenizer, fact.prompt, f" {fact.answer}")
+    if not answer:
+        raise UserError(f"{KEY}: the tokenizer has no token for the answer '{fact.answer}' after '{fact.prompt}'; every word must be known")
+    return Encoded(fact, ids, (inside[0], inside[-1] + 1), answer[0])
+
+
+def find_counterfactual(tokenizer: Any, own: Encoded, others: list[Encoded]) -> tuple[list[int], Encoded] | None:
+    """The first of `others` (best first) whose subject keeps the prompt's token length, with the ids of the prompt about it."""
+    for other in others:
+        if other.fact.subject != own.fact.subject:
+            ids = encode(tokenizer, own.fact.prompt.replace(own.fact.subject, other.fact.subject))
+            if len(ids) == len(own.ids):
+                return ids, other
+    return None
+
+
+def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: Complete | None = None) -> Prompts:
+    """Facts of one split of `settings.path`, at most `settings.n_<split>` of them (None: all).
+
+    Counterfactual: the same prompt about another subject of the split with as many tokens, of the same relation and with another
+    answer where there is one. Answers [N, 1]: first token of " " + answer; wrong answers [N, 1]: that of the other subject where it
+    has the same relation and another answer, else -1. With `complete`, only facts whose predicted token is the answer are kept.
+    Splits are by subject and depend on the seed. meta: n_rows (facts of the split in the file) = n_wrong (the model's answer is
+    another) + n_no_counterfactual + n_usable.
+    Raises UserError for an unreadable file, bad rows, unknown words, and fewer than 2 usable facts.
+    """
+    most, rng = limit(settings, "facts", split), stream(seed, split)
+    path = Path(settings.path)
+    facts = read(path)
+    members = subjects(facts, seed, split)
+    mine = [encode_fact(tokenizer, fact) for fact in facts if fact.subject in members]
+    known = [mine[i] for i in rng.permutation(len(mine))]
+    if complete is not None and known:
+        fill = known[0].ids[0]
+        predicted = complete(pad([own.ids for own in known], fill), np.array([len(own.ids) for own in known], np.int32))
+        known = [own for own, id_ in zip(known, predicted, strict=True) if own.answer == id_]
+
+    def contrasts(own: Encoded, other: Encoded) -> bool:
+        return own.fact.relation == other.fact.relation != "" and own.answer != other.answer
+
+    usable, counterfactuals, wrong = [], [], []
+    for own in known:
+        shuffled = [known[i] for i in rng.permutation(len(known))]
+        best_first = [o for o in shuffled if contrasts(own, o)] + [o for o in shuffled if not contrasts(own, o)]
+        found = find_counterfactual(tokenizer, own, best_first)
+        if found is not None:
+            usable.append(own)
+            counterfactuals.append(found[0])
+            wrong.append([found[1].answer if contrasts(own, found[1]) else -1])
+    meta: dict[str, str | int] = {
+        "n_rows": len(mine),
+        "n_wrong": len(mine) - len(known),
+        "n_no_counterfactual": len(known) - len(usable),
+        "n_usable": len(usable),
+    }
+    if len(usable) < 2:
+        counts = ", ".join(f"{key} {value}" for key, value in meta.items())
+        raise UserError(f"{KEY}: {path} gives {len(usable)} usable facts in the {split} split ({counts}); at least 2 are needed")
+    usable, counterfactuals, wrong = usable[:most], counterfactuals[:most], wrong[:most]
+    texts, ids = [own.fact.prompt for own in usable], [own.ids for own in usable]
+    spans = [own.span for own in usable]
+    return build("facts", split, texts, ids, counterfactuals, [[own.answer] for own in usable], wrong, spans, meta)

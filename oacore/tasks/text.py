@@ -1,0 +1,78 @@
+"""Windows of running text, for lenses and for ablation on general text.
+
+A passage is a string of a JSON list, a .txt file of a directory, or a block between blank lines of a single text file.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oacore.errors import UserError
+from oacore.tasks.prompts import Prompts, bos_id, build, called, ids_and_offsets, limit, read_text, split_of, stream
+
+KEY = "tasks.text.path"
+
+
+def passages(path: Path) -> list[str]:
+    """The passages of a JSON list, a directory of .txt files or a text file; raises UserError where there are none."""
+    if path.is_dir():
+        found = [read_text(file, KEY) for file in sorted(path.glob("*.txt"))]
+    elif path.suffix.lower() == ".json":
+        try:
+            found = json.loads(read_text(path, KEY))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{KEY}: {path} is not JSON: {error}") from None
+        if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+            raise UserError(f"{KEY}: {path} is not a JSON list of strings, which is the only JSON allowed")
+    else:
+        found = re.split(r"\n\s*\n", read_text(path, KEY))
+    found = [text for passage in found if (text := passage.strip())]
+    if not found:
+        raise UserError(f"{KEY}: {path} holds no text; a JSON list of strings, a text file or a directory of .txt files is needed")
+    return found
+
+
+def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: Any = None) -> Prompts:
+    """Windows of `settings.n_tokens` tokens, BOS included, cut side by side from the split's passages and sampled with the seed.
+
+    Answers [N, 1]: the token that follows the window in its passage; wrong answers [N, 1]: -1. Counterfactual: a window of another
+    passage of the split. `complete` is not used.
+    Passages with a token that the tokenizer does not know are left out and counted (meta n_unknown).
+    Raises UserError for an unreadable or empty file, and where the split has too few windows.
+    """
+    wanted, rng = limit(settings, "text", split), stream(seed, split)
+    path, size = Path(settings.path), settings.n_tokens - 1
+    # A window that occurs twice belongs to the passage that has it first, so that common openings don't leak between splits.
+    windows: dict[tuple[int, ...], tuple[int, int]] = {}  # ids -> (passage, next id)
+    texts = passages(path)
+    unknown = 0
+    for i, text in enumerate(texts):
+        ids = ids_and_offsets(tokenizer, text)[0]
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            unknown += 1
+            continue
+        for start in range(0, len(ids) - size, size):
+            windows.setdefault(tuple(ids[start : start + size]), (i, ids[start + size]))
+    mine = [(window, i, id_) for window, (i, id_) in windows.items() if split_of(texts[i]) == split]
+    owners = np.array([i for _, i, _ in mine], np.int64)  # sorted: passages were read in order
+    if len(set(owners.tolist())) < 2:
+        raise UserError(
+            f"{KEY}: {path} has {len(set(owners.tolist()))} passages of at least {settings.n_tokens} tokens (tasks.text.n_tokens) in the "
+            f"{split} split, out of {len(texts)} passages ({unknown} with words unknown to {called(tokenizer)}); at least 2 are needed"
+        )
+    if len(mine) < wanted:
+        raise UserError(f"tasks.text.n_{split}: {wanted} wanted, but {path} has only {len(mine)} distinct windows in the split")
+    bos = bos_id(tokenizer)
+    chosen = rng.choice(len(mine), wanted, replace=False)
+    counterfactuals = []
+    for i in chosen:
+        first, end = np.searchsorted(owners, owners[i], "left"), np.searchsorted(owners, owners[i], "right")
+        j = rng.integers(len(mine) - (end - first))  # uniform over the windows outside first..end, the passage's own
+        counterfactuals.append([bos, *mine[j if j < first else j + end - first][0]])
+    meta: dict[str, str | int] = {"n_passages": len(texts), "n_unknown": unknown, "n_windows": len(mine)}
+    prompts = [[bos, *mine[i][0]] for i in chosen]
+    answers, wrong = [[mine[i][2]] for i in chosen], [[-1]] * wanted
+    return build("text", split, [tokenizer.decode(ids[1:]) for ids in prompts], prompts, counterfactuals, answers, wrong, meta=meta)

@@ -1,0 +1,81 @@
+"""Fixtures shared by all tests: tiny random models of every family, the shared artefacts, one trained demo model."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # an unreachable hub takes 23-46 s to fail
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+SHARED_DATA = Path(os.environ.get("OA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real artefacts that nobody on this project made; users do not have them."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the folder of real artefacts is absent (../shared/data or $OA_SHARED_DATA)")
+    return SHARED_DATA
+
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
+GATED = SIZES | {"num_key_value_heads": 2, "intermediate_size": 48}
+
+
+def _rope(kind: str) -> dict:
+    parameters: dict = {"rope_type": kind, "rope_theta": 10000.0}
+    extra = {
+        "default": {},
+        "linear": {"factor": 2.0},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+        "longrope": {"factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16},
+    }
+    return parameters | extra[kind]
+
+
+def random_hf(name: str):
+    """A random tiny Hugging Face model. Weights are wide enough that every part of it matters to the logits."""
+    import transformers as tf
+
+    family, _, variant = name.partition("-")
+    configs = {
+        "gpt2": lambda: tf.GPT2Config(
+            vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4, scale_attn_by_inverse_layer_idx=variant == "inverse"
+        ),
+        "neox": lambda: tf.GPTNeoXConfig(**SIZES, intermediate_size=48, rotary_pct=0.25, use_parallel_residual=variant == "parallel"),
+        "llama": lambda: tf.LlamaConfig(**GATED, rope_parameters=_rope(variant or "default"), attention_bias=variant == "linear"),
+        "qwen2": lambda: tf.Qwen2Config(
+            **GATED, **({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1} if variant == "window" else {})
+        ),
+        "gemma2": lambda: tf.Gemma2Config(**GATED, head_dim=8, sliding_window=5, query_pre_attn_scalar=12),
+    }
+    torch.manual_seed(1)
+    model = tf.AutoModelForCausalLM.from_config(configs[family](), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 0.3))
+            if parameter.dim() == 1 and family != "gemma2":
+                parameter.add_(0.8)  # norm weights away from zero; Gemma's are offsets from one
+    return model
+
+
+FAMILIES = (
+    "gpt2",
+    "gpt2-inverse",
+    "neox-parallel",
+    "neox-sequential",
+    "llama",
+    "llama-linear",
+    "llama-dynamic",
+    "llama-yarn",
+    "llama-llama3",
+    "llama-longrope",
+    "qwen2",
+    "qwen2-window",
+    "gemma2",
+)
