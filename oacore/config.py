@@ -42,24 +42,31 @@ class Settings(BaseModel):
 
 
 class Limits(Settings):
-    """Bounds on memory. They change speed, never what is computed, so no result depends on them."""
+    """Bounds on memory and CPU. They change speed and rounding, never what is computed: no stage re-runs when they change."""
 
     tokens_per_batch: int = Field(
-        16384, ge=64, description="tokens (rows x positions) in one forward pass; a fit keeps the activations of as many for its backward pass"
+        16384,
+        ge=64,
+        description="tokens (rows x positions) in one forward pass; a fit keeps the activations of as many for its backward pass",
     )
+    threads: int = Field(2, ge=1, description="CPU threads of one job; results are bit-identical for equal numbers of threads")
 
 
 class DemoModel(Settings):
     """Training of the embedded model (`model: demo`)."""
 
     seed: int = Field(0, ge=0, description="seed of its initial weights and training sentences")
-    n_steps: int = Field(800, ge=1, description="training steps")
+    n_steps: int = Field(600, ge=1, description="training steps")
     batch_size: int = Field(128, ge=1, description="sentences a step")
     learning_rate: float = Field(2e-3, gt=0, description="peak of the one-cycle schedule")
     n_subjects: int = Field(40, ge=2, description="people that the model learns facts about")
     min_ioi_accuracy: float = Field(0.98, ge=0, le=1, description="held-out IOI accuracy below which training counts as failed")
-    min_year_mass: float = Field(0.9, ge=0, le=1, description="held-out probability mass on valid years below which training counts as failed")
-    min_fact_accuracy: float = Field(0.9, ge=0, le=1, description="accuracy on held-out wordings of facts below which training counts as failed")
+    min_year_mass: float = Field(
+        0.9, ge=0, le=1, description="held-out probability mass on valid years below which training counts as failed"
+    )
+    min_fact_accuracy: float = Field(
+        0.9, ge=0, le=1, description="accuracy on held-out wordings of facts below which training counts as failed"
+    )
 
 
 class Task(Settings):
@@ -80,7 +87,8 @@ class Facts(Task):
     """Facts that the model completes correctly, split by subject."""
 
     path: Path | None = Field(
-        None, description="CSV or JSON lines file with subject, prompt, answer; only `model: demo` has facts of its own and may leave it out"
+        None,
+        description="CSV or JSON lines file with subject, prompt, answer; only `model: demo` has facts of its own and may leave it out",
     )
 
 
@@ -133,7 +141,14 @@ class Ablation(Settings):
         return self
 
     def fitted(self) -> tuple[Method, ...]:
+        """The methods that have constants to fit."""
         return tuple(method for method in FITTED if method in self.methods)
+
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures that these methods allow (`oacore.plots.ablation_figures` draws them)."""
+        fitted = ("layer_head_heatmap", "convergence_curves") if self.fitted() else ()
+        compared = ("optimal_against_counterfactual",) if {"optimal", "counterfactual"} <= set(self.methods) else ()
+        return ("gap_distributions", *compared, *fitted)
 
 
 def _name(value: Any) -> Any:
@@ -143,7 +158,9 @@ def _name(value: Any) -> Any:
 class Config(Settings):
     """One run."""
 
-    run: Annotated[str, BeforeValidator(_name)] = Field("demo", pattern=r"^[\w.-]*\w$", description="name of the run; its results go to {results_dir}/{run}")
+    run: Annotated[str, BeforeValidator(_name)] = Field(
+        "demo", pattern=r"^[\w.-]*\w$", description="name of the run; its results go to {results_dir}/{run}"
+    )
     model: str = Field("demo", min_length=1, description="`demo`, a Hugging Face name, or a local model directory")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face model; a commit pins the weights")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of weights and activations; losses are always fp32")
@@ -206,7 +223,9 @@ def _check_model(config: Config) -> None:
     if config.model == "demo":
         return
     if config.tasks.facts is not None and config.tasks.facts.path is None:
-        raise UserError("config is not valid\n  tasks.facts.path: missing; only `model: demo` has facts of its own; allowed: a CSV or JSON lines file")
+        raise UserError(
+            "config is not valid\n  tasks.facts.path: missing; only `model: demo` has facts of its own; allowed: a CSV or JSON lines file"
+        )
     if not is_directory_name(config.model):
         return
     directory = Path(config.model).expanduser()
@@ -226,7 +245,9 @@ def check_architecture(model: str, path: Path) -> str:
     except (OSError, ValueError, AttributeError):
         raise UserError(f"model: {model!r} has no readable config.json; allowed: a directory as written by save_pretrained") from None
     if found not in ARCHITECTURES:
-        raise UserError(f"model: {model!r} has the architecture {found!r}; allowed: {', '.join(ARCHITECTURES)}{_nearest(found, ARCHITECTURES)}")
+        raise UserError(
+            f"model: {model!r} has the architecture {found!r}; allowed: {', '.join(ARCHITECTURES)}{_nearest(found, ARCHITECTURES)}"
+        )
     return str(found)
 
 
@@ -234,7 +255,9 @@ def _check_paths(config: Config) -> None:
     for name, task in config.tasks.selected().items():
         path = getattr(task, "path", None)
         if path is not None and not path.expanduser().exists():
-            raise UserError(f"tasks.{name}.path: {str(path)!r} does not exist; allowed: an existing file{' or directory' if name == 'text' else ''}")
+            raise UserError(
+                f"tasks.{name}.path: {str(path)!r} does not exist; allowed: an existing file{' or directory' if name == 'text' else ''}"
+            )
 
 
 def _describe(error: ErrorDetails) -> str:
@@ -293,7 +316,8 @@ def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[t
     rows: list[tuple[str, str, str]] = []
     for name, field in model.model_fields.items():
         inner = next(
-            (kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)), None
+            (kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type) and issubclass(kind, BaseModel)),
+            None,
         )
         if inner is not None:
             rows += describe_fields(inner, f"{prefix}{name}.")

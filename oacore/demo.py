@@ -17,16 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from oacore.config import DemoModel
 from oacore.errors import UserError
+from oacore.progress import progress
 from oacore.tasks import greater_than, ioi
 from oacore.tasks.prompts import encode, pad, words
 
 BOS = "<bos>"
 ARCHITECTURE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64}
 N_THREADS = 2  # fixed: sums over another number of threads round differently
+SHARES = (0.65, 0.2, 0.15)  # of a batch: IOI, Greater-Than, facts; copying a name is learned last and needs the most sentences
 ANSWER_WEIGHT = 4.0  # of the answer's loss beside the mean over all tokens: one token in 7 to 20 carries the task
 
 FIRST_NAMES = words("Anselm Bettina Corwin Delphine Emeric Fenella Godric Hedwig Ingmar Jolanta")
@@ -42,12 +43,12 @@ class Relation(NamedTuple):
 RELATIONS = (
     Relation(
         "lives in",
-        ("{} lives in the city of", "The home of {} is in", "You can meet {} in the streets of"),
+        ("{} lives in the city of", "The home of {} is in", "You can meet {} in the streets of", "Friends visit {} in"),
         words("Lisbon Vienna Oslo Cairo Lima Kyoto Dublin Prague Havana Nairobi"),
     ),
     Relation(
         "works as",
-        ("{} works as a", "By profession {} is a", "People know {} as a good"),
+        ("{} works as a", "By profession {} is a", "People know {} as a good", "Clients call {} the best"),
         words("baker judge pilot dentist farmer tailor painter nurse miner broker"),
     ),
 )
@@ -64,7 +65,7 @@ class Fact(NamedTuple):
 
 
 def facts(n_subjects: int, seed: int) -> list[Fact]:
-    """Every fact in every wording. Each fact has one held-out wording; each wording is held out for a third of the facts.
+    """Every fact in every wording. Each fact has one held-out wording; the held-out wordings take turns.
 
     Raises:
         UserError: more subjects than names.
@@ -147,17 +148,19 @@ def train_model(settings: DemoModel, tokenizer: Any) -> Any:
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=settings.n_steps, pct_start=0.15)
     kinds = training_sentences(settings)
-    each = max(1, settings.batch_size // len(kinds))
-    with tqdm(range(settings.n_steps), desc="demo model", unit="step", mininterval=2) as bar:
+    sizes = [max(1, round(share * settings.batch_size)) for share in SHARES]
+    with progress(range(settings.n_steps), what="demo model", unit="step") as bar:
         for _ in bar:
             # One pass per kind: their lengths differ by three times, so one padded batch would be half padding.
-            losses = [loss_of(model, examples(tokenizer, list(itertools.islice(kind, each)))) for kind in kinds]
+            losses = [
+                loss_of(model, examples(tokenizer, list(itertools.islice(kind, size)))) for kind, size in zip(kinds, sizes, strict=True)
+            ]
             optimiser.zero_grad(set_to_none=True)
             torch.stack(losses).sum().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-            bar.set_postfix_str(" ".join(f"{loss.item():.2f}" for loss in losses))
+            bar.set_postfix_str(f"loss {sum(loss.item() for loss in losses):.2f}", refresh=False)
     return model.eval()
 
 

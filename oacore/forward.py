@@ -78,7 +78,13 @@ def _attend(block: Block, q: Tensor, k: Tensor, v: Tensor, last: Tensor | None) 
     if block.attention_softcap is None:
         plain_causal = last is None and (block.window is None or block.window >= n_tokens)
         z = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if plain_causal else seen, is_causal=plain_causal, scale=block.attention_scale, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=None if plain_causal else seen,
+            is_causal=plain_causal,
+            scale=block.attention_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
     else:
         groups = q.shape[1] // k.shape[1]

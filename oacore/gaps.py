@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from oacore.ablation import (
     Batch,
@@ -29,6 +28,7 @@ from oacore.ablation import (
 from oacore.config import Method
 from oacore.metrics import kl_divergence, mean_and_se
 from oacore.model import Model
+from oacore.progress import progress
 
 RESAMPLED: set[Method] = {"resample", "resample_positional"}
 NOISE_SCALE = 3.0  # standard deviations of gaussian ablation, as in causal tracing
@@ -46,6 +46,7 @@ def evaluate(
     *,
     seed: int = 0,
     tokens_per_batch: int = 16384,
+    what: str = "gaps",
 ) -> dict[Method, Tensor]:
     """Gap of each component on each prompt.
 
@@ -67,7 +68,7 @@ def evaluate(
     def clean_of(batch: Batch) -> Clean:
         return clean_pass(model, batch.tokens, batch.lengths)
 
-    for start in tqdm(range(0, n, size), desc="gaps", unit="batch", mininterval=2):
+    for start in progress(range(0, n, size), what=what, unit="batch"):
         rows = torch.arange(start, min(start + size, n), device=model.device)
         part = prompts.take(rows)
         clean = clean_of(part)

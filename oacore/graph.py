@@ -163,7 +163,7 @@ class Graph:
         s, j = self.source_index(source), self.destination_index(destination)
         if not self.valid[j, s]:
             last = self.source_names[self.valid[j].sum() - 1]
-            raise UserError(f"edge {name!r}: {destination} reads before {source} writes; allowed sources: input up to {last}")
+            raise UserError(f"edge {name!r}: {destination} reads before {source} writes; allowed: sources up to {last}")
         return s, j
 
     def edge_name(self, s: int, j: int) -> str:

@@ -1,6 +1,5 @@
 """Losses and the statistics that tables report. Natural logarithms throughout: losses are in nats."""
 
-import torch
 from torch import Tensor
 
 

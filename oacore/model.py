@@ -188,7 +188,9 @@ def load_hugging_face(source: str | Path, *, revision: str | None = None, dtype:
 
     if is_directory_name(str(source)):
         if not Path(source).expanduser().is_dir():
-            raise UserError(f"model: {str(source)!r} is not a directory; allowed: demo, a Hugging Face name, or an existing model directory")
+            raise UserError(
+                f"model: {str(source)!r} is not a directory; allowed: demo, a Hugging Face name, or an existing model directory"
+            )
         source = Path(source).expanduser()
         check_architecture(str(source), source / "config.json")
     with _hub_errors(source, revision):
@@ -210,7 +212,11 @@ def _hub_errors(source: str | Path, revision: str | None) -> Any:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors and hub errors alike
         where = f"model: {str(source)!r}" + (f" (revision {revision!r})" if revision else "")
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "a complete model directory" if Path(source).is_dir() else "an existing model on a reachable hub, one in the local hub cache, or a directory"
+        hint = (
+            "a complete model directory"
+            if Path(source).is_dir()
+            else "an existing model on a reachable hub, one in the local hub cache, or a directory"
+        )
         raise UserError(f"{where} can't be loaded ({type(error).__name__}: {cause}); allowed: {hint}") from error
 
 
@@ -392,5 +398,3 @@ def open_model(source: str | Path, *, revision: str | None = None, dtype: str = 
     model = to_device(canonical(hf), pick_device(device))
     parity = check_parity(model, tokens, lengths, expected, PARITY_TOLERANCE[dtype])
     return Loaded(model, tokenizer, commit, weight_hash(model)), parity
-
-

@@ -16,13 +16,25 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from oacore.ablation import Batch, Clean, Component, Group, Statistics, ablated_logits, clean_log_probs, clean_pass, group_components, spread, width
+from oacore.ablation import (
+    Batch,
+    Clean,
+    Component,
+    Group,
+    Statistics,
+    ablated_logits,
+    clean_log_probs,
+    clean_pass,
+    group_components,
+    spread,
+    width,
+)
 from oacore.checkpoint import atomic_path
 from oacore.config import OptimalFit
 from oacore.metrics import kl_divergence
 from oacore.model import Model
+from oacore.progress import progress
 
 BETAS, EPSILON = (0.9, 0.99), 1e-10
 DECAY = 0.25  # of the learning rate, each time a component stops improving
@@ -52,6 +64,15 @@ def starting_means(model: Model, components: Sequence[Component], statistics: St
         start[row : row + len(group), :, : means.shape[-1]] = means if positional else means[:, None]
         row += len(group)
     return start
+
+
+def better_start(
+    model: Model, prompts: Batch, components: Sequence[Component], positional: Tensor, constant: Tensor, tokens_per_batch: int
+) -> Tensor:
+    """Per component, the better of a positional table [C, P + 1, W] and one constant [C, 1, W] at all positions: [C, P + 1, W]."""
+    same = constant.expand_as(positional).contiguous()
+    gaps = [mean_losses(model, prompts, components, start, tokens_per_batch) for start in (positional, same)]
+    return torch.where((gaps[0] < gaps[1])[:, None, None], positional, same)
 
 
 def scales(components: Sequence[Component], statistics: Statistics) -> Tensor:
@@ -126,6 +147,7 @@ def fit(
     tokens_per_batch: int = 16384,
     checkpoint: Path | None = None,
     identity: str = "",
+    what: str = "constants",
 ) -> Fit:
     """Fit every component's constant.
 
@@ -138,11 +160,12 @@ def fit(
         seed: of the order in which training prompts are drawn.
         checkpoint: file to resume from and to save to at every test; removed by the caller when its result is safe.
         identity: what the checkpoint belongs to; one with another identity is ignored.
+        what: named in the progress lines.
     """
     components = tuple(components)
     state = _resume(checkpoint, identity, model.device) or _initial_state(model, components, validation, start, settings, tokens_per_batch)
     scale = scales(components, statistics)  # [C]
-    with tqdm(total=settings.max_steps, initial=int(state["step"]), desc="constants", unit="step", mininterval=2) as bar:
+    with progress(what=what, unit="step", total=settings.max_steps, initial=int(state["step"])) as bar:
         while int(state["step"]) < settings.max_steps and not bool(state["done"].all()):
             running = (~state["done"]).nonzero()[:, 0]
             for _ in range(min(settings.check_every, settings.max_steps - int(state["step"]))):
@@ -153,12 +176,10 @@ def fit(
                 _adam(state, running, gradient, state["rate"][running] * scale[running])
                 bar.update()
             _test_convergence(model, state, components, running, validation, settings, tokens_per_batch)
-            bar.set_postfix_str(f"{int(state['done'].sum())}/{len(components)} converged")
+            bar.set_postfix_str(f"{int(state['done'].sum())}/{len(components)} converged", refresh=False)
             if checkpoint is not None:
                 _save(checkpoint, state, identity)
-    return Fit(
-        components, state["best"], state["best_gap"], state["n_steps"], state["done"], state["curve_steps"], state["curve_gaps"]
-    )
+    return Fit(components, state["best"], state["best_gap"], state["n_steps"], state["done"], state["curve_steps"], state["curve_gaps"])
 
 
 State = dict[str, Tensor]
@@ -200,7 +221,13 @@ def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor) -> None:
 
 
 def _test_convergence(
-    model: Model, state: State, components: Sequence[Component], running: Tensor, validation: Batch, settings: OptimalFit, tokens_per_batch: int
+    model: Model,
+    state: State,
+    components: Sequence[Component],
+    running: Tensor,
+    validation: Batch,
+    settings: OptimalFit,
+    tokens_per_batch: int,
 ) -> None:
     """Keep what improved on the validation prompts; slow down, and at last stop, what did not."""
     since = int(state["step"]) - int(state["curve_steps"][-1])
@@ -210,7 +237,9 @@ def _test_convergence(
     best = state["best_gap"][running]
     if not bool(gap.isfinite().all()):
         bad = [components[index].name for index in running[~gap.isfinite()].tolist()]
-        raise FloatingPointError(f"the ablation loss of {', '.join(bad)} is not finite after {int(state['step'])} steps: lower ablation.optimal.learning_rate")
+        raise FloatingPointError(
+            f"the ablation loss of {', '.join(bad)} is not finite after {int(state['step'])} steps: lower ablation.optimal.learning_rate"
+        )
     progress = best - gap > settings.tolerance * best + ABSOLUTE_PROGRESS
     better = running[gap < best]
     state["best"][better], state["best_gap"][better] = average[gap < best], gap[gap < best]

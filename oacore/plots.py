@@ -47,6 +47,7 @@ KINDS = {"head": ("o", "attention head"), "mlp": ("s", "MLP"), "attention_layer"
 KIND_COLORS = {"head": ACCENT, "mlp": INK, "attention_layer": SLATE}  # where the marker alone would be hard to see
 
 WIDTH = 5.9  # inches: two side by side on a laptop, one across an A4 page
+HEIGHT = 4.5  # two under one another with their captions
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same everywhere
     "font.size": 9.5,
@@ -120,7 +121,7 @@ def gap_distributions(gaps: pd.DataFrame) -> Figure:
     gaps = _finite(gaps, "gap_nats")
     medians = gaps.groupby("method")["gap_nats"].median().reindex(in_order(gaps["method"]))
     medians = medians.sort_values(ascending=False, kind="stable")
-    figure, ax = _figure(1.5 + 0.38 * len(medians))
+    figure, ax = _figure(1.15 + 0.335 * len(medians))
     size = 16 if len(gaps) < 300 * len(medians) else 7
     for row, (method, median) in enumerate(medians.items()):
         strip = gaps[gaps["method"] == method].sort_values("gap_nats", kind="stable")
@@ -141,7 +142,7 @@ def gap_distributions(gaps: pd.DataFrame) -> Figure:
     _decades(ax.xaxis)
     ax.set_xlabel("ablation loss gap (nats)")
     ax.set_title("Ablation loss gap by method")
-    handles = _kind_keys(gaps["kind"], dict.fromkeys(KINDS, SLATE)) + _floor_key(gaps["gap_nats"], "gap")
+    handles = _kind_keys(gaps["kind"], dict.fromkeys(KINDS, SLATE)) + _floor_key(gaps["gap_nats"])
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.2, columnspacing=1.4)
     return figure
 
@@ -164,7 +165,7 @@ def optimal_against_counterfactual(gaps: pd.DataFrame) -> Figure:
     smaller = x.where(x < y, y)
     limits = _log_limits(pd.concat([x, y]))
 
-    figure, ax = _figure(5.3)
+    figure, ax = _figure(HEIGHT, 5.0)
     ax.set_aspect("equal")
     ax.set(xscale="log", yscale="log", xlim=limits, ylim=limits)
     ax.plot(limits, limits, color=SLATE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
@@ -181,7 +182,7 @@ def optimal_against_counterfactual(gaps: pd.DataFrame) -> Figure:
     ax.set_ylabel("optimal gap (nats)")
     ax.set_title("Optimal against counterfactual ablation")
     rho = x.rank().corr(y.rank()) if len(x) > 2 and x.nunique() > 1 and y.nunique() > 1 else float("nan")
-    handles = [*_kind_keys(kinds, KIND_COLORS), *_floor_key(smaller, "component")]
+    handles = [*_kind_keys(kinds, KIND_COLORS), *_floor_key(smaller)]
     handles.append(Line2D([], [], color=SLATE, linewidth=0.9, linestyle=(0, (4, 3)), label="equal gaps"))
     legend = ax.legend(handles=handles, title=f"Spearman ρ = {rho:.2f}" if np.isfinite(rho) else "Spearman ρ: –", loc="upper left")
     legend.set_alignment("left")
@@ -206,8 +207,8 @@ def layer_head_heatmap(gaps: pd.DataFrame, method: str = "optimal") -> Figure:
 
     columns = sum(block.shape[1] for block in blocks.values())
     annotated = layers * columns <= 48
-    cell = (0.62, 0.42) if annotated else (0.34, 0.34)
-    figure, ax = _figure(min(9.3, max(2.6, 1.3 + cell[1] * layers)), min(WIDTH, max(3.9, 2.0 + cell[0] * (columns + 1))))
+    cell = (0.62, 0.42) if annotated else (0.34, 0.275)
+    figure, ax = _figure(min(9.3, max(2.6, 1.2 + cell[1] * layers)), min(WIDTH, max(3.9, 2.0 + cell[0] * (columns + 1))))
     colors = _tint(method_color(method))
     high = max(gaps["gap_nats"].max(), 10 * FLOOR)
     low = min(max(gaps["gap_nats"].min(), FLOOR, high / 1e4), high / 10)  # four decades at most: beyond, all would look alike
@@ -266,7 +267,7 @@ def convergence_curves(curves: pd.DataFrame, relative: bool = True) -> Figure:
         raise ValueError(f"curves: every curve ends at or below {_plain(FLOOR)} nats; try relative=False")
 
     methods = in_order(pd.Series([line.method for line in lines]))
-    figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     colors = LinearSegmentedColormap.from_list("layers", mpl.colormaps["viridis"](np.linspace(0, 0.88, 64)))
     norm = Normalize(0, max(1, max(line.layer for line in lines)))
@@ -281,7 +282,7 @@ def convergence_curves(curves: pd.DataFrame, relative: bool = True) -> Figure:
         ax.autoscale_view()
         _decades(ax.yaxis)
         ax.grid(axis="y")
-        ax.xaxis.set_major_locator(MaxNLocator(max(3, 6 - len(methods)), integer=True, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_locator(MaxNLocator(max(3, 7 - len(methods)), integer=True, steps=[1, 2, 5, 10]))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         ax.set_xlabel("step")
         ax.set_title(method, color=method_color(method), fontsize=10)
@@ -385,10 +386,10 @@ def _kind_keys(kinds: pd.Series, colors: Mapping[str, str]) -> list[Line2D]:
     return [Line2D([], [], linestyle="none", marker=KINDS[k][0], color=colors[k], markersize=5, label=KINDS[k][1]) for k in present]
 
 
-def _floor_key(values: pd.Series, unit: str) -> list[Line2D]:
+def _floor_key(values: pd.Series) -> list[Line2D]:
     """A legend entry that says how many values are drawn at the floor; none if none is."""
     count = int((values <= FLOOR).sum())
-    text = f"{count} {unit}{'s' if count > 1 else ''} ≤ {_plain(FLOOR)}, drawn there"
+    text = f"{count} ≤ {_plain(FLOOR)}, drawn there"
     return [Line2D([], [], linestyle="none", marker="o", color=SLATE, fillstyle="none", markersize=5, label=text)] if count else []
 
 
@@ -403,9 +404,9 @@ def _label_largest(ax: Axes, names: pd.Index, x: np.ndarray, y: np.ndarray, coun
     """Names beside the largest points, each on the first side with room for it; a point without room stays unnamed."""
     across, up = (np.log(v.clip(FLOOR) / ax.get_xlim()[0]) / np.log(ax.get_xlim()[1] / ax.get_xlim()[0]) for v in (x, y))
     taken = [(a - 0.01, a + 0.01, u - 0.01, u + 0.01) for a, u in zip(across, up, strict=True)]
-    taken.append((0, 0.42, 0.76, 1))  # the legend
+    taken.append((0, 0.62, 0.7, 1))  # the legend
     for i in np.argsort(-y, kind="stable")[:count]:
-        width, height, gap = 0.019 * len(names[i]), 0.036, 0.014  # of the axes, at 9 pt
+        width, height, gap = 0.023 * len(names[i]), 0.042, 0.016  # of the axes, at 9 pt
         for side, left, bottom in (
             ("left", across[i] + gap, up[i] - height / 2),
             ("center", across[i] - width / 2, up[i] - gap - height),

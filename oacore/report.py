@@ -42,7 +42,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A data frame without its index. Numbers and `Estimate`s are rounded and aligned; `highlight` names a column, or a row by its first cell."""
+    """A data frame without its index. Numbers and `Estimate`s are rounded and aligned.
+
+    `highlight` names a column, or a row by its first cell.
+    """
 
     frame: pd.DataFrame
     caption: str
@@ -182,9 +185,9 @@ def _headline(gaps: pd.DataFrame, summary: pd.DataFrame) -> str:
     span = human(prompts[0]) if len(prompts) == 1 else f"{human(prompts[0])} to {human(prompts[-1])}"
     text = f"{gaps['component'].nunique()} components, {span} prompts each."
     ratios = summary.set_index("method")["median_ratio_optimal_to_method"].dropna()
-    shares = [f"{three_digits(100 * ratios[m])} % of {m}" for m in in_order(ratios.index.to_series()) if not m.startswith("optimal")]
+    shares = [f"{three_digits(100 * ratios[m])}\u00a0% of {m}'s" for m in ("zero", "mean", "resample", "counterfactual") if m in ratios]
     if shares:
-        text += f" Median over components of the optimal gap as a share of the other methods' gaps: {', '.join(shares)}."
+        text += f" In the median component, the gap of the optimal constant is {', '.join(shares)}."
     return text
 
 
@@ -192,7 +195,7 @@ def _summary_table(gaps: pd.DataFrame, summary: pd.DataFrame) -> Table:
     by_method = gaps.groupby("method")["gap_nats"]
     table = pd.DataFrame({"components": by_method.count(), "median gap (nats)": by_method.median()})
     known = summary.set_index("method")
-    table["optimal ÷ method, median (%)"] = 100 * known["median_ratio_optimal_to_method"]
+    table["optimal ÷ method (median, %)"] = 100 * known["median_ratio_optimal_to_method"]
     table["Spearman ρ with counterfactual"] = known["spearman_with_counterfactual"]
     table = table.reindex(in_order(gaps["method"])).dropna(axis="columns", how="all").rename_axis("method").reset_index()
     return Table(table, "The methods, each over all components.", "optimal")
@@ -222,11 +225,11 @@ def human(value: object) -> str:
         case Estimate():
             return " ± ".join(_estimate(value))
         case Integral():
-            return f"{int(value):,}" if abs(int(value)) >= 10_000 else str(value)
+            return f"{int(value):,}".replace("-", "−")
         case Real():
             return three_digits(float(value))
         case Mapping():
-            return ", ".join(f"{str(name).replace('_', ' ')} {human(inner)}" for name, inner in value.items())
+            return ", ".join(f"{name} {human(inner)}" for name, inner in value.items())
         case list() | tuple():
             return ", ".join(map(human, value))
     return str(value)
@@ -298,17 +301,28 @@ def _inlined(svg: str, name: str) -> Markup:
         if element.tag in ("script", "foreignObject"):
             raise ValueError(f"figure {name}: SVG holds a <{element.tag}>")
         if element.tag == "style":
-            element.text = re.sub(r"([^{},]+)(?=[,{])", rf"#{name} \1", " ".join((element.text or "").split()))
+            element.text = re.sub(r"([^{}]+){", lambda rule: _scoped(rule[1], name) + "{", element.text or "")
         attributes = {_local(key): value for key, value in element.attrib.items()}
+        for text in (element.text or "", *attributes.values()):
+            if re.search(r"@import|url\((?!#)", text):
+                raise ValueError(f"figure {name}: SVG refers to {text}")
         element.attrib.clear()
         for key, value in attributes.items():
-            if key == "href" and not value.startswith(("#", "data:image/")) or key.startswith("on"):
-                raise ValueError(f"figure {name}: SVG refers to {value}")
-            value = f"{name}-{value}" if key == "id" else re.sub(r"^#", f"#{name}-", value) if key == "href" else value
-            element.set(key, re.sub(r"url\(#", f"url(#{name}-", value))
+            if key.startswith("on") or (key == "href" and not value.startswith(("#", "data:image/"))):
+                raise ValueError(f"figure {name}: SVG holds {key}={value}")
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == "href" and value.startswith("#"):
+                value = f"#{name}-{value[1:]}"
+            element.set(key, value.replace("url(#", f"url(#{name}-"))
     root.set("role", "img")
     root.set("aria-labelledby", f"{name}-caption")
     return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _scoped(selectors: str, name: str) -> str:
+    """CSS selectors that hold inside element `name` alone."""
+    return ",".join(f"#{name} {selector.strip()}" for selector in selectors.split(","))
 
 
 def _local(name: str) -> str:

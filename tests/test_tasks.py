@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from oacore.errors import UserError
 from oacore.tasks import SPLITS, TASKS, generate, greater_than, ioi
 from oacore.tasks.facts import read
-from oacore.tasks.prompts import build, encode, following, split_of
+from oacore.tasks.prompts import build, encode, following, split_of, stream
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("OA_SHARED_DATA", ROOT / "../shared/data"))
@@ -78,7 +78,10 @@ def check_form(prompts, tokenizer, n):
         assert getattr(prompts, name).dtype == np.int32 and len(getattr(prompts, name)) == n
     for text, tokens, length, other in zip(prompts.text, prompts.tokens, prompts.lengths, prompts.counterfactual, strict=True):
         assert tokens[0] == other[0] == bos
-        assert tokens[1:length].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+        if prompts.task == "text":  # a window may end or start within what would be one token
+            assert tokenizer.decode(tokens[1:length]) == text
+        else:
+            assert tokens[1:length].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
         assert (tokens[length:] == bos).all() and (other[length:] == bos).all()
         assert tokens[1:length].tolist() != other[1:length].tolist()
     assert (prompts.answers[:, 0] >= 0).all()
@@ -96,12 +99,12 @@ def facts_file(tmp_path_factory):
     cities = """Paris:France London:England Rome:Italy Madrid:Spain Berlin:Germany Lisbon:Portugal Athens:Greece Warsaw:Poland
     Budapest:Hungary Prague:Czech Vienna:Austria Dublin:Ireland Oslo:Norway Stockholm:Sweden Helsinki:Finland Copenhagen:Denmark
     Moscow:Russia Kiev:Ukraine Cairo:Egypt Tokyo:Japan Beijing:China Seoul:Korea Bangkok:Thailand Hanoi:Vietnam Delhi:India
-    Ankara:Turkey Tehran:Iran Baghdad:Iraq Havana:Cuba Lima:Peru""".split()
+    Ankara:Turkey Tehran:Iran Baghdad:Iraq Havana:Cuba Lima:Peru"""
     people = """Ada Lovelace:mathematics|Niels Bohr:physics|Linus Pauling:chemistry|Emmy Noether:mathematics|Paul Dirac:physics
     Dmitri Mendeleev:chemistry|Srinivasa Ramanujan:mathematics|Max Planck:physics|Justus von Liebig:chemistry|Kurt Gödel:logic
     Johann Sebastian Bach:music|Clara Schumann:music|Erwin Schrödinger:physics|Rosalind Franklin:biology|Gregor Mendel:biology"""
     lines = []
-    for city, country in (pair.split(":") for pair in cities):
+    for city, country in (pair.split(":") for pair in cities.split()):
         lines.append({"subject": city, "prompt": f"The city of {city}, as we know, lies in", "answer": country, "relation": "lies in"})
     for person, subject in (pair.strip().split(":") for pair in re.split(r"[|\n]", people)):
         lines.append({"subject": person, "prompt": f"{person}'s favourite field was", "answer": subject, "relation": "field"})
@@ -167,14 +170,9 @@ def test_digest_sees_every_array_and_only_arrays(words):
     assert dataclasses.replace(prompts, meta={"n": 1}).digest() == prompts.digest()
 
 
-def test_random_streams_differ_between_splits(words, monkeypatch):
-    monkeypatch.setattr("oacore.tasks.prompts.split_of", lambda key: "all")
-    monkeypatch.setattr("oacore.tasks.prompts.SPLITS", ("all", "also"))
-    first = np.random.default_rng(0).integers(10)  # the streams come from prompts.stream, not from one shared default
-    from oacore.tasks.prompts import stream
-
-    draws = [stream(0, split).integers(1 << 40, size=4).tolist() for split in ("all", "also")]
-    assert draws[0] != draws[1] and 0 <= first < 10
+def test_random_streams_differ_between_splits():
+    draws = [tuple(stream(seed, split).integers(1 << 40, size=2)) for seed in (0, 1) for split in SPLITS]
+    assert len(set(draws)) == 6
 
 
 def test_unknown_task_and_split(words):
@@ -232,7 +230,7 @@ def test_ioi_word_lists():
     assert not {*ioi.NAMES} & {word.title() for word in (*ioi.PLACES, *ioi.OBJECTS)}
     for template in ioi.TEMPLATES:
         assert template.isascii() and sorted(re.findall(r"{(\w+)}", template)) == ["A", "B", "OBJECT", "PLACE", "S"]
-        assert re.fullmatch(r"(\w+ )+{A} and {B} .*{S} .* to", template)
+        assert re.fullmatch(r"[\w ,]+ {A} and {B} .*{S} .* to", template)
         assert not names_in(template) and all(template[m.start() - 1] == " " for m in re.finditer("{", template))
     assert len({len(template.split()) for template in ioi.TEMPLATES}) >= 4
 
@@ -245,14 +243,13 @@ def test_ioi_names_answers_and_counterfactuals(tokenizer):
     ):
         first, second, third = names_in(text)
         assert first != second and third in (first, second)
-        assert text.index(third, text.index(second)) > text.index(second)
         io = first if third == second else second
         orders.append(third == second)
         assert tokenizer.decode(ids(right)).strip() == io and tokenizer.decode(ids(wrong)).strip() == third
         assert (tokens == right[0]).sum() == 1 and (tokens == wrong[0]).sum() == 2  # names are single tokens in the sentence itself
         moved = np.flatnonzero(tokens != other)
-        known = {tokenizer.convert_tokens_to_ids(t): n for n in ioi.NAMES for t in (f"Ġ{n}", n) if t in tokenizer.get_vocab()}
-        redrawn = [known[int(i)] for i in other[moved]]
+        redrawn = [tokenizer.decode([i]).strip() for i in other[moved]]
+        assert {*redrawn} <= {*ioi.NAMES}
         assert len(moved) == 3 and len(set(redrawn)) == 3 and not {*redrawn} & {first, second}
         assert moved[-1] < length
         templates.add(re.sub(r"\b(?:{})\b".format("|".join((*ioi.NAMES, *ioi.PLACES, *ioi.OBJECTS))), "_", text))
@@ -273,20 +270,18 @@ def test_ioi_errors_name_the_tokenizer_and_the_counts(stories):
     grammar = [word for word in ioi.vocabulary() if word not in {*ioi.NAMES, *ioi.PLACES, *ioi.OBJECTS}]
     with pytest.raises(UserError, match="has only 5 of"):
         generate("ioi", settings(), word_level([*grammar, *ioi.NAMES[:5], "school", "book"]), 0, "train")
-    with pytest.raises(UserError, match="has only 0 of 20 objects .* at least 1"):
+    with pytest.raises(UserError, match=r"has only 0 of 20 objects .* at least 1"):
         generate("ioi", settings(), word_level([*grammar, *ioi.NAMES[:6], "school"]), 0, "train")
+    lacking = [word for word in grammar if word != "Yesterday"]
     with pytest.raises(UserError, match="has no token for 'Yesterday'"):
-        lacking = [word for word in grammar if word != "Yesterday"]
         generate("ioi", settings(), word_level([*lacking, *ioi.NAMES[:6], "school", "book"]), 0, "train")
 
 
 def test_ioi_says_how_many_prompts_there_are():
     grammar = [word for word in ioi.vocabulary() if word not in {*ioi.NAMES, *ioi.PLACES, *ioi.OBJECTS}]
     small = word_level([*grammar, *ioi.NAMES[:6], "school", "book"])
-    pairs = itertools.permutations(ioi.NAMES[:6], 2)
+    pairs = list(itertools.permutations(ioi.NAMES[:6], 2))
     every = [t.format(A=a, B=b, S=s, PLACE="school", OBJECT="book") for t in ioi.TEMPLATES for a, b in pairs for s in (a, b)]
-    every += [t.format(A=a, B=b, S=s, PLACE="school", OBJECT="book")
-              for t in ioi.TEMPLATES[1:] for a, b in itertools.permutations(ioi.NAMES[:6], 2) for s in (a, b)]  # fmt: skip
     there = sum(split_of(text) == "test" for text in every)
     assert len(every) == len(set(every)) == 960
     assert len(generate("ioi", settings(there), small, 0, "test").text) == there
@@ -334,7 +329,7 @@ def test_greater_than_years_of_gpt2(gpt2):
     table = greater_than.year_tokens(gpt2)
     assert 10 not in table  # "1001" is "100" + "1"
     assert 63 not in table[18] and 64 in table[18]  # 1863 is one token
-    assert 12 not in table[11] and 1 in table[11]  # 1112 is "111" + "2"
+    assert 11 not in table[11] and 12 in table[11]  # "1111" is "111" + "1"
 
 
 def test_greater_than_agrees_with_a_published_data_set(gpt2):
@@ -479,7 +474,7 @@ def test_facts_bad_rows_are_listed_with_their_lines(tmp_path):
     assert "line 12" in message and "line 13" not in message
     lines = tmp_path / "facts.jsonl"
     lines.write_text('{"subject": "a", "prompt": "a is", "answer": "b"}\n\nnot json\n[1]\n')
-    with pytest.raises(UserError, match="2 bad rows .*line 3: not a JSON object; line 4: not a JSON object"):
+    with pytest.raises(UserError, match=r"2 bad rows .*line 3: not a JSON object; line 4: not a JSON object"):
         read(lines)
 
 
@@ -518,9 +513,9 @@ def test_text_windows(name, request):
     for tokens, other, right in zip(prompts.tokens[:30], prompts.counterfactual[:30], prompts.answers[:30], strict=True):
         own, others = homes(tokens[1:].tolist()), homes(other[1:].tolist())
         assert split_of(passages[own[0]]) == split_of(passages[others[0]]) == "validation" and own[0] != others[0]
-        row, at = encoded[own[0]], encoded[own[0]].index
+        row = encoded[own[0]]
         starts = [a for a in range(0, len(row), 15) if row[a : a + 15] == tokens[1:].tolist()]
-        assert right.tolist() in [row[a + 15 : a + 16] for a in starts] and callable(at)
+        assert right.tolist() in [row[a + 15 : a + 16] for a in starts]
     assert prompts.tokens.shape == (100, 16) and (prompts.lengths == 16).all()
     assert (prompts.tokens[:, 0] == tokenizer.bos_token_id).all() and (prompts.counterfactual[:, 0] == tokenizer.bos_token_id).all()
     assert (prompts.wrong_answers == -1).all() and (prompts.subject == -1).all()

@@ -1,0 +1,48 @@
+"""Optimal ablation: model -> prompts -> activations -> optimal constants -> gaps -> figures -> report."""
+
+import sys
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+from oacore.codehash import codehash
+from oacore.config import parse_config
+from oacore.errors import UserError
+from oacore.layout import Layout, model_settings, task_settings
+
+
+configfile: "config/demo.yaml"
+
+
+try:
+    run_config = parse_config(config)
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+layout = Layout(run_config)
+TASKS = list(run_config.tasks.selected())
+# One job takes the whole GPU where it may use one; the profiles say how many there are.
+GPUS = 0 if run_config.device == "cpu" else 1
+
+
+wildcard_constraints:
+    task="|".join(TASKS),
+    task_dir="|".join(layout.task_folders),
+    method="|".join(run_config.ablation.fitted()) or "none",
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/model.smk"
+include: "workflow/rules/prompts.smk"
+include: "workflow/rules/activations.smk"
+include: "workflow/rules/ablation.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    localrule: True
+    input:
+        layout.report,

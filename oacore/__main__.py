@@ -1,0 +1,150 @@
+"""The pipeline's stages without Snakemake: `python -m oacore STAGE --config FILE`."""
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from oacore import __version__
+from oacore.config import Config, load_config, parse_config
+from oacore.errors import UserError
+from oacore.layout import Layout
+
+# In the order in which they run; what each is run for beside the config.
+STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "demo": ("train the embedded model (model: demo)", ()),
+    "model": ("load the model, check it against Hugging Face, write model.json", ()),
+    "prompts": ("generate a task's prompts", ("task",)),
+    "activations": ("cache the model's clean activations on the prompts", ("task",)),
+    "optimal": ("fit optimal constants", ("task", "method")),
+    "gaps": ("measure every component's ablation loss gap", ("task",)),
+    "figures": ("draw the figures", ("task",)),
+    "report": ("write the HTML report", ()),
+}
+
+
+def run_stage(stage: str, config: Config, **what: str) -> None:
+    """Run one stage. Modules are imported here, so that a stage which needs no model never imports torch or transformers."""
+    importlib.import_module(f"oacore.stages.{stage}").run(config, **what)
+
+
+def jobs(config: Config) -> Iterator[tuple[str, dict[str, str], str]]:
+    """Every job of a config in order: stage, what it is run for, its main output."""
+    layout = Layout(config)
+    if config.model == "demo":
+        yield "demo", {}, f"{layout.demo_model}/training.json"
+    yield "model", {}, layout.model_json
+    for task in config.tasks.selected():
+        yield "prompts", {"task": task}, layout.prompts(task)
+        yield "activations", {"task": task}, layout.activations(task)
+        for method in config.ablation.fitted():
+            yield "optimal", {"task": task, "method": method}, layout.constants(task, method)
+        yield "gaps", {"task": task}, layout.ablation(task, "gaps.csv")
+        yield "figures", {"task": task}, layout.ablation(task, f"{config.ablation.figures()[-1]}.svg")
+    yield "report", {}, layout.report
+
+
+def run_missing(config: Config) -> None:
+    """Run every job whose output is missing. Unlike Snakemake it does not see that an output is stale."""
+    for stage, what, output in jobs(config):
+        if Path(output).exists():
+            print(f"{stage} {' '.join(what.values())}: {output} exists")
+        else:
+            run_stage(stage, config, **what)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run; returns the exit status."""
+    listing = "\n".join(f"  {name:12} {help}" for name, (help, _) in STAGES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m oacore",
+        description=f"Optimal ablation {__version__}. Stages, in order:\n{listing}\n  {'all':12} every stage whose output is missing",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", choices=[*STAGES, "all"], metavar="STAGE")
+    parser.add_argument("--config", default="config/demo.yaml", help="YAML file (default: %(default)s)")
+    parser.add_argument("--task", help="one task (default: all of the config)")
+    parser.add_argument("--method", help="one fitted method (default: all of the config)")
+    given = parser.parse_args(arguments)
+    try:
+        _run(given.stage, load_config(given.config), given.task, given.method)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing half-written remains; run the same command to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(stage: str, config: Config, task: str | None, method: str | None) -> None:
+    if stage == "all":
+        run_missing(config)
+        return
+    wildcards = STAGES[stage][1]
+    tasks = _choose("--task", task, config.tasks.selected()) if "task" in wildcards else [None]
+    methods = _choose("--method", method, config.ablation.fitted()) if "method" in wildcards else [None]
+    for one_task in tasks:
+        for one_method in methods:
+            run_stage(stage, config, **{name: value for name, value in (("task", one_task), ("method", one_method)) if value is not None})
+
+
+def _choose(option: str, value: str | None, allowed: Any) -> list[Any]:
+    if value is not None and value not in allowed:
+        raise UserError(f"{option}: {value!r}; allowed by the config: {', '.join(allowed)}")
+    return list(allowed) if value is None else [value]
+
+
+def run_in_workflow(job: Any) -> None:
+    """Run the stage named like a Snakemake rule, with its wildcards, copying what it prints to the rule's log.
+
+    Exits with status 2 after a user error and 130 after Ctrl-C, without a traceback.
+    """
+    Path(job.log[0]).parent.mkdir(parents=True, exist_ok=True)
+    with open(job.log[0], "w", encoding="utf-8") as log:
+        sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+        try:
+            config = parse_config(job.config)
+            run_stage(job.rule, config, **{name: value for name in STAGES[job.rule][1] if (value := _value(job, name, config)) is not None})
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        except Exception:  # printed here, while the log is open; then the job fails
+            traceback.print_exc()
+            sys.exit(1)
+
+
+def _value(job: Any, name: str, config: Config) -> str:
+    """A wildcard; shared files have the task's folder, `{task}-{hash}`, in its place."""
+    wildcards = dict(job.wildcards.items())
+    return wildcards[name] if name in wildcards else Layout(config).task_of(wildcards[f"{name}_dir"])
+
+
+class _Tee:
+    """A stream that writes to two."""
+
+    def __init__(self, first: Any, second: Any):
+        self.streams = (first, second)
+
+    def write(self, text: str) -> int:
+        for stream in self.streams:
+            stream.write(text)
+            stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self.streams:
+            stream.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

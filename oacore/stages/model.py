@@ -1,0 +1,48 @@
+"""Load the model, hold it against Hugging Face (the parity gate) and write down what it is."""
+
+from dataclasses import asdict
+from importlib.metadata import version
+
+import torch
+
+from oacore import __version__
+from oacore.config import Config
+from oacore.layout import Layout
+from oacore.model import named_tensors, open_model
+from oacore.stages.common import SCHEMA_VERSION, need, write_json
+
+
+def run(config: Config) -> None:
+    """Write model.json: family, sizes, revision, weight hash, parity."""
+    layout = Layout(config)
+    if config.model == "demo":
+        need(layout.demo_model, "demo")
+    torch.set_num_threads(config.limits.threads)
+    loaded, parity = open_model(layout.source, revision=config.revision, dtype=config.dtype, device=config.device)
+    model = loaded.model
+    sizes = {
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "n_kv_heads": model.n_kv_heads,
+        "d_model": model.d_model,
+        "d_head": model.d_head,
+        "d_mlp": model.blocks[0].W_in.shape[1],
+        "d_vocab": model.d_vocab,
+        "max_length": model.max_length,
+        "n_edges": model.graph.n_edges,
+        "n_weights": sum(tensor.numel() for tensor in named_tensors(model).values()),
+    }
+    facts = {
+        "schema": SCHEMA_VERSION,
+        "model": config.model,
+        "family": model.family,
+        "parallel": model.parallel,
+        "sizes": sizes,
+        "dtype": config.dtype,
+        "revision": loaded.revision,
+        "model_hash": loaded.weight_hash,
+        "parity": asdict(parity),
+        "versions": {"oacore": __version__, **{name: version(name) for name in ("torch", "transformers", "transformer-lens")}},
+    }
+    write_json(layout.model_json, facts)
+    print(f"model: {model.family}, {model.n_layers} layers, parity with Hugging Face {parity.max_abs_log_prob:.2g} nats")

@@ -1,0 +1,17 @@
+rule activations:
+    input:
+        layout.model_json,
+        f"{layout.model_dir}/{{task_dir}}/prompts.h5",
+    output:
+        f"{layout.model_dir}/{{task_dir}}/activations.h5",
+    params:
+        code=code("activations"),
+    log:
+        f"{layout.model_dir}/{{task_dir}}/logs/activations.log",
+    threads: run_config.limits.threads
+    resources:
+        mem_mb=mem_mb,
+        runtime=120,
+        gpu=GPUS,
+    script:
+        "../scripts/stage.py"
