@@ -5,6 +5,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +106,25 @@ def run_in_workflow(job: Any) -> None:
     """
     Path(job.log[0]).parent.mkdir(parents=True, exist_ok=True)
     with open(job.log[0], "w", encoding="utf-8") as log:
-        sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
-        try:
-            config = parse_config(job.config)
-            run_stage(job.rule, config, **{name: value for name in STAGES[job.rule][1] if (value := _value(job, name, config)) is not None})
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
-        except Exception:  # printed here, while the log is open; then the job fails
-            traceback.print_exc()
-            sys.exit(1)
+        with redirect_stdout(_Tee(sys.stdout, log)), redirect_stderr(_Tee(sys.stderr, log)):
+            status = _attempt(job)
+    sys.exit(status)
+
+
+def _attempt(job: Any) -> int:
+    try:
+        config = parse_config(job.config)
+        run_stage(job.rule, config, **{name: _value(job, name, config) for name in STAGES[job.rule][1]})
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception:  # printed here, while the log is open; then the job fails
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _value(job: Any, name: str, config: Config) -> str:

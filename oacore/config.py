@@ -331,3 +331,9 @@ def _default(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
     return "none" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    print("| key | default | meaning |\n|---|---|---|")
+    for row in describe_fields():
+        print("| `{}` | {} | {} |".format(*row))

@@ -141,9 +141,9 @@ def train_model(settings: DemoModel, tokenizer: Any) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(settings.seed)
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    architecture: dict[str, Any] = {**ARCHITECTURE, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **ARCHITECTURE, **dropout, **special))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **architecture, **special))
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=settings.n_steps, pct_start=0.15)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self.W_E.dtype
 
-    @property
+    @cached_property
     def graph(self) -> Graph:
         return Graph(self.n_layers, self.n_heads, self.n_kv_heads, self.parallel)
 
@@ -212,11 +213,7 @@ def _hub_errors(source: str | Path, revision: str | None) -> Any:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors and hub errors alike
         where = f"model: {str(source)!r}" + (f" (revision {revision!r})" if revision else "")
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = (
-            "a complete model directory"
-            if Path(source).is_dir()
-            else "an existing model on a reachable hub, one in the local hub cache, or a directory"
-        )
+        hint = "a complete model directory" if Path(source).is_dir() else "a model on a reachable hub, in its cache, or a directory"
         raise UserError(f"{where} can't be loaded ({type(error).__name__}: {cause}); allowed: {hint}") from error
 
 
@@ -331,7 +328,7 @@ def weight_hash(model: Model) -> str:
     digest = hashlib.sha256()
     for name, tensor in named_tensors(model).items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     scalars = (model.family, model.parallel, model.embed_scale, model.activation, model.logit_softcap)
     per_block = [(block.attention_scale, block.attention_softcap, block.window) for block in model.blocks]
     rotary = getattr(getattr(model.rotary, "config", None), "rope_parameters", None)

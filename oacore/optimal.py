@@ -205,7 +205,7 @@ def _initial_state(
         "n_steps": counter.clone(),
         "done": torch.zeros(n, dtype=torch.bool, device=device),
         "curve_steps": torch.zeros(1, dtype=torch.int64),
-        "curve_gaps": gap[None].cpu(),
+        "curve_gaps": gap[None].to("cpu", copy=True),  # best_gap is updated in place
     }
 
 

@@ -250,7 +250,7 @@ def convergence_curves(curves: pd.DataFrame, relative: bool = True) -> Figure:
     """Held-out gap of each fitted component over the steps, a panel per method, coloured by layer; a dot where its fit stopped.
 
     `relative` divides every curve by its own last value, so that all end at 1; otherwise the axis is in nats. A curve that ends at or
-    below `FLOOR` has no such ratio: it is left out of the relative figure, and counted there.
+    below `FLOOR` has no such ratio: it is left out of the relative figure, and counted there. If none has one, the axis is in nats.
     Raises ValueError if the table lacks a column or has no curve to draw.
     """
     curves = _finite(curves, "validation_gap_nats", "curves", ("step", "component", "method")).sort_values("step", kind="stable")
@@ -264,7 +264,7 @@ def convergence_curves(curves: pd.DataFrame, relative: bool = True) -> Figure:
         settled = steps[far[-1] + 1 if len(far) else 0]
         lines.append(_Line(str(method), _layer(str(component)), np.column_stack([steps, drawn]), float(settled)))
     if not lines:
-        raise ValueError(f"curves: every curve ends at or below {_plain(FLOOR)} nats; try relative=False")
+        return convergence_curves(curves, relative=False)
 
     methods = in_order(pd.Series([line.method for line in lines]))
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -319,6 +319,8 @@ def save(figure: Figure, path_stem: str | Path) -> tuple[Path, Path]:
     """Write `path_stem`.svg and .png, each atomically, with no date or version inside: the same figure gives the same bytes."""
     svg, png = Path(f"{path_stem}.svg"), Path(f"{path_stem}.png")
     with _styled():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once: a second pass would move the axes by a hair
         with atomic_path(svg) as temporary:
             figure.savefig(temporary, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         with atomic_path(png) as temporary:

@@ -184,7 +184,7 @@ def _headline(gaps: pd.DataFrame, summary: pd.DataFrame) -> str:
     prompts = sorted(set(gaps["n_prompts"]))
     span = human(prompts[0]) if len(prompts) == 1 else f"{human(prompts[0])} to {human(prompts[-1])}"
     text = f"{gaps['component'].nunique()} components, {span} prompts each."
-    ratios = summary.set_index("method")["median_ratio_optimal_to_method"].dropna()
+    ratios = summary.set_index("method")["median_ratio_optimal_to_method"].astype(float).dropna()
     shares = [f"{three_digits(100 * ratios[m])}\u00a0% of {m}'s" for m in ("zero", "mean", "resample", "counterfactual") if m in ratios]
     if shares:
         text += f" In the median component, the gap of the optimal constant is {', '.join(shares)}."
@@ -194,7 +194,7 @@ def _headline(gaps: pd.DataFrame, summary: pd.DataFrame) -> str:
 def _summary_table(gaps: pd.DataFrame, summary: pd.DataFrame) -> Table:
     by_method = gaps.groupby("method")["gap_nats"]
     table = pd.DataFrame({"components": by_method.count(), "median gap (nats)": by_method.median()})
-    known = summary.set_index("method")
+    known = summary.set_index("method").astype(float)  # an empty column may hold None
     table["optimal ÷ method (median, %)"] = 100 * known["median_ratio_optimal_to_method"]
     table["Spearman ρ with counterfactual"] = known["spearman_with_counterfactual"]
     table = table.reindex(in_order(gaps["method"])).dropna(axis="columns", how="all").rename_axis("method").reset_index()

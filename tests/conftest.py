@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # an unreachable hub takes 23-46 s to fail
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: a second thread only waits
 
 SHARED_DATA = Path(os.environ.get("OA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -38,7 +38,7 @@ def _rope(kind: str) -> dict:
     return parameters | extra[kind]
 
 
-def random_hf(name: str):
+def random_hf(name: str, scale: float = 0.15):
     """A random tiny Hugging Face model. Weights are wide enough that every part of it matters to the logits."""
     import transformers as tf
 
@@ -58,7 +58,7 @@ def random_hf(name: str):
     model = tf.AutoModelForCausalLM.from_config(configs[family](), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 0.3))
+            parameter.copy_(torch.randn_like(parameter) * (scale if parameter.dim() > 1 else 0.3))
             if parameter.dim() == 1 and family != "gemma2":
                 parameter.add_(0.8)  # norm weights away from zero; Gemma's are offsets from one
     return model
@@ -79,3 +79,24 @@ FAMILIES = (
     "qwen2-window",
     "gemma2",
 )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """(config, layout) of the finished pipeline run of tests/configs/tiny.yaml: the one place where tests train the demo model.
+
+    `$OA_TEST_CACHE` keeps it for later runs.
+    """
+    import subprocess
+    import sys
+
+    from oacore.config import load_config
+    from oacore.layout import Layout
+
+    root = Path(os.environ.get("OA_TEST_CACHE") or tmp_path_factory.mktemp("pipeline"))
+    config = load_config(Path(__file__).parent / "configs/tiny.yaml").model_copy(update={"cache_dir": root, "results_dir": root / "results"})
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "tests/configs/tiny.yaml"]
+    command += ["--config", f"cache_dir={config.cache_dir}", f"results_dir={config.results_dir}"]
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return config, Layout(config)

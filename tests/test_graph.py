@@ -202,8 +202,9 @@ def test_grouped_keys_and_values_are_named_per_query_head_in_mib():
     assert graph.mib_edge_names(0, key) == ("input->a1.h3<k>", "input->a1.h4<k>", "input->a1.h5<k>")
     with pytest.raises(UserError, match=r"'a1.h6<k>'.*g < 6"):
         graph.mib_edge("m0->a1.h6<k>")
-    with pytest.raises(ValueError, match="no edge"):
-        graph.mib_edge_names(graph.source_index("m1"), key)
+    for s, j in ((graph.source_index("m1"), key), (0, graph.n_destinations), (0, -1)):
+        with pytest.raises(ValueError, match="no edge"):
+            graph.mib_edge_names(s, j)
 
 
 @given(graphs())

@@ -91,12 +91,13 @@ def test_distributions_show_every_component_of_every_method_and_order_by_median(
 
 def test_values_at_or_below_the_floor_are_drawn_at_it_open_and_counted():
     gaps = with_gap(with_gap(with_gap(fabricate(), "m0", "optimal", -3e-5), "a1.h2", "zero", 0.0), "m1", "mean", 2e-6)
+    gaps = with_gap(gaps, "m2", "mean", plots.FLOOR)
     (ax,) = (figure := plots.gap_distributions(gaps)).axes
-    assert (points(ax)[:, 0] == plots.FLOOR).sum() == 2
+    assert (points(ax)[:, 0] == plots.FLOOR).sum() == 3
     assert len(points(ax)) == len(gaps)
     open_points = sum(len(c.get_offsets()) for c in ax.collections if not len(c.get_facecolor()))
-    assert open_points == 2
-    assert legend_texts(figure.legends[0])[-1] == "2 ≤ 1e-6, drawn there"
+    assert open_points == 3
+    assert legend_texts(figure.legends[0])[-1] == "3 ≤ 1e-6, drawn there"
 
 
 def test_median_is_of_the_values_not_of_what_is_drawn():
@@ -213,6 +214,15 @@ def test_convergence_in_nats_keeps_the_curves_that_the_relative_figure_counts_ou
     assert "1 left out" in relative.get_supxlabel() and "left out" not in nats.get_supxlabel()
     assert nats.axes[0].get_ylabel() == "held-out ablation loss gap (nats)"
     assert points(nats.axes[0])[:, 1].min() == plots.FLOOR
+    none_left = plots.convergence_curves(curves[curves["component"] == "m2"])
+    assert none_left.axes[0].get_ylabel() == "held-out ablation loss gap (nats)" and len(points(none_left.axes[0])) == 1
+
+
+def test_convergence_of_fits_that_stopped_at_once(tmp_path):
+    curves = fabricate_curves(fabricate())
+    figure = plots.convergence_curves(curves[curves["step"] == 0])
+    plots.save(figure, tmp_path / "start")
+    assert len(points(figure.axes[0])) == 20
 
 
 def test_convergence_does_not_depend_on_the_order_of_rows(tmp_path):
@@ -278,7 +288,7 @@ for name, figure in plots.ablation_figures(gaps, t.fabricate_curves(gaps)).items
 
 
 def test_same_figures_same_bytes_in_any_process_and_whatever_the_users_settings(tmp_path):
-    (tmp_path / "matplotlibrc").write_text("font.size: 30\nsvg.fonttype: none\nlines.linewidth: 9\n")
+    (tmp_path / "matplotlibrc").write_text("font.size: 30\nsvg.fonttype: none\naxes.facecolor: black\nxtick.major.size: 20\n")
     plain = {**os.environ, "PYTHONHASHSEED": "1"}
     other = {**os.environ, "PYTHONHASHSEED": "2", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
     for run, environment in (("first", plain), ("second", other)):
@@ -477,7 +487,8 @@ def test_summary_and_headline_agree_with_the_tables():
     share = report.human(100 * summary["median_ratio_optimal_to_method"]["zero"])
     assert f"{share}\u00a0% of zero's" in section.intro
     without = fabricate(methods=("zero", "optimal"))
-    section = report.ablation_section("t", without, summarise(without), {})
+    empty = summarise(without).assign(spearman_with_counterfactual=None)
+    section = report.ablation_section("t", without, empty, {})
     assert "Spearman ρ with counterfactual" not in section.parts[0].frame
     assert "counterfactual" not in section.intro and "mean's" not in section.intro
 
@@ -535,6 +546,9 @@ def test_tables_read_back_from_csv_give_the_same_page(svgs, tmp_path):
     gaps = fabricate()
     gaps.to_csv(tmp_path / "gaps.csv", index=False)
     summarise(gaps).to_csv(tmp_path / "summary.csv", index=False)
-    back = report.ablation_section("t", pd.read_csv(tmp_path / "gaps.csv"), pd.read_csv(tmp_path / "summary.csv"), svgs)
+    read = pd.read_csv(tmp_path / "gaps.csv", dtype={"head": "Int64"})
+    back = report.ablation_section("t", read, pd.read_csv(tmp_path / "summary.csv"), svgs)
     direct = report.ablation_section("t", gaps, summarise(gaps), svgs)
     assert report.render("t", {}, [back]) == report.render("t", {}, [direct])
+    for name, figure in plots.ablation_figures(read, fabricate_curves(read)).items():
+        assert plots.save(figure, tmp_path / name)[0].read_text() == svgs[name]

@@ -1,0 +1,111 @@
+"""Every wrong key or value gives one message that names the path, the value and what is allowed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oacore.config import ARCHITECTURES, Config, describe_fields, load_config, parse_config
+from oacore.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+GOOD = {"tasks": {"ioi": None}}
+
+
+def message(values):
+    with pytest.raises(UserError) as caught:
+        parse_config(values)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({**GOOD, "sede": 1}, ["sede: unknown key (value 1)", "allowed: run, model", "did you mean 'seed'?"]),
+        ({"tasks": {"ioi": {"n_trian": 3}}}, ["tasks.ioi.n_trian: unknown key", "did you mean 'n_train'?"]),
+        ({"tasks": {"iio": None}}, ["tasks.iio: unknown key", "allowed: ioi, greater_than, facts, text", "did you mean 'ioi'?"]),
+        ({**GOOD, "ablation": {"methods": ["optmal"]}}, ["ablation.methods[0]: 'optmal'", "allowed: zero, mean", "did you mean 'optimal'?"]),
+        ({**GOOD, "ablation": {"components": ["heads"]}}, ["ablation.components[0]: 'heads'", "did you mean 'head'?"]),
+        ({**GOOD, "dtype": "fp16"}, ["dtype: 'fp16'", "allowed: fp32, bf16"]),
+        ({**GOOD, "seed": "many"}, ["seed: 'many'", "integer"]),
+        ({**GOOD, "seed": -1}, ["seed: -1", "greater than or equal to 0"]),
+        ({**GOOD, "limits": {"tokens_per_batch": 1}}, ["limits.tokens_per_batch: 1", "64"]),
+        ({**GOOD, "limits": None}, ["limits: None", "a mapping with the keys tokens_per_batch"]),
+        ({**GOOD, "run": "../escape"}, ["run: '../escape'", "pattern"]),
+        ({"tasks": {}}, ["tasks: none given", "ioi, greater_than, facts, text"]),
+        ({"tasks": "ioi"}, ["tasks: 'ioi'", "a mapping with the keys ioi"]),
+        ({}, ["tasks: missing"]),
+        ([1], ["config: [1] is not a mapping"]),
+        ({"tasks": {"text": {}}}, ["tasks.text.path: missing", "text file"]),
+        ({"tasks": {"text": {"path": "no/such.txt"}}}, ["tasks.text.path: 'no/such.txt' does not exist"]),
+        ({**GOOD, "model": "./nowhere"}, ["model: './nowhere' is not a directory"]),
+        ({"model": "gpt2", "tasks": {"facts": None}}, ["tasks.facts.path: missing", "CSV"]),
+        ({**GOOD, "ablation": {"methods": ["optimal_positional"]}}, ["ablation: optimal_positional starts from the optimal constants"]),
+    ],
+)
+def test_wrong_values(values, parts):
+    text = message(values)
+    assert all(part in text for part in parts), text
+
+
+def test_all_problems_are_listed_at_once():
+    assert len(message({**GOOD, "sede": 1, "dtype": "x"}).splitlines()) == 3
+
+
+def test_wrong_architecture_stops_before_any_job(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "lama"}))
+    text = message({**GOOD, "model": str(tmp_path)})
+    assert "architecture 'lama'" in text and ", ".join(ARCHITECTURES) in text and "did you mean 'llama'?" in text
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("name", ["demo", "gpt2"])
+def test_shipped_configs_are_valid(name):
+    config = load_config(ROOT / f"config/{name}.yaml")
+    assert config.run == name
+
+
+def test_template_is_valid_once_its_paths_exist(tmp_path):
+    text = (ROOT / "config/local-model.yaml").read_text()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "text.txt").write_text("words")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("../path/to/text.txt", str(tmp_path / "text.txt")).replace("../path/to/model", str(tmp_path / "model")))
+    assert load_config(path).tasks.selected().keys() == {"text"}
+
+
+def test_a_run_may_be_a_number():
+    assert parse_config({**GOOD, "run": 3}).run == "3"
+
+
+def test_readme_documents_every_key():
+    text = (ROOT / "config/README.md").read_text()
+    for key, default, description in describe_fields():
+        assert f"| `{key}` | {default} | {description} |" in text, f"run `python -m oacore.config`: {key} is missing or outdated"
+    assert text.split("## All keys")[1].count("\n| `") == len(describe_fields())
+
+
+def test_validating_imports_no_heavy_library():
+    code = (
+        "import sys, oacore.config, oacore.layout, oacore.codehash; oacore.codehash.codehash('oacore.stages.gaps');"
+        "print([m for m in ('torch', 'transformers', 'transformer_lens', 'h5py', 'pandas', 'matplotlib') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config.model_validate(GOOD).seed = 1

@@ -1,0 +1,294 @@
+"""The pipeline end to end on the embedded model, its outputs compared with the definitions and with a second way of computing them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from oacore.activations import batch_of, read_clean_log_probs, read_prompts, read_statistics
+from oacore.config import Config, load_config
+from oacore.errors import UserError
+from oacore.layout import Layout
+from oacore.model import load
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests/configs/tiny.yaml"
+
+
+def snakemake(*arguments, cwd=ROOT, **options):
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
+
+
+def roots(cache, results):
+    return ["--config", f"cache_dir={cache}", f"results_dir={results}"]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_run):
+    """Config, layout and gap tables of the finished tiny run."""
+    config, layout = tiny_run
+    return config, layout, {task: pd.read_csv(layout.ablation(task, "gaps.csv")) for task in config.tasks.selected()}
+
+
+def test_outputs_are_exactly_those_promised(finished):
+    config, layout, _ = finished
+    figures = {f"{name}.{kind}" for name in config.ablation.figures() for kind in ("svg", "png")}
+    for task in config.tasks.selected():
+        found = {path.name for path in Path(layout.ablation(task, "")).iterdir()} - {"logs"}
+        assert found == {"gaps.csv", "summary.csv", "constants-optimal.safetensors", "constants-optimal_positional.safetensors"} | figures
+        assert {path.name for path in Path(layout.task_dir(task)).iterdir()} - {"logs"} == {"prompts.h5", "activations.h5"}
+    assert Path(layout.model_json).is_file() and Path(layout.report).is_file()
+
+
+def test_demo_model_meets_its_requirements(finished):
+    config, layout, _ = finished
+    measured = json.loads(Path(layout.demo_model, "training.json").read_text())["held_out"]
+    assert measured["ioi_accuracy"] >= 0.98
+    assert measured["year_mass"] >= 0.9
+    assert measured["fact_accuracy"] >= 0.9
+    facts = json.loads(Path(layout.model_json).read_text())
+    assert facts["parity"]["max_abs_log_prob"] < 1e-4
+    assert facts["sizes"]["n_layers"] == facts["sizes"]["n_heads"] == 4 and facts["sizes"]["d_model"] == 128
+
+
+def test_gap_table_is_complete(finished):
+    config, _, tables = finished
+    for task, gaps in tables.items():
+        assert list(gaps.columns) == ["component", "kind", "layer", "head", "method", "gap_nats", "se_nats", "n_prompts"]
+        assert len(gaps) == 20 * len(config.ablation.methods)
+        assert not gaps.drop(columns="head").isna().any().any(), task
+        assert (gaps["gap_nats"] > -1e-6).all()
+
+
+@pytest.mark.parametrize("other", ["mean", "zero", "resample"])
+def test_optimal_gap_is_least_for_every_component(finished, other):
+    for task, gaps in finished[2].items():
+        wide = gaps.pivot(index="component", columns="method", values=["gap_nats", "se_nats"])
+        slack = 2 * (wide["se_nats"]["optimal"] ** 2 + wide["se_nats"][other] ** 2) ** 0.5
+        worse = wide["gap_nats"]["optimal"] - wide["gap_nats"][other] - slack
+        assert (worse <= 1e-6).all(), f"{task}: {worse[worse > 1e-6]}"
+        assert wide["gap_nats"]["optimal"].median() < wide["gap_nats"][other].median()
+
+
+def test_positional_gap_is_no_larger(finished):
+    for gaps in finished[2].values():
+        wide = gaps.pivot(index="component", columns="method", values=["gap_nats", "se_nats"])
+        slack = 2 * (wide["se_nats"]["optimal"] ** 2 + wide["se_nats"]["optimal_positional"] ** 2) ** 0.5
+        assert (wide["gap_nats"]["optimal_positional"] <= wide["gap_nats"]["optimal"] + slack + 1e-6).all()
+
+
+def test_summary_follows_from_the_gaps(finished):
+    _, layout, tables = finished
+    for task, gaps in tables.items():
+        summary = pd.read_csv(layout.ablation(task, "summary.csv")).set_index("method")
+        wide = gaps.pivot(index="component", columns="method", values="gap_nats")
+        for method in wide:
+            assert summary.loc[method, "median_ratio_optimal_to_method"] == pytest.approx((wide["optimal"] / wide[method]).median(), rel=1e-6)
+            rank = wide[method].rank().corr(wide["counterfactual"].rank())
+            assert summary.loc[method, "spearman_with_counterfactual"] == pytest.approx(rank, rel=1e-6)
+
+
+def test_gap_of_a_fitted_constant_with_plain_hugging_face(finished):
+    """The number in gaps.csv again, by a forward hook on Hugging Face's own model and the constant from its file."""
+    from transformers import AutoModelForCausalLM
+
+    _, layout, tables = finished
+    gaps = tables["ioi"]
+    hf = AutoModelForCausalLM.from_pretrained(layout.demo_model).eval()
+    prompts = read_prompts(layout.prompts("ioi"), "test")
+    batch = batch_of(prompts)
+    last = (torch.arange(len(batch)), batch.lengths - 1)
+    constants = load_file(layout.constants("ioi", "optimal"))
+    with torch.no_grad():
+        clean = hf(batch.tokens).logits[last].log_softmax(-1)
+        for name in ("a1.h2", "a3.h1", "m0", "m2"):
+            layer = hf.transformer.h[int(name[1])]
+
+            def replace(module, inputs, output=None, name=name):
+                value = (inputs[0] if output is None else output).clone()
+                columns = slice(32 * int(name[-1]), 32 * int(name[-1]) + 32) if output is None else slice(None)
+                value[:, 1:, columns] = constants[f"constants.{name}"][0]
+                return value if output is not None else (value,)
+
+            place = layer.mlp.register_forward_hook(replace) if name[0] == "m" else layer.attn.c_proj.register_forward_pre_hook(replace)
+            ablated = hf(batch.tokens).logits[last].log_softmax(-1)
+            place.remove()
+            losses = (clean.exp() * (clean - ablated)).sum(-1)
+            row = gaps[(gaps["component"] == name) & (gaps["method"] == "optimal")].iloc[0]
+            assert losses.mean().item() == pytest.approx(row["gap_nats"], rel=1e-3, abs=1e-6)
+            assert (losses.std() / len(losses) ** 0.5).item() == pytest.approx(row["se_nats"], rel=1e-3, abs=1e-6)
+
+
+def test_cached_targets_are_the_models(finished):
+    from transformers import AutoModelForCausalLM
+
+    _, layout, _ = finished
+    model = load(layout.demo_model, device="cpu").model
+    hf = AutoModelForCausalLM.from_pretrained(layout.demo_model).eval()
+    for split in ("validation", "test"):
+        batch = batch_of(read_prompts(layout.prompts("facts"), split))
+        with torch.no_grad():
+            expected = hf(batch.tokens).logits[torch.arange(len(batch)), batch.lengths - 1].log_softmax(-1)
+        found = read_clean_log_probs(layout.activations("facts"), model, split, slice(0, len(batch)))
+        assert (found - expected).abs().max() < 1e-4
+        answers = torch.from_numpy(read_prompts(layout.prompts("facts"), split).answers[:, 0]).long()
+        assert (found.argmax(-1) == answers).all(), "facts are those that the model completes correctly"
+
+
+def test_cache_of_another_model_is_refused(finished):
+    _, layout, _ = finished
+    with pytest.raises(UserError, match="model_hash"):
+        read_statistics(layout.activations("ioi"), {"model_hash": "another"})
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.fetched = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.fetched += [v for k, v in attributes if k in ("src", "href") and v and not v.startswith(("#", "data:"))]
+
+
+def test_report_is_one_offline_page_with_everything(finished):
+    config, layout, _ = finished
+    text = Path(layout.report).read_text()
+    page = _Page()
+    page.feed(text)
+    assert not page.fetched and "script" not in page.tags
+    assert page.tags.count("svg") == len(config.tasks.selected()) * len(config.ablation.figures())
+    for word in ("ioi", "facts", json.loads(Path(layout.model_json).read_text())["model_hash"][:16], "optimal_positional", "seed"):
+        assert word in text.replace("<wbr>", "")
+
+
+def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
+    _, layout, _ = finished
+    where = roots(layout.config.cache_dir, layout.config.results_dir)
+    assert "Nothing to be done" in snakemake("--configfile", TINY, *where).stderr
+
+    def stale(change):
+        path = tmp_path / "changed.yaml"
+        path.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | change))
+        output = snakemake("-n", "--configfile", path, *where).stdout
+        return {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.M) if name not in ("total", "all")}
+
+    tiny = yaml.safe_load(TINY.read_text())
+    assert stale({"limits": {"threads": 2}, "device": "auto"}) == {}
+    assert stale({"ablation": tiny["ablation"] | {"methods": ["zero", "optimal"]}}) == {"gaps": 2, "figures": 2, "report": 1}
+    fit_again = stale({"ablation": {"optimal": tiny["ablation"]["optimal"] | {"tolerance": 0.02}}})
+    assert fit_again == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1}
+    other_task = stale({"tasks": tiny["tasks"] | {"ioi": tiny["tasks"]["ioi"] | {"n_train": 65}}})
+    assert other_task == {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "report": 1}
+    other_run = stale({"run": "other"})
+    assert other_run == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1}
+    assert stale({"dtype": "bf16"})["demo"] == 1
+
+
+def test_the_command_line_computes_the_same_bits(finished, tmp_path):
+    """`python -m oacore` and Snakemake call the same stages; the same seed gives bit-identical files."""
+    config, layout, _ = finished
+    values = config.model_dump(mode="json") | {"results_dir": str(tmp_path / "results")}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "oacore", "all", "--config", path], cwd=ROOT, check=True, capture_output=True, env=environment)
+    again = Layout(load_config(path))
+    for task in config.tasks.selected():
+        for name in ("constants-optimal.safetensors", "constants-optimal_positional.safetensors", "gaps.csv", "summary.csv", "gap_distributions.svg"):
+            assert Path(again.ablation(task, name)).read_bytes() == Path(layout.ablation(task, name)).read_bytes(), f"{task} {name}"
+
+
+def test_ctrl_c_leaves_nothing_and_the_next_run_finishes(finished, tmp_path):
+    """Interrupted in each stage, the pipeline leaves no half-written file and goes on when called again."""
+    config, layout, _ = finished
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / Path(layout.model_dir).name).mkdir()
+    os.symlink(Path(layout.demo_model).resolve(), cache / Path(layout.demo_model).relative_to(config.cache_dir))
+    tiny = yaml.safe_load(TINY.read_text())
+    tiny["tasks"] = {"ioi": tiny["tasks"]["ioi"]}
+    tiny["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"]}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny))
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", str(path), *roots(cache, tmp_path / "results")]
+    for rule in ("model", "prompts", "activations", "optimal", "gaps", "figures", "report"):
+        with open(tmp_path / "out.txt", "w") as out:
+            job = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+            while job.poll() is None and f"rule {rule}:" not in (tmp_path / "out.txt").read_text():
+                time.sleep(0.05)
+            time.sleep(0.3)
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGINT)
+            job.wait(timeout=60)
+        left = [file for file in tmp_path.rglob(".*") if file.is_file() and not file.name.endswith("-checkpoint.safetensors")]
+        assert not left, f"{rule}: {left}"
+    finished_run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished_run.returncode == 0, finished_run.stderr
+    ours, theirs = (Path(root) / "tiny/ioi/ablation/constants-optimal.safetensors" for root in (tmp_path / "results", config.results_dir))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"tasks": {"iio": {}}}, ["tasks.iio: unknown key", "did you mean 'ioi'?"]),
+        ({"model": "./no-such-model"}, ["model: './no-such-model' is not a directory"]),
+        ({"seed": "one"}, ["seed: 'one'"]),
+    ],
+)
+def test_bad_config_stops_before_any_job(tmp_path, change, parts):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | change))
+    result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
+    assert result.returncode != 0
+    assert all(part in result.stderr for part in parts), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_bad_input_in_a_job_gives_one_error(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    path = tmp_path / "bad.yaml"
+    text = yaml.safe_load(TINY.read_text()) | {"tasks": {"text": {"path": str(tmp_path / "empty.txt")}}}
+    path.write_text(yaml.safe_dump(text))
+    config = load_config(path).model_copy(update={"cache_dir": tmp_path / "cache"})
+    assert isinstance(config, Config)
+    Path(Layout(config).model_dir).mkdir(parents=True)
+    result = subprocess.run([sys.executable, "-m", "oacore", "prompts", "--config", path], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: .*model\.json: missing; run the stage `model` first\n", result.stderr)
+
+
+def test_gpt2_config_dry_runs():
+    result = snakemake("-n", "--configfile", "config/gpt2.yaml")
+    assert result.returncode == 0, result.stderr
+    assert "greater_than" in result.stdout and "constants-optimal_positional.safetensors" in result.stdout
+
+
+def test_command_line_lists_its_stages():
+    result = subprocess.run([sys.executable, "-m", "oacore", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    rules = re.findall(r"^rule (\w+):", "\n".join(file.read_text() for file in (ROOT / "workflow/rules").glob("*.smk")), re.M)
+    assert set(rules) == {"demo", "model", "prompts", "activations", "optimal", "gaps", "figures", "report"}
+    assert all(f"  {rule} " in result.stdout for rule in rules)
+
+
+@pytest.mark.parametrize("stage", ["figures", "report"])
+def test_stages_without_a_model_import_no_transformers(finished, stage, tmp_path):
+    config, _, _ = finished
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    code = f"import sys; from oacore.__main__ import main; assert main(['{stage}', '--config', '{path}']) == 0; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
