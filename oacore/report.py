@@ -293,9 +293,6 @@ def _breakable(text: object) -> Markup:
 def _inlined(svg: str, name: str) -> Markup:
     """An SVG document as an HTML element: ids and styles become the page's own under the prefix `name`, the id of what encloses it."""
     root = ElementTree.fromstring(svg)
-    for parent in root.iter():
-        for child in [c for c in parent if _local(c.tag) == "metadata"]:
-            parent.remove(child)
     for element in root.iter():
         element.tag = _local(element.tag)
         if element.tag in ("script", "foreignObject"):

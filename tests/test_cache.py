@@ -378,6 +378,14 @@ def test_disk_full(path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "done []\n"), done.stderr
 
 
+def test_sink_keeps_the_first_error(path: Path) -> None:
+    with cache._Sink(path, "w+") as sink:
+        assert sink.write(b"abc") == 3
+        sink.truncate(-1)
+        assert isinstance(sink.error, OSError) and sink.write(b"def") == 3 and sink.truncate(100) == 100
+    assert path.read_bytes() == b"abc"
+
+
 def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cache\.h5: cannot write"), Writer(tmp_path / "file" / "cache.h5", {}):

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from oacore.errors import UserError
-from oacore.tasks import SPLITS, TASKS, generate, greater_than, ioi
+from oacore.tasks import SPLITS, TASKS, facts, generate, greater_than, ioi
 from oacore.tasks.facts import read
 from oacore.tasks.prompts import build, encode, following, split_of, stream
 from oacore.tasks.text import passages as read_passages
@@ -96,7 +96,7 @@ def check_form(prompts, tokenizer, n):
 
 @pytest.fixture(scope="session")
 def facts_file(tmp_path_factory):
-    """60 facts about 45 subjects of one to four GPT-2 tokens, in two relations, mid-sentence and first in the sentence."""
+    """60 facts about 45 subjects of one to four GPT-2 tokens, in three relations, mid-sentence and first in the sentence."""
     cities = """Paris:France London:England Rome:Italy Madrid:Spain Berlin:Germany Lisbon:Portugal Athens:Greece Warsaw:Poland
     Budapest:Hungary Prague:Czech Vienna:Austria Dublin:Ireland Oslo:Norway Stockholm:Sweden Helsinki:Finland Copenhagen:Denmark
     Moscow:Russia Kiev:Ukraine Cairo:Egypt Tokyo:Japan Beijing:China Seoul:Korea Bangkok:Thailand Hanoi:Vietnam Delhi:India
@@ -105,8 +105,9 @@ def facts_file(tmp_path_factory):
     Dmitri Mendeleev:chemistry|Srinivasa Ramanujan:mathematics|Max Planck:physics|Justus von Liebig:chemistry|Kurt Gödel:logic
     Johann Sebastian Bach:music|Clara Schumann:music|Erwin Schrödinger:physics|Rosalind Franklin:biology|Gregor Mendel:biology"""
     lines = []
-    for city, country in (pair.split(":") for pair in cities.split()):
-        lines.append({"subject": city, "prompt": f"The city of {city}, as we know, lies in", "answer": country, "relation": "lies in"})
+    for i, (city, country) in enumerate(pair.split(":") for pair in cities.split()):
+        prompt, relation = f"The city of {city}, as we know, lies in", ("town", "capital")[i % 2]
+        lines.append({"subject": city, "prompt": prompt, "answer": country, "relation": relation})
     for person, subject in (pair.strip().split(":") for pair in re.split(r"[|\n]", people)):
         lines.append({"subject": person, "prompt": f"{person}'s favourite field was", "answer": subject, "relation": "field"})
         lines.append({"subject": person, "prompt": f"In school {person} liked", "answer": subject, "relation": "field"})
@@ -333,6 +334,12 @@ def test_greater_than_years_of_gpt2(gpt2):
     assert 11 not in table[11] and 12 in table[11]  # "1111" is "111" + "1"
 
 
+def test_greater_than_has_no_prompt_without_an_answer(gpt2, monkeypatch):
+    monkeypatch.setattr(greater_than, "CENTURIES", (18,))
+    monkeypatch.setattr(greater_than, "STARTS", range(90, 99))
+    assert generate("greater_than", settings(1), gpt2, 0, "train").meta["n_years"] == 2  # 1891, 1892; 1894 is the last in two tokens
+
+
 def test_greater_than_agrees_with_a_published_data_set(gpt2):
     table = greater_than.year_tokens(gpt2)
     with shared("tasks/greater_than_data.csv").open() as file:
@@ -405,9 +412,43 @@ def test_facts_subject_answers_and_counterfactuals(gpt2, facts_file):
                 assert by_subject[new]["relation"] == row["relation"]
                 assert wrong.tolist() == gpt2(" " + by_subject[new]["answer"], add_special_tokens=False)["input_ids"][:1]
         assert prompts.meta["n_rows"] == prompts.meta["n_no_counterfactual"] + len(prompts.text) and prompts.meta["n_wrong"] == 0
-        assert (prompts.wrong_answers >= 0).mean() > 0.5  # the same relation is preferred
         usable += prompts.meta["n_rows"]
     assert usable == len(rows) == 60
+
+
+def test_facts_prefer_the_same_relation_and_another_answer(gpt2, facts_file):
+    every = read(facts_file)
+    fact_of = {fact.prompt: fact for fact in every}
+
+    def length(text):
+        return len(gpt2(text)["input_ids"])
+
+    for split in SPLITS:
+        prompts = generate("facts", settings(None, path=facts_file), gpt2, 0, split)
+        members = facts.subjects(every, 0, split)
+        for text, wrong in zip(prompts.text, prompts.wrong_answers[:, 0], strict=True):
+            own = fact_of[text]
+            rivals = [f for f in every if f.subject in members and f.relation == own.relation and f.answer != own.answer]
+            assert (wrong >= 0) == any(length(text.replace(own.subject, rival.subject)) == length(text) for rival in rivals)
+        assert len(set(prompts.wrong_answers[:, 0].tolist())) >= len(prompts.text) // 4  # not one counterfactual subject for all
+
+
+def test_facts_without_relations_have_no_wrong_answers(gpt2, facts_file, tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text("\n".join(json.dumps({k: v for k, v in f._asdict().items() if k != "relation"}) for f in read(facts_file)))
+    prompts = generate("facts", settings(None, path=path), gpt2, 0, "train")
+    assert (prompts.wrong_answers == -1).all() and len(prompts.text) > 20
+
+
+def test_one_usable_fact_is_too_few(gpt2, tmp_path, monkeypatch):
+    path = tmp_path / "facts.csv"
+    path.write_text("subject,prompt,answer\nOslo,Oslo is in,Norway\nParis,They saw Paris in,France\n")
+    monkeypatch.setattr(facts, "subjects", lambda facts, seed, split: {"Oslo", "Paris"})
+    # First in a sentence, "Oslo" is two tokens and "Paris" one; later both are one: only the second fact has a counterfactual.
+    with pytest.raises(
+        UserError, match=r"gives 1 usable facts in the test split \(n_rows 2, n_wrong 0, n_no_counterfactual 1, n_usable 1\)"
+    ):
+        generate("facts", settings(None, path=path), gpt2, 0, "test")
 
 
 def test_facts_splits_are_by_subject(gpt2, facts_file):
@@ -449,17 +490,17 @@ def test_facts_limits_are_upper_limits(gpt2, facts_file):
 
 
 def test_facts_layouts_agree(tmp_path, facts_file):
-    facts = read(facts_file)
+    every = read(facts_file)
     table, rome = tmp_path / "facts.csv", tmp_path / "known.json"
     with table.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([("relation", "prompt", "extra", "answer", "subject"), *((f[3], f[1], "x", f[2], f[0]) for f in facts)])
+        writer.writerows([("relation", "prompt", "extra", "answer", "subject"), *((f[3], f[1], "x", f[2], f[0]) for f in every)])
     items = [
         {"known_id": i, "subject": f[0], "attribute": f[2], "template": "{}", "prediction": "x", "prompt": f[1], "relation_id": f[3]}
-        for i, f in enumerate(facts)
+        for i, f in enumerate(every)
     ]
     rome.write_text(json.dumps(items, indent=1))
-    assert read(table) == read(rome) == facts
+    assert read(table) == read(rome) == every
     table.write_text("subject,prompt,answer\nParis,Paris is in,France\nParis,Paris is in,Texas\nRome, Rome is in ,Italy\n")
     assert read(table) == [("Paris", "Paris is in", "France", ""), ("Rome", "Rome is in", "Italy", "")]
 
