@@ -105,9 +105,8 @@ def run_in_workflow(job: Any) -> None:
     Exits with status 2 after a user error and 130 after Ctrl-C, without a traceback.
     """
     Path(job.log[0]).parent.mkdir(parents=True, exist_ok=True)
-    with open(job.log[0], "w", encoding="utf-8") as log:
-        with redirect_stdout(_Tee(sys.stdout, log)), redirect_stderr(_Tee(sys.stderr, log)):
-            status = _attempt(job)
+    with open(job.log[0], "w", encoding="utf-8") as log, redirect_stdout(_Tee(sys.stdout, log)), redirect_stderr(_Tee(sys.stderr, log)):
+        status = _attempt(job)
     sys.exit(status)
 
 

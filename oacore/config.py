@@ -118,13 +118,13 @@ class Tasks(Settings):
 class OptimalFit(Settings):
     """Fitting of optimal constants (methods: Li & Janson 2024, section 2.3)."""
 
-    learning_rate: float = Field(0.05, gt=0, description="AdamW step, in standard deviations of the component's output")
+    learning_rate: float = Field(0.2, gt=0, description="AdamW step, in standard deviations of the component's output")
     batch_size: int = Field(16, ge=1, description="prompts a step, shared by all components")
     max_steps: int = Field(2000, ge=1, description="cap for components that do not converge")
-    check_every: int = Field(25, ge=1, description="steps between convergence tests on the validation prompts")
-    tolerance: float = Field(0.01, gt=0, lt=1, description="relative improvement of the validation gap that counts as progress")
+    check_every: int = Field(20, ge=1, description="steps between convergence tests on the validation prompts")
+    tolerance: float = Field(0.005, gt=0, lt=1, description="relative improvement of the validation gap that counts as progress")
     patience: int = Field(2, ge=1, description="tests without progress before the learning rate drops")
-    n_decays: int = Field(2, ge=0, description="drops of the learning rate (by 4) before a component counts as converged")
+    n_decays: int = Field(3, ge=0, description="drops of the learning rate (by 4) before a component counts as converged")
 
 
 class Ablation(Settings):

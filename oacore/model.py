@@ -1,4 +1,4 @@
-"""Load any supported model once into canonical weights, and prove that our forward pass computes the same function.
+"""Load any supported model once into canonical weights.
 
 Weights are read from TransformerLens's TransformerBridge, whose component names are the same for every family. Scalars are read
 from the Hugging Face modules under it, because the bridge's own `cfg` misreports rotary bases, windows and softcaps (4.3.0).
@@ -21,11 +21,6 @@ from oacore.errors import UserError
 from oacore.graph import Graph
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# Largest difference of log-probabilities between our forward pass and Hugging Face's that the parity gate lets pass. fp32 rounding
-# gives 1e-6 (tiny models) to 1e-4 (deep ones); a wrong rotary base or a missed softcap gives more than 1e-1. bf16 keeps 8 bits, so both
-# sides are themselves wrong by about 1e-1 on deep models.
-PARITY_TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.nn.functional.gelu,
@@ -334,64 +329,3 @@ def weight_hash(model: Model) -> str:
     rotary = getattr(getattr(model.rotary, "config", None), "rope_parameters", None)
     digest.update(json.dumps([scalars, per_block, rotary], sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far our forward pass is from Hugging Face's, over all tokens of the gate's prompts."""
-
-    max_abs_log_prob: float  # nats
-    max_abs_logit: float
-    n_prompts: int
-    n_tokens: int
-    tolerance: float  # nats
-
-
-def parity_prompts(d_vocab: int, max_length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random tokens [4, T] of four lengths, padded on the right with token 0, and their lengths [4]."""
-    longest = min(max_length, 48)
-    lengths = torch.tensor([longest, max(2, longest // 2), max(2, longest // 3), 2])
-    tokens = torch.randint(0, d_vocab, (4, longest), generator=torch.Generator().manual_seed(seed))
-    return tokens.masked_fill(torch.arange(longest) >= lengths[:, None], 0), lengths
-
-
-@torch.no_grad()
-def hugging_face_logits(hf: Any, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Plain Hugging Face logits [B, T, V] of right-padded tokens; call before `canonical(hf)`."""
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-    logits: Tensor = hf(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits
-    return logits
-
-
-@torch.no_grad()
-def check_parity(model: Model, tokens: Tensor, lengths: Tensor, expected: Tensor, tolerance: float) -> Parity:
-    """Compare our clean forward pass with Hugging Face logits [B, T, V] on the real tokens.
-
-    Raises:
-        UserError: the log-probabilities differ by more than `tolerance` (nats) anywhere, or are not finite.
-    """
-    from oacore.forward import logits_of, residual_after
-
-    ours = logits_of(model, residual_after(model, tokens.to(model.device))).float().cpu()  # [B, T, V]
-    real = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]
-    ours, expected = ours[real], expected.float()[real]  # [n, V]
-    log_prob = (ours.log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
-    parity = Parity(log_prob, (ours - expected).abs().max().item(), len(tokens), int(lengths.sum()), tolerance)
-    if not log_prob <= tolerance:
-        raise UserError(
-            f"model: our forward pass of this {model.family} model differs from Hugging Face's by {log_prob:.3g} nats "
-            f"(allowed: {tolerance:g}); nothing was computed with it"
-        )
-    return parity
-
-
-def open_model(source: str | Path, *, revision: str | None = None, dtype: str = "fp32", device: str = "auto") -> tuple[Loaded, Parity]:
-    """`load` behind the parity gate: the only way by which a model enters the pipeline."""
-    hf = load_hugging_face(source, revision=revision, dtype=dtype)
-    tokenizer = load_tokenizer(source, revision)
-    commit = getattr(hf.config, "_commit_hash", None)
-    tokens, lengths = parity_prompts(hf.config.vocab_size, hf.config.max_position_embeddings)
-    expected = hugging_face_logits(hf, tokens, lengths)
-    model = to_device(canonical(hf), pick_device(device))
-    parity = check_parity(model, tokens, lengths, expected, PARITY_TOLERANCE[dtype])
-    return Loaded(model, tokenizer, commit, weight_hash(model)), parity

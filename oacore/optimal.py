@@ -8,7 +8,7 @@ Constants of components of different width are rows of one tensor [C, Q, W], pad
 positional constants (one row per position that all prompts share, and one for all later ones).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from oacore.metrics import kl_divergence
 from oacore.model import Model
 from oacore.progress import progress
 
-BETAS, EPSILON = (0.9, 0.99), 1e-10
+BETAS, EPSILON = (0.9, 0.999), 1e-10
 DECAY = 0.25  # of the learning rate, each time a component stops improving
 ABSOLUTE_PROGRESS = 1e-6  # nats: smaller improvements are fp32 rounding of the loss
 
@@ -148,6 +148,7 @@ def fit(
     checkpoint: Path | None = None,
     identity: str = "",
     what: str = "constants",
+    on_test: Callable[[], object] = lambda: None,
 ) -> Fit:
     """Fit every component's constant.
 
@@ -161,6 +162,7 @@ def fit(
         checkpoint: file to resume from and to save to at every test; removed by the caller when its result is safe.
         identity: what the checkpoint belongs to; one with another identity is ignored.
         what: named in the progress lines.
+        on_test: called after every convergence test.
     """
     components = tuple(components)
     state = _resume(checkpoint, identity, model.device) or _initial_state(model, components, validation, start, settings, tokens_per_batch)
@@ -177,6 +179,7 @@ def fit(
                 bar.update()
             _test_convergence(model, state, components, running, validation, settings, tokens_per_batch)
             bar.set_postfix_str(f"{int(state['done'].sum())}/{len(components)} converged", refresh=False)
+            on_test()
             if checkpoint is not None:
                 _save(checkpoint, state, identity)
     return Fit(components, state["best"], state["best_gap"], state["n_steps"], state["done"], state["curve_steps"], state["curve_gaps"])

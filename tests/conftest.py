@@ -94,7 +94,9 @@ def tiny_run(tmp_path_factory):
     from oacore.layout import Layout
 
     root = Path(os.environ.get("OA_TEST_CACHE") or tmp_path_factory.mktemp("pipeline"))
-    config = load_config(Path(__file__).parent / "configs/tiny.yaml").model_copy(update={"cache_dir": root, "results_dir": root / "results"})
+    config = load_config(Path(__file__).parent / "configs/tiny.yaml").model_copy(
+        update={"cache_dir": root, "results_dir": root / "results"}
+    )
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "tests/configs/tiny.yaml"]
     command += ["--config", f"cache_dir={config.cache_dir}", f"results_dir={config.results_dir}"]
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)

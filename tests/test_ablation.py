@@ -18,7 +18,8 @@ from oacore.ablation import (
     spread,
     width,
 )
-from oacore.model import canonical, hugging_face_logits
+from oacore.model import canonical
+from oacore.parity import hugging_face_logits
 
 KINDS = ("head", "attention_layer", "mlp")
 N_TOKENS = 12

@@ -26,7 +26,10 @@ def message(values):
         ({**GOOD, "sede": 1}, ["sede: unknown key (value 1)", "allowed: run, model", "did you mean 'seed'?"]),
         ({"tasks": {"ioi": {"n_trian": 3}}}, ["tasks.ioi.n_trian: unknown key", "did you mean 'n_train'?"]),
         ({"tasks": {"iio": None}}, ["tasks.iio: unknown key", "allowed: ioi, greater_than, facts, text", "did you mean 'ioi'?"]),
-        ({**GOOD, "ablation": {"methods": ["optmal"]}}, ["ablation.methods[0]: 'optmal'", "allowed: zero, mean", "did you mean 'optimal'?"]),
+        (
+            {**GOOD, "ablation": {"methods": ["optmal"]}},
+            ["ablation.methods[0]: 'optmal'", "allowed: zero, mean", "did you mean 'optimal'?"],
+        ),
         ({**GOOD, "ablation": {"components": ["heads"]}}, ["ablation.components[0]: 'heads'", "did you mean 'head'?"]),
         ({**GOOD, "dtype": "fp16"}, ["dtype: 'fp16'", "allowed: fp32, bf16"]),
         ({**GOOD, "seed": "many"}, ["seed: 'many'", "integer"]),

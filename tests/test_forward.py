@@ -5,7 +5,8 @@ import torch
 from conftest import FAMILIES, random_hf
 
 from oacore.forward import embed, last_residual_from, logits_of, residual_after, run_block
-from oacore.model import canonical, hugging_face_logits
+from oacore.model import canonical
+from oacore.parity import hugging_face_logits
 
 TOLERANCE = 1e-5
 

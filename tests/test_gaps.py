@@ -54,11 +54,15 @@ def by_hand(setting, group, row, method, prompt, constants, seed):
     if method == "zero":
         return torch.zeros_like(value)
     if method in ("mean", "optimal"):
-        row_of = statistics.of(statistics.mean, group) if method == "mean" else constants[method][row : row + len(group), 0, : value.shape[-1]]
+        row_of = (
+            statistics.of(statistics.mean, group) if method == "mean" else constants[method][row : row + len(group), 0, : value.shape[-1]]
+        )
         return row_of[:, None].expand_as(value)
     if method in ("mean_positional", "cf_mean", "optimal_positional"):
         tables = {"mean_positional": statistics.mean_positional, "cf_mean": statistics.cf_mean}
-        table = statistics.of(tables[method], group) if method in tables else constants[method][row : row + len(group), :, : value.shape[-1]]
+        table = (
+            statistics.of(tables[method], group) if method in tables else constants[method][row : row + len(group), :, : value.shape[-1]]
+        )
         return torch.stack([table[:, min(t, statistics.shortest)] for t in range(n_tokens)], 1)
     if method == "counterfactual":
         return clean_pass(model, other.tokens, other.lengths).value(group)[:, prompt]

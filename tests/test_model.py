@@ -9,7 +9,8 @@ from conftest import random_hf
 
 from oacore import model as model_module
 from oacore.errors import UserError
-from oacore.model import canonical, check_parity, hugging_face_logits, load, load_hugging_face, open_model, parity_prompts, weight_hash
+from oacore.model import canonical, load, load_hugging_face, weight_hash
+from oacore.parity import check_parity, hugging_face_logits, open_model, parity_prompts
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,11 @@ def test_weight_hash_sees_one_changed_weight_and_scalars():
     changed[0, 0] += 1e-3
     blocks = (model.blocks[0], model_module.replace(model.blocks[1], W_in=changed), model.blocks[2])
     windows = (model_module.replace(model.blocks[0], window=7), *model.blocks[1:])
-    hashes = {weight_hash(model), weight_hash(model_module.replace(model, blocks=blocks)), weight_hash(model_module.replace(model, blocks=windows))}
+    hashes = {
+        weight_hash(model),
+        weight_hash(model_module.replace(model, blocks=blocks)),
+        weight_hash(model_module.replace(model, blocks=windows)),
+    }
     assert len(hashes) == 3
     assert weight_hash(model) == weight_hash(canonical(random_hf("gemma2")))
 

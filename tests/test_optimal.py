@@ -149,7 +149,7 @@ def test_same_seed_same_bits(setting):
     assert not torch.equal(first.constants, other.constants)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a killed job."""
 
 
@@ -165,11 +165,11 @@ def test_a_killed_fit_resumes_bit_by_bit(setting, tmp_path, monkeypatch):
     def killed_later(*arguments):
         calls.append(None)
         if len(calls) == 37:
-            raise Killed
+            raise KilledError
         adam(*arguments)
 
     monkeypatch.setattr(optimal, "_adam", killed_later)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(setting, components, settings, checkpoint=checkpoint, identity="a")
     monkeypatch.setattr(optimal, "_adam", adam)
     resumed = run(setting, components, settings, checkpoint=checkpoint, identity="a")
@@ -209,7 +209,7 @@ def test_constants_on_disk(setting, tmp_path):
     assert torch.equal(some, found.constants[1:3, :, : model.d_head])
     with pytest.raises(UserError, match=r"model_hash is 'm', expected 'other'"):
         constants.load(path, components, {"model_hash": "other"})
-    with pytest.raises(UserError, match="no constants for a9.h9"):
+    with pytest.raises(UserError, match=r"no constants for a9\.h9"):
         constants.load(path, [Component(9, "head", 9)], {})
     curves = constants.load_curves(path, "optimal")
     assert set(curves) == {"step", "component", "method", "validation_gap_nats"}

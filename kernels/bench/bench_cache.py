@@ -1,25 +1,27 @@
-"""Throughput of the activation store against np.memmap on the same float32 rows.
+"""Throughput of the activation store beside np.memmap and plain h5py with fletcher32, on the same float32 rows.
 
     python kernels/bench/bench_cache.py --mb 96 --rows 32768
 
-Both write the same batches and end in fsync (memmap: flush, then fsync). Reads are of the same batches into fresh arrays: `warm` from the
-page cache, `cold` after the file's pages were dropped from it. `shuffled` is compared with a memmap read of the same blocks, in memory
-order. Ours and memmap alternate; the table gives medians. Timings depend on the disk: look at the ratio.
+All write the same batches of 1024 rows to a new file and fsync it (memmap: flush, then fsync), and read them into fresh arrays:
+`warm` from the page cache, `cold` after the file's pages were dropped from it. The contestants take turns; MB/s are medians, and the
+ratio is the median over turns of ours to memmap, so that a change of the machine's load hits both. `shuffled`: no contestant
+shuffles, so memmap and h5py read their batches in random order, unmixed.
 """
 
 import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 
+import h5py
 import numpy as np
 
 from oacore.cache import Reader, Writer
 
 BATCH = 1024
+Table = dict[str, np.ndarray]
 
 
 def sync(path: Path, drop: bool = False) -> None:
@@ -30,61 +32,80 @@ def sync(path: Path, drop: bool = False) -> None:
     os.close(handle)
 
 
-def bench(data: np.ndarray, folder: Path, repeats: int) -> list[tuple[str, float, float]]:
-    """Rows of (operation, our MB/s, memmap MB/s). data: [rows, width]."""
-    ours, theirs = folder / "ours.h5", folder / "theirs.bin"
-
-    def write_ours() -> None:
-        with Writer(ours, {}) as writer:
-            for start in range(0, len(data), BATCH):
-                writer.append("x", data[start : start + BATCH])
-
-    def write_theirs() -> None:
-        theirs.unlink(missing_ok=True)  # ours writes a new file too
-        memmap = np.memmap(theirs, data.dtype, "w+", shape=data.shape)
+def write_ours(path: Path, data: np.ndarray) -> None:
+    with Writer(path, {}) as writer:
         for start in range(0, len(data), BATCH):
-            memmap[start : start + BATCH] = data[start : start + BATCH]
-        memmap.flush()
-        sync(theirs)
+            writer.append("x", data[start : start + BATCH])
 
-    def read_ours() -> None:
-        with Reader(ours) as reader:
-            for _ in reader.batches("x", BATCH):
+
+def write_memmap(path: Path, data: np.ndarray) -> None:
+    memmap = np.memmap(path, data.dtype, "w+", shape=data.shape)
+    for start in range(0, len(data), BATCH):
+        memmap[start : start + BATCH] = data[start : start + BATCH]
+    memmap.flush()
+    sync(path)
+
+
+def write_h5py(path: Path, data: np.ndarray) -> None:
+    with h5py.File(path, "w", libver="latest") as file:
+        chunks = (max(1, 2**20 // data[0].nbytes), data.shape[1])
+        dataset = file.create_dataset("x", (0, data.shape[1]), data.dtype, maxshape=(None, data.shape[1]), chunks=chunks, fletcher32=True)
+        for start in range(0, len(data), BATCH):
+            rows = data[start : start + BATCH]
+            dataset.resize(start + len(rows), axis=0)
+            dataset[start:] = rows
+    sync(path)
+
+
+def read_ours(path: Path, shape: tuple[int, ...], shuffled: bool) -> Iterator[np.ndarray]:
+    with Reader(path) as reader:
+        yield from reader.shuffled("x", BATCH, seed=0) if shuffled else reader.batches("x", BATCH)
+
+
+def read_memmap(path: Path, shape: tuple[int, ...], shuffled: bool) -> Iterator[np.ndarray]:
+    memmap = np.memmap(path, np.float32, "r", shape=shape)
+    for start in starts(shape[0], shuffled):
+        yield np.array(memmap[start : start + BATCH])
+
+
+def read_h5py(path: Path, shape: tuple[int, ...], shuffled: bool) -> Iterator[np.ndarray]:
+    with h5py.File(path) as file:
+        for start in starts(shape[0], shuffled):
+            yield file["x"][start : start + BATCH]
+
+
+def starts(rows: int, shuffled: bool) -> np.ndarray:
+    order = np.arange(0, rows, BATCH)
+    return np.random.default_rng(0).permutation(order) if shuffled else order
+
+
+WRITERS = {"ours": write_ours, "memmap": write_memmap, "h5py": write_h5py}
+READERS = {"ours": read_ours, "memmap": read_memmap, "h5py": read_h5py}
+READS = {"read warm": (False, False), "read cold": (False, True), "shuffled warm": (True, False), "shuffled cold": (True, True)}
+
+
+def bench(data: np.ndarray, folder: Path, repeats: int) -> Iterator[tuple[str, Table]]:
+    """(operation, contestant -> MB/s [repeats]) one after the other. data: [rows, width]."""
+    path = {name: folder / name for name in WRITERS}
+
+    def turns(task: Callable[[str], None], before: Callable[[str], None]) -> Table:
+        speeds: dict[str, list[float]] = {name: [] for name in WRITERS}
+        for _ in range(repeats + 1):
+            for name in WRITERS:
+                before(name)
+                start = time.perf_counter()
+                task(name)
+                speeds[name].append(data.nbytes / 1e6 / (time.perf_counter() - start))
+        return {name: np.array(values[1:]) for name, values in speeds.items()}  # the first turn warms up
+
+    yield "write + fsync", turns(lambda name: WRITERS[name](path[name], data), lambda name: path[name].unlink(missing_ok=True))
+    for label, (shuffled, cold) in READS.items():
+
+        def consume(name: str, shuffled: bool = shuffled) -> None:
+            for _ in READERS[name](path[name], data.shape, shuffled):
                 pass
 
-    def read_theirs() -> None:
-        memmap = np.memmap(theirs, data.dtype, "r", shape=data.shape)
-        for start in range(0, len(data), BATCH):
-            _ = np.array(memmap[start : start + BATCH])  # held while the next is read, as a consumer does
-
-    def shuffle_ours() -> None:
-        with Reader(ours) as reader:
-            for _ in reader.shuffled("x", BATCH, seed=0):
-                pass
-
-    def shuffle_theirs() -> None:
-        memmap = np.memmap(theirs, data.dtype, "r", shape=data.shape)
-        for start in np.random.default_rng(0).permutation(np.arange(0, len(data), BATCH)):
-            _ = np.array(memmap[start : start + BATCH])  # held while the next is read, as a consumer does
-
-    def timed(task: Callable[[], None], path: Path, cold: bool) -> float:
-        if cold:
-            sync(path, drop=True)
-        start = time.perf_counter()
-        task()
-        return data.nbytes / 1e6 / (time.perf_counter() - start)
-
-    table = []
-    for name, mine, other, cold in (
-        ("write + fsync", write_ours, write_theirs, False),
-        ("read warm", read_ours, read_theirs, False),
-        ("read cold", read_ours, read_theirs, True),
-        ("shuffled warm", shuffle_ours, shuffle_theirs, False),
-        ("shuffled cold", shuffle_ours, shuffle_theirs, True),
-    ):
-        pairs = [(timed(mine, ours, cold), timed(other, theirs, cold)) for _ in range(repeats + 1)][1:]  # the first warms up
-        table.append((name, median(pair[0] for pair in pairs), median(pair[1] for pair in pairs)))
-    return table
+        yield label, turns(consume, lambda name, cold=cold: sync(path[name], drop=cold))  # type: ignore[misc]
 
 
 def main() -> None:
@@ -95,11 +116,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     args = parser.parse_args()
     data = np.random.default_rng(0).standard_normal((args.rows, max(1, args.mb * 250_000 // args.rows)), dtype=np.float32)
-    print(f"{args.rows} rows x {data.shape[1]} float32 = {data.nbytes / 1e6:.0f} MB, batches of {BATCH}, median of {args.repeats}, MB/s")
-    print(f"{'':14} {'ours':>8} {'memmap':>8} {'ratio':>6}")
+    print(f"{args.rows} rows x {data.shape[1]} float32 = {data.nbytes / 1e6:.0f} MB, {args.repeats} turns; MB/s")
+    print(f"{'':14}", *(f"{name:>8}" for name in WRITERS), "ours / memmap")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        for name, mine, other in bench(data, Path(folder), args.repeats):
-            print(f"{name:14} {mine:8.0f} {other:8.0f} {mine / other:6.2f}")
+        for label, speeds in bench(data, Path(folder), args.repeats):
+            ratio = np.median(speeds["ours"] / speeds["memmap"])
+            print(f"{label:14}", *(f"{np.median(values):8.0f}" for values in speeds.values()), f"{ratio:8.2f}")
 
 
 if __name__ == "__main__":

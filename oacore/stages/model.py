@@ -8,7 +8,8 @@ import torch
 from oacore import __version__
 from oacore.config import Config
 from oacore.layout import Layout
-from oacore.model import named_tensors, open_model
+from oacore.model import named_tensors
+from oacore.parity import open_model
 from oacore.stages.common import SCHEMA_VERSION, need, write_json
 
 

@@ -53,7 +53,7 @@ def test_outputs_are_exactly_those_promised(finished):
 
 
 def test_demo_model_meets_its_requirements(finished):
-    config, layout, _ = finished
+    _, layout, _ = finished
     measured = json.loads(Path(layout.demo_model, "training.json").read_text())["held_out"]
     assert measured["ioi_accuracy"] >= 0.98
     assert measured["year_mass"] >= 0.9
@@ -95,7 +95,9 @@ def test_summary_follows_from_the_gaps(finished):
         summary = pd.read_csv(layout.ablation(task, "summary.csv")).set_index("method")
         wide = gaps.pivot(index="component", columns="method", values="gap_nats")
         for method in wide:
-            assert summary.loc[method, "median_ratio_optimal_to_method"] == pytest.approx((wide["optimal"] / wide[method]).median(), rel=1e-6)
+            assert summary.loc[method, "median_ratio_optimal_to_method"] == pytest.approx(
+                (wide["optimal"] / wide[method]).median(), rel=1e-6
+            )
             rank = wide[method].rank().corr(wide["counterfactual"].rank())
             assert summary.loc[method, "spearman_with_counterfactual"] == pytest.approx(rank, rel=1e-6)
 
@@ -207,7 +209,13 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
     subprocess.run([sys.executable, "-m", "oacore", "all", "--config", path], cwd=ROOT, check=True, capture_output=True, env=environment)
     again = Layout(load_config(path))
     for task in config.tasks.selected():
-        for name in ("constants-optimal.safetensors", "constants-optimal_positional.safetensors", "gaps.csv", "summary.csv", "gap_distributions.svg"):
+        for name in (
+            "constants-optimal.safetensors",
+            "constants-optimal_positional.safetensors",
+            "gaps.csv",
+            "summary.csv",
+            "gap_distributions.svg",
+        ):
             assert Path(again.ablation(task, name)).read_bytes() == Path(layout.ablation(task, name)).read_bytes(), f"{task} {name}"
 
 
@@ -290,5 +298,6 @@ def test_stages_without_a_model_import_no_transformers(finished, stage, tmp_path
     config, _, _ = finished
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    code = f"import sys; from oacore.__main__ import main; assert main(['{stage}', '--config', '{path}']) == 0; assert 'transformers' not in sys.modules"
+    run = f"assert main(['{stage}', '--config', '{path}']) == 0"
+    code = f"import sys; from oacore.__main__ import main; {run}; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

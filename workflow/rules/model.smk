@@ -6,7 +6,7 @@ rule demo:
         code=code("demo"),
     log:
         f"{layout.model_dir}/logs/demo.log",
-    threads: run_config.limits.threads
+    threads: 2
     resources:
         mem_mb=4000,
         runtime=30,
