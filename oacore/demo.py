@@ -1,7 +1,7 @@
 """The embedded model: a small GPT-2 and the synthetic language that it is trained on, so that the pipeline runs without a download.
 
 The language holds the sentences of the `ioi` and `greater_than` tasks, restricted to their `train` split, and facts about people with a
-first and a last name, told in several wordings of which one per fact is held out. So everything that is measured later is unseen.
+first and a last name, told in several wordings. One wording per fact is held out, to measure that facts and not sentences were learned.
 """
 
 import csv
@@ -191,7 +191,7 @@ def measure(model: Any, tokenizer: Any, settings: DemoModel, n: int = 500) -> di
 
 
 def build(directory: str | Path, settings: DemoModel) -> dict[str, float]:
-    """Train the demo model and write it as a Hugging Face directory with `facts.csv` and `training.json`.
+    """Train the demo model and write it as a Hugging Face directory with `facts.csv` (all wordings) and `training.json`.
 
     Returns the held-out measurements.
 
@@ -224,7 +224,7 @@ def _write(directory: Path, model: Any, tokenizer: Any, settings: DemoModel, mea
         with open(temporary / "facts.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("subject", "prompt", "answer", "relation"))
-            writer.writerows(fact[:4] for fact in facts(settings.n_subjects, settings.seed) if fact.held_out)
+            writer.writerows(fact[:4] for fact in facts(settings.n_subjects, settings.seed))
         (temporary / "training.json").write_text(json.dumps({"settings": settings.model_dump(), "held_out": measured}, indent=2) + "\n")
         temporary.chmod(0o755)
         if directory.exists():

@@ -585,13 +585,31 @@ def test_text_layouts(tmp_path, gpt2):
     assert generate("text", settings(8, path=tmp_path / "folder", n_tokens=8), gpt2, 0, "test").meta["n_passages"] == 60
 
 
+def test_text_counterfactuals_come_from_another_passage(tmp_path, gpt2):
+    path = tmp_path / "t.json"
+    animals = ("cat", "dog", "bird", "fish")
+    # By their hashes, the first two of these passages are in the train split and the others are not.
+    passages = [" ".join(f"One {animal} and {i} more" for i in range(40)) for animal in animals]
+    train = [i for i in range(4) if split_of(passages[i]) == "train"]
+    assert len(train) >= 2, "choose other animals"
+    path.write_text(json.dumps(passages))
+    prompts = generate("text", settings(20, path=path, n_tokens=6), gpt2, 0, "train")
+    at = [[f" {animal}" in gpt2.decode(row) for animal in animals] for row in (*prompts.tokens, *prompts.counterfactual)]
+    owners = [row.index(True) for row in at]
+    assert {*owners} == {*train} and all(own != other for own, other in zip(owners[:20], owners[20:], strict=True))
+    path.write_text(json.dumps([passages[train[0]]]))
+    with pytest.raises(UserError, match=r"has 1 passages of at least 6 tokens .* in the train split, out of 1 passages .* at least 2"):
+        generate("text", settings(1, path=path, n_tokens=6), gpt2, 0, "train")
+
+
 def test_text_leaves_out_passages_with_unknown_words(tmp_path, words):
     path = tmp_path / "t.json"
     path.write_text(
         json.dumps([f"The war lasted from the year 17{i} to the year 18{i}" for i in range(10, 60)] + ["The zebra lasted " * 9])
     )
-    prompts = generate("text", settings(4, path=path, n_tokens=5), words, 0, "train")
-    assert prompts.meta["n_unknown"] == 1 and words.unk_token_id not in prompts.tokens
+    for split in SPLITS:
+        prompts = generate("text", settings(4, path=path, n_tokens=5), words, 0, split)
+        assert prompts.meta["n_unknown"] == 1 and words.unk_token_id not in prompts.tokens
 
 
 @pytest.mark.parametrize(
