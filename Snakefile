@@ -11,8 +11,10 @@ from oacore.config import parse_config
 from oacore.errors import UserError
 from oacore.layout import Layout, model_settings, task_settings
 
+# Only without --configfile: Snakemake would merge the two, and the demo's keys would become part of every run.
+if not workflow.config_settings.configfiles:
 
-configfile: "config/demo.yaml"
+    configfile: "config/demo.yaml"
 
 
 try:
@@ -43,6 +45,6 @@ include: "workflow/rules/report.smk"
 
 rule all:
     default_target: True
-    localrule: True
     input:
         layout.report,
+    localrule: True

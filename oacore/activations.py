@@ -114,7 +114,7 @@ def write_activations(
 ) -> None:
     """Run the model once on every prompt and store what later stages read."""
     moments = Moments(int(splits["train"].lengths.min()))
-    with Writer(path, metadata) as writer, progress(what="activations", unit="prompt", total=sum(map(_size, splits.values()))) as bar:
+    with Writer(path, metadata) as writer, progress(what="activations", unit="prompts", total=sum(map(_size, splits.values()))) as bar:
         for split, prompts in splits.items():
             for part, other in zip(
                 batch_of(prompts, model.device).split(tokens_per_batch),

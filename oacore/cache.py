@@ -13,7 +13,6 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +33,6 @@ CHUNK_BYTES = 2**20  # fits a core's L2: copied, checksummed and written while h
 CHUNK_ROWS = 2**14  # narrow rows (labels) get shorter chunks, or each shuffled block of wide rows would read 1 MiB of labels
 READ_BYTES = 2**21  # small batches are read this many bytes at a time; from 4 MiB on numpy asks for huge pages: 1.5x slower to fill
 BUFFER_BYTES = 2**26
-THREADS = 2  # sequential warm reads of 500 MB: 1.5x one thread; nothing when the other core is busy
 PAGE = 4096
 
 
@@ -259,7 +257,7 @@ class Rows:
         self.bfloat16 = dtype == "bfloat16"
         self.dtype = np.dtype(np.uint16 if self.bfloat16 else dtype)
         self.row_bytes = self.dtype.itemsize * int(np.prod(shape[1:]))
-        self._file, self._pool, self._digests = reader._file, reader._pool, file[f"checksums/{name}"][:]  # [chunks]
+        self._file, self._digests = reader._file, file[f"checksums/{name}"][:]  # [chunks]
         found, expected = (file[name].shape, file[name].dtype, file[name].chunks), (self.shape, self.dtype, (chunk_rows, *shape[1:]))
         if found != expected:
             raise ValueError(f"{name}: found {found}, expected {expected}")
@@ -283,24 +281,21 @@ class Rows:
     def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Rows [start, stop) as stored (text as bytes), into `out` [stop - start, ...] if given. Raises UserError on damage."""
         out = np.empty((stop - start, *self.shape[1:]), self.dtype) if out is None else out
-        whole = []
         for k in range(start // self.chunk_rows, -(-stop // self.chunk_rows)):
             begin, end = k * self.chunk_rows, min((k + 1) * self.chunk_rows, len(self))
             low, high = max(begin, start), min(end, stop)
             if (low, high) == (begin, end):
-                whole.append((k, out[low - start : high - start]))
+                self._read_chunk(k, out[low - start : high - start])
                 continue
             last, rows = self._last
             if last != k:
                 rows = np.empty((end - begin, *self.shape[1:]), self.dtype)
-                self._read_chunk((k, rows))
+                self._read_chunk(k, rows)
                 self._last = k, rows
             out[low - start : high - start] = rows[low - begin : high - begin]
-        list((self._pool.map if len(whole) > 1 else map)(self._read_chunk, whole))
         return out
 
-    def _read_chunk(self, job: tuple[int, np.ndarray]) -> None:
-        k, out = job
+    def _read_chunk(self, k: int, out: np.ndarray) -> None:
         raw = out.reshape(-1).view(np.uint8)
         where = f"{self._file.name}: {self.name}, rows {k * self.chunk_rows} to {k * self.chunk_rows + len(out) - 1}"
         try:
@@ -335,12 +330,11 @@ class Reader:
         with ExitStack() as stack:
             try:
                 self._file = stack.enter_context(open(path, "rb", buffering=0))
-                self._pool = stack.enter_context(ThreadPoolExecutor(THREADS))
                 self._load(expect or {})
             except (OSError, RuntimeError, KeyError, ValueError) as error:
                 state = "not found" if isinstance(error, FileNotFoundError) else f"truncated or damaged: {_cause(error)}"
                 raise UserError(f"{path}: {state}, expected an activation cache") from error
-            self._stack = stack.pop_all()
+            stack.pop_all()
 
     def _load(self, expect: Mapping[str, Any]) -> None:
         with h5py.File(self.path, "r", locking=False) as file:  # finished files never change, and some network disks cannot lock
@@ -361,7 +355,7 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        self._stack.close()
+        self._file.close()
 
     @property
     def names(self) -> list[str]:

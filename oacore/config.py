@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from oacore.errors import UserError
@@ -109,6 +118,11 @@ class Tasks(Settings):
     @classmethod
     def _empty_section_means_defaults(cls, value: Any) -> Any:
         return {name: {} if task is None else task for name, task in value.items()} if isinstance(value, dict) else value
+
+    @model_serializer(mode="wrap")
+    def _only_selected(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A task that is not selected must not come back as an empty section, which selects it.
+        return {name: task for name, task in serialise(self).items() if task is not None}
 
     def selected(self) -> dict[str, Task]:
         """The tasks that the config names, in the order of `TaskName`."""

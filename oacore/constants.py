@@ -1,4 +1,4 @@
-"""Fitted constants on disk: safetensors, one tensor per component, with the fit's record and what it belongs to."""
+"""Fitted constants on disk: safetensors, one tensor per component, with the fit's record and, as JSON, what it belongs to."""
 
 import json
 from collections.abc import Sequence
@@ -22,19 +22,17 @@ RECORD = ("validation_gap", "n_steps", "converged", "curve_steps", "curve_gaps")
 
 
 def save(path: str | Path, fit: Fit, widths: Sequence[int], metadata: dict[str, Any]) -> None:
-    """Write `constants.{component}` [1, w] or [P + 1, w], the fit's record as `fit.*`, and metadata as JSON strings."""
+    """Write `constants.{component}` [1, w] or [P + 1, w], the fit's record as `fit.*`, and `metadata` as JSON."""
     tensors = {
         f"constants.{component.name}": fit.constants[index, :, :w].cpu().contiguous()
         for index, (component, w) in enumerate(zip(fit.components, widths, strict=True))
     }
     tensors |= {f"fit.{name}": getattr(fit, name).cpu().contiguous() for name in RECORD}
     names = [component.name for component in fit.components]
-    text = {
-        name: json.dumps(value)
-        for name, value in {"schema_version": SCHEMA_VERSION, "package_version": __version__, **metadata, "components": names}.items()
-    }
+    facts = {"schema_version": SCHEMA_VERSION, "package_version": __version__, **metadata, "components": names}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=text)
+        # One entry: safetensors writes several in random order, and equal fits would differ in their bytes.
+        save_file(tensors, temporary, metadata={"oacore": json.dumps(facts)})
 
 
 def load(path: str | Path, components: Sequence[Component], expect: dict[str, Any]) -> Tensor:
@@ -44,7 +42,7 @@ def load(path: str | Path, components: Sequence[Component], expect: dict[str, An
         UserError: the file is damaged, of another model, task or prompts, or lacks a component.
     """
     with _open(path) as file:
-        metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+        metadata = _facts(file)
         for name, value in expect.items():
             if metadata.get(name) != value:
                 raise UserError(f"{path}: {name} is {metadata.get(name)!r}, expected {value!r}; delete the file to fit it anew")
@@ -58,12 +56,17 @@ def load(path: str | Path, components: Sequence[Component], expect: dict[str, An
 def load_curves(path: str | Path, method: str) -> pd.DataFrame:
     """The record of the convergence tests in long form: step, component, method, validation_gap_nats; a curve ends where its fit did."""
     with _open(path) as file:
-        names = json.loads(file.metadata()["components"])
+        names = _facts(file)["components"]
         steps, gaps, ends = (file.get_tensor(f"fit.{name}") for name in ("curve_steps", "curve_gaps", "n_steps"))
     table = pd.DataFrame(gaps.numpy(), columns=names, index=pd.Index(steps.numpy(), name="step")).reset_index()
     long = table.melt("step", var_name="component", value_name="validation_gap_nats")
     end = dict(zip(names, ends.tolist(), strict=True))
     return long[long["step"] <= long["component"].map(end)].assign(method=method)
+
+
+def _facts(file: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(file.metadata()["oacore"])
+    return facts
 
 
 def _open(path: str | Path) -> Any:

@@ -149,7 +149,7 @@ def train_model(settings: DemoModel, tokenizer: Any) -> Any:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=settings.n_steps, pct_start=0.15)
     kinds = training_sentences(settings)
     sizes = [max(1, round(share * settings.batch_size)) for share in SHARES]
-    with progress(range(settings.n_steps), what="demo model", unit="step") as bar:
+    with progress(range(settings.n_steps), what="demo model", unit="steps") as bar:
         for _ in bar:
             # One pass per kind: their lengths differ by three times, so one padded batch would be half padding.
             losses = [

@@ -68,7 +68,7 @@ def evaluate(
     def clean_of(batch: Batch) -> Clean:
         return clean_pass(model, batch.tokens, batch.lengths)
 
-    for start in progress(range(0, n, size), what=what, unit="batch"):
+    for start in progress(range(0, n, size), what=what, unit="batches"):
         rows = torch.arange(start, min(start + size, n), device=model.device)
         part = prompts.take(rows)
         clean = clean_of(part)

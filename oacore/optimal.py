@@ -167,7 +167,7 @@ def fit(
     components = tuple(components)
     state = _resume(checkpoint, identity, model.device) or _initial_state(model, components, validation, start, settings, tokens_per_batch)
     scale = scales(components, statistics)  # [C]
-    with progress(what=what, unit="step", total=settings.max_steps, initial=int(state["step"])) as bar:
+    with progress(what=what, unit="steps", total=settings.max_steps, initial=int(state["step"])) as bar:
         while int(state["step"]) < settings.max_steps and not bool(state["done"].all()):
             running = (~state["done"]).nonzero()[:, 0]
             for _ in range(min(settings.check_every, settings.max_steps - int(state["step"]))):

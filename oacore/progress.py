@@ -35,5 +35,5 @@ def progress(items: Iterable[Any] | None = None, *, what: str, unit: str, total:
         file=_Lines(),
         mininterval=SECONDS_BETWEEN_LINES,
         maxinterval=2 * SECONDS_BETWEEN_LINES,
-        bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} elapsed, {remaining} left{postfix}",
+        bar_format="{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} elapsed, {remaining} left{postfix}",
     )

@@ -109,6 +109,12 @@ def test_validating_imports_no_heavy_library():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("values", [GOOD, {"tasks": {"greater_than": {"n_test": 7}}, "seed": 3}])
+def test_a_dumped_config_is_the_same_config(values):
+    config = parse_config(values)
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
 def test_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Config.model_validate(GOOD).seed = 1

@@ -117,8 +117,8 @@ def facts_file(tmp_path_factory):
 
 
 @pytest.fixture
-def task_settings(request, facts_file):
-    """Settings of a task and how many prompts to expect per split (None: whatever there is)."""
+def task_settings(facts_file):
+    """Small settings of each task by its name."""
 
     def of(name):
         if name == "text":
@@ -547,17 +547,14 @@ def test_text_windows(name, request):
     passages = [passage.strip() for passage in json.loads(path.read_text())]
     encoded = [tokenizer(passage, add_special_tokens=False)["input_ids"] for passage in passages]
 
-    def homes(window):
-        """Passages that hold these ids at a multiple of the window length."""
-        at = range(0, 5000, 15)
-        return [i for i, row in enumerate(encoded) for a in at if a < len(row) and row[a : a + 15] == window]
-
-    for tokens, other, right in zip(prompts.tokens[:30], prompts.counterfactual[:30], prompts.answers[:30], strict=True):
-        own, others = homes(tokens[1:].tolist()), homes(other[1:].tolist())
-        assert split_of(passages[own[0]]) == split_of(passages[others[0]]) == "validation" and own[0] != others[0]
-        row = encoded[own[0]]
-        starts = [a for a in range(0, len(row), 15) if row[a : a + 15] == tokens[1:].tolist()]
-        assert right.tolist() in [row[a + 15 : a + 16] for a in starts]
+    places = {}  # window -> passage and offset of each of its occurrences
+    for i, row in enumerate(encoded):
+        for at in range(0, len(row) - 14, 15):
+            places.setdefault(tuple(row[at : at + 15]), []).append((i, at))
+    for tokens, other, right in zip(prompts.tokens, prompts.counterfactual, prompts.answers, strict=True):
+        own, others = places[tuple(tokens[1:])], places[tuple(other[1:])]
+        assert split_of(passages[own[0][0]]) == split_of(passages[others[0][0]]) == "validation" and own[0][0] != others[0][0]
+        assert right[0] in [encoded[i][at + 15] for i, at in own if at + 15 < len(encoded[i])]
     assert prompts.tokens.shape == (100, 16) and (prompts.lengths == 16).all()
     assert (prompts.tokens[:, 0] == tokenizer.bos_token_id).all() and (prompts.counterfactual[:, 0] == tokenizer.bos_token_id).all()
     assert (prompts.wrong_answers == -1).all() and (prompts.subject == -1).all()
@@ -588,10 +585,10 @@ def test_text_layouts(tmp_path, gpt2):
 def test_text_counterfactuals_come_from_another_passage(tmp_path, gpt2):
     path = tmp_path / "t.json"
     animals = ("cat", "dog", "bird", "fish")
-    # By their hashes, the first two of these passages are in the train split and the others are not.
+    # By its hash, the first of these passages is in the validation split; the others are in the train split.
     passages = [" ".join(f"One {animal} and {i} more" for i in range(40)) for animal in animals]
-    train = [i for i in range(4) if split_of(passages[i]) == "train"]
-    assert len(train) >= 2, "choose other animals"
+    train = [1, 2, 3]
+    assert [i for i in range(4) if split_of(passages[i]) == "train"] == train
     path.write_text(json.dumps(passages))
     prompts = generate("text", settings(20, path=path, n_tokens=6), gpt2, 0, "train")
     at = [[f" {animal}" in gpt2.decode(row) for animal in animals] for row in (*prompts.tokens, *prompts.counterfactual)]
@@ -608,8 +605,10 @@ def test_text_leaves_out_passages_with_unknown_words(tmp_path, words):
         json.dumps([f"The war lasted from the year 17{i} to the year 18{i}" for i in range(10, 60)] + ["The zebra lasted " * 9])
     )
     for split in SPLITS:
-        prompts = generate("text", settings(4, path=path, n_tokens=5), words, 0, split)
+        n = generate("text", settings(2, path=path, n_tokens=5), words, 0, split).meta["n_windows"]
+        prompts = generate("text", settings(n, path=path, n_tokens=5), words, 0, split)
         assert prompts.meta["n_unknown"] == 1 and words.unk_token_id not in prompts.tokens
+        assert len(set(prompts.text)) == n  # each window once
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from oacore.__main__ import jobs, run_stage
 from oacore.activations import batch_of, read_clean_log_probs, read_prompts, read_statistics
 from oacore.config import Config, load_config
 from oacore.errors import UserError
@@ -171,7 +172,7 @@ def test_report_is_one_offline_page_with_everything(finished):
     page = _Page()
     page.feed(text)
     assert not page.fetched and "script" not in page.tags
-    assert page.tags.count("svg") == len(config.tasks.selected()) * len(config.ablation.figures())
+    assert page.tags.count("figure") == len(config.tasks.selected()) * len(config.ablation.figures())
     for word in ("ioi", "facts", json.loads(Path(layout.model_json).read_text())["model_hash"][:16], "optimal_positional", "seed"):
         assert word in text.replace("<wbr>", "")
 
@@ -219,41 +220,72 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
             assert Path(again.ablation(task, name)).read_bytes() == Path(layout.ablation(task, name)).read_bytes(), f"{task} {name}"
 
 
-def test_ctrl_c_leaves_nothing_and_the_next_run_finishes(finished, tmp_path):
-    """Interrupted in each stage, the pipeline leaves no half-written file and goes on when called again."""
-    config, layout, _ = finished
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (cache / Path(layout.model_dir).name).mkdir()
-    os.symlink(Path(layout.demo_model).resolve(), cache / Path(layout.demo_model).relative_to(config.cache_dir))
-    tiny = yaml.safe_load(TINY.read_text())
-    tiny["tasks"] = {"ioi": tiny["tasks"]["ioi"]}
-    tiny["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"]}
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny))
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", str(path), *roots(cache, tmp_path / "results")]
-    for rule in ("model", "prompts", "activations", "optimal", "gaps", "figures", "report"):
-        with open(tmp_path / "out.txt", "w") as out:
-            job = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
-            while job.poll() is None and f"rule {rule}:" not in (tmp_path / "out.txt").read_text():
-                time.sleep(0.05)
-            time.sleep(0.3)
-            if job.poll() is None:
-                os.killpg(job.pid, signal.SIGINT)
-            job.wait(timeout=60)
-        left = [file for file in tmp_path.rglob(".*") if file.is_file() and not file.name.endswith("-checkpoint.safetensors")]
-        assert not left, f"{rule}: {left}"
-    finished_run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert finished_run.returncode == 0, finished_run.stderr
-    ours, theirs = (Path(root) / "tiny/ioi/ablation/constants-optimal.safetensors" for root in (tmp_path / "results", config.results_dir))
-    assert ours.read_bytes() == theirs.read_bytes()
+@pytest.fixture
+def fresh(finished, tmp_path):
+    """A config like the tiny one with one task, in empty folders but for the trained demo model."""
+    _, theirs, _ = finished
+    values = yaml.safe_load(TINY.read_text())
+    values |= {"tasks": {"ioi": values["tasks"]["ioi"]}, "cache_dir": str(tmp_path / "cache"), "results_dir": str(tmp_path / "results")}
+    values["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"]}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    layout = Layout(load_config(path))
+    Path(layout.model_dir).mkdir(parents=True)
+    os.symlink(Path(theirs.demo_model).resolve(), layout.demo_model)
+    return path, layout, theirs
+
+
+def files_in(folder):
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_interrupted_while_writing_every_stage_leaves_nothing(fresh, tmp_path, monkeypatch):
+    """Ctrl-C at the worst moment, between writing a file and its rename: no stage leaves a file, and all run again afterwards."""
+    path, layout, theirs = fresh
+    config = load_config(path)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for stage, what, output in list(jobs(config))[1:]:
+        before = files_in(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run_stage(stage, config, **what)
+        assert files_in(tmp_path) == before, stage
+        run_stage(stage, config, **what)
+        assert Path(output).is_file()
+    for name in ("constants-optimal.safetensors",):
+        assert Path(layout.ablation("ioi", name)).read_bytes() == Path(theirs.ablation("ioi", name)).read_bytes()
+
+
+def test_ctrl_c_in_a_fit_and_the_next_run_goes_on(fresh, tmp_path):
+    """A real SIGINT to the whole workflow: the checkpoint is taken up, and the result is that of a run that nobody stopped."""
+    path, layout, theirs = fresh
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", str(path)]
+    checkpoint = Path(layout.ablation("ioi", ".constants-optimal-checkpoint.safetensors"))
+    with open(tmp_path / "out.txt", "w") as out:
+        job = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(job.pid, signal.SIGINT)
+        job.wait(timeout=60)
+    assert checkpoint.exists(), (tmp_path / "out.txt").read_text()
+    assert not Path(layout.constants("ioi", "optimal")).exists()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert not re.search(r"constants: 0/|ioi optimal: 0/", again.stdout + again.stderr), "it began again at step 0"
+    assert Path(layout.constants("ioi", "optimal")).read_bytes() == Path(theirs.constants("ioi", "optimal")).read_bytes()
+    assert not checkpoint.exists()
 
 
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
         ({"tasks": {"iio": {}}}, ["tasks.iio: unknown key", "did you mean 'ioi'?"]),
-        ({"model": "./no-such-model"}, ["model: './no-such-model' is not a directory"]),
+        ({"model": "./no-such-model", "tasks": {"ioi": {}}}, ["model: './no-such-model' is not a directory"]),
         ({"seed": "one"}, ["seed: 'one'"]),
     ],
 )

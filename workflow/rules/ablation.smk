@@ -3,14 +3,13 @@ rule optimal:
         layout.model_json,
         task_files("prompts.h5"),
         task_files("activations.h5"),
-        lambda wildcards: layout.constants(wildcards.task, "optimal") if wildcards.method == "optimal_positional" else [],
+        lambda wildcards: (
+            layout.constants(wildcards.task, "optimal")
+            if wildcards.method == "optimal_positional"
+            else []
+        ),
     output:
         results("{task}", "constants-{method}.safetensors"),
-    params:
-        components=run_config.ablation.components,
-        settings=run_config.ablation.optimal.model_dump(),
-        seed=run_config.seed,
-        code=code("optimal"),
     log:
         results("{task}", "logs/optimal-{method}.log"),
     threads: run_config.limits.threads
@@ -18,6 +17,11 @@ rule optimal:
         mem_mb=mem_mb,
         runtime=720,
         gpu=GPUS,
+    params:
+        components=run_config.ablation.components,
+        settings=run_config.ablation.optimal.model_dump(),
+        seed=run_config.seed,
+        code=code("optimal"),
     script:
         "../scripts/stage.py"
 
@@ -27,15 +31,13 @@ rule gaps:
         layout.model_json,
         task_files("prompts.h5"),
         task_files("activations.h5"),
-        lambda wildcards: [layout.constants(wildcards.task, method) for method in run_config.ablation.fitted()],
+        lambda wildcards: [
+            layout.constants(wildcards.task, method)
+            for method in run_config.ablation.fitted()
+        ],
     output:
         results("{task}", "gaps.csv"),
         results("{task}", "summary.csv"),
-    params:
-        methods=run_config.ablation.methods,
-        components=run_config.ablation.components,
-        seed=run_config.seed,
-        code=code("gaps"),
     log:
         results("{task}", "logs/gaps.log"),
     threads: run_config.limits.threads
@@ -43,20 +45,32 @@ rule gaps:
         mem_mb=mem_mb,
         runtime=240,
         gpu=GPUS,
+    params:
+        methods=run_config.ablation.methods,
+        components=run_config.ablation.components,
+        seed=run_config.seed,
+        code=code("gaps"),
     script:
         "../scripts/stage.py"
 
 
 rule figures:
-    localrule: True
     input:
         results("{task}", "gaps.csv"),
-        lambda wildcards: [layout.constants(wildcards.task, method) for method in run_config.ablation.fitted()],
+        lambda wildcards: [
+            layout.constants(wildcards.task, method)
+            for method in run_config.ablation.fitted()
+        ],
     output:
-        expand(results("{{task}}", "{name}.{format}"), name=run_config.ablation.figures(), format=("svg", "png")),
-    params:
-        code=code("figures"),
+        expand(
+            results("{{task}}", "{name}.{format}"),
+            name=run_config.ablation.figures(),
+            format=("svg", "png"),
+        ),
     log:
         results("{task}", "logs/figures.log"),
+    localrule: True
+    params:
+        code=code("figures"),
     script:
         "../scripts/stage.py"

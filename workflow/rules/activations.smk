@@ -4,8 +4,6 @@ rule activations:
         f"{layout.model_dir}/{{task_dir}}/prompts.h5",
     output:
         f"{layout.model_dir}/{{task_dir}}/activations.h5",
-    params:
-        code=code("activations"),
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/activations.log",
     threads: run_config.limits.threads
@@ -13,5 +11,7 @@ rule activations:
         mem_mb=mem_mb,
         runtime=120,
         gpu=GPUS,
+    params:
+        code=code("activations"),
     script:
         "../scripts/stage.py"

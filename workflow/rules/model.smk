@@ -1,15 +1,15 @@
 rule demo:
     output:
         directory(layout.demo_model),
-    params:
-        settings=run_config.demo_model.model_dump(),
-        code=code("demo"),
     log:
         f"{layout.model_dir}/logs/demo.log",
     threads: 2
     resources:
         mem_mb=4000,
         runtime=30,
+    params:
+        settings=run_config.demo_model.model_dump(),
+        code=code("demo"),
     script:
         "../scripts/stage.py"
 
@@ -19,9 +19,6 @@ rule model:
         layout.demo_model if run_config.model == "demo" else [],
     output:
         layout.model_json,
-    params:
-        settings=model_settings(run_config),
-        code=code("model"),
     log:
         f"{layout.model_dir}/logs/model.log",
     threads: run_config.limits.threads
@@ -29,5 +26,8 @@ rule model:
         mem_mb=mem_mb,
         runtime=60,
         gpu=GPUS,
+    params:
+        settings=model_settings(run_config),
+        code=code("model"),
     script:
         "../scripts/stage.py"

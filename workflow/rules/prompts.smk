@@ -3,15 +3,19 @@ rule prompts:
         layout.model_json,
     output:
         f"{layout.model_dir}/{{task_dir}}/prompts.h5",
-    params:
-        settings=lambda wildcards: task_settings(run_config, layout.task_of(wildcards.task_dir)),
-        code=code("prompts"),
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/prompts.log",
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,
         runtime=60,
-        gpu=lambda wildcards: GPUS if layout.task_of(wildcards.task_dir) == "facts" else 0,
+        gpu=lambda wildcards: (
+            GPUS if layout.task_of(wildcards.task_dir) == "facts" else 0
+        ),
+    params:
+        settings=lambda wildcards: task_settings(
+            run_config, layout.task_of(wildcards.task_dir)
+        ),
+        code=code("prompts"),
     script:
         "../scripts/stage.py"

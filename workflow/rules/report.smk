@@ -1,16 +1,20 @@
 rule report:
-    localrule: True
     input:
         layout.model_json,
         [layout.prompts(task) for task in TASKS],
         [results(task, name) for task in TASKS for name in ("gaps.csv", "summary.csv")],
-        [results(task, f"{name}.svg") for task in TASKS for name in run_config.ablation.figures()],
+        [
+            results(task, f"{name}.svg")
+            for task in TASKS
+            for name in run_config.ablation.figures()
+        ],
     output:
         layout.report,
+    log:
+        f"{layout.results_dir}/logs/report.log",
+    localrule: True
     params:
         config=run_config.model_dump(mode="json", exclude={"limits", "device"}),
         code=code("report"),
-    log:
-        f"{layout.results_dir}/logs/report.log",
     script:
         "../scripts/stage.py"
