@@ -94,7 +94,8 @@ def test_fit_improves_on_its_start_and_records_how(setting):
     before = mean_losses(model, validation, components, start, LIMIT)
     assert torch.allclose(found.curve_gaps[0], before, rtol=1e-4, atol=1e-6), "the curve starts at the start"
     assert (found.validation_gap <= before).all()
-    assert (found.validation_gap < 0.95 * before).float().mean() > 0.5
+    assert (found.validation_gap < before).float().mean() > 0.7
+    assert found.validation_gap.sum() < 0.98 * before.sum(), "a random model is nearly linear: its means are nearly optimal already"
     again = mean_losses(model, validation, components, found.constants, LIMIT)
     assert torch.allclose(again, found.validation_gap, rtol=1e-4, atol=1e-6), "the gap reported is that of the constants kept"
     assert found.curve_steps.tolist() == sorted(set(found.curve_steps.tolist()))
