@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from oacore.ablation import (
@@ -175,7 +176,7 @@ def summary_table(gaps: pd.DataFrame) -> pd.DataFrame:
     wide = gaps.pivot(index="component", columns="method", values="gap_nats")
     rows = []
     for method in gaps["method"].unique():
-        rank = wide[method].corr(wide["counterfactual"], method="spearman") if "counterfactual" in wide else None
+        rank = spearmanr(wide[method], wide["counterfactual"]).statistic if "counterfactual" in wide else None
         positive = wide[method] > 0
         ratio = (wide["optimal"] / wide[method])[positive].median() if "optimal" in wide else None
         rows.append((method, rank, ratio))

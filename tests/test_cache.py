@@ -1,5 +1,6 @@
 """The activation store gives back what it was given, or refuses: it never gives anything else."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -209,6 +210,14 @@ def test_refusals_name_path_and_cause(path: Path) -> None:
         file.attrs["schema_version"] = "1"  # of another program
     with pytest.raises(UserError, match=r"cache\.h5: schema_version: found None"):
         Reader(path)
+
+
+def test_locks_do_not_matter(path: Path) -> None:
+    """Some network disks cannot lock, and finished files never change."""
+    numbered(path, 10, x=1)
+    with open(path, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        Reader(path).close()
 
 
 def test_datasets_changed_behind_the_manifest(path: Path) -> None:
