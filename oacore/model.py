@@ -6,10 +6,12 @@ from the Hugging Face modules under it, because the bridge's own `cfg` misreport
 
 import hashlib
 import json
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from oacore.errors import UserError
 from oacore.graph import Graph
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable and only its local cache is used
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.nn.functional.gelu,
@@ -152,7 +156,9 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     with _hub_errors(source, revision):
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, use_fast=True)
+        return AutoTokenizer.from_pretrained(
+            source, revision=revision, local_files_only=not _hub_is_needed_and_there(source), trust_remote_code=False, use_fast=True
+        )
 
 
 def load(source: str | Path, *, revision: str | None = None, dtype: str = "fp32", device: str = "auto") -> Loaded:
@@ -189,13 +195,39 @@ def load_hugging_face(source: str | Path, *, revision: str | None = None, dtype:
             )
         source = Path(source).expanduser()
         check_architecture(str(source), source / "config.json")
+    only_local = not _hub_is_needed_and_there(source)
     with _hub_errors(source, revision):
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=only_local, trust_remote_code=False)
         if config.model_type not in ARCHITECTURES:
             raise UserError(f"model: {str(source)!r} has the architecture {config.model_type!r}; allowed: {', '.join(ARCHITECTURES)}")
         return AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=DTYPES[dtype], trust_remote_code=False, attn_implementation="eager"
+            source,
+            revision=revision,
+            local_files_only=only_local,
+            dtype=DTYPES[dtype],
+            trust_remote_code=False,
+            attn_implementation="eager",
         ).eval()
+
+
+def _hub_is_needed_and_there(source: str | Path) -> bool:
+    """Whether to ask the hub: not for a directory, nor when it does not answer, since the hub's own client retries for 23-46 s."""
+    return not Path(source).is_dir() and _hub_answers()
+
+
+@cache
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 @contextmanager
@@ -208,7 +240,7 @@ def _hub_errors(source: str | Path, revision: str | None) -> Any:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors and hub errors alike
         where = f"model: {str(source)!r}" + (f" (revision {revision!r})" if revision else "")
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "a complete model directory" if Path(source).is_dir() else "a model on a reachable hub, in its cache, or a directory"
+        hint = "a complete model directory" if Path(source).is_dir() else "a model on a reachable hub, in its local cache, or a directory"
         raise UserError(f"{where} can't be loaded ({type(error).__name__}: {cause}); allowed: {hint}") from error
 
 

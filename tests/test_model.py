@@ -104,6 +104,24 @@ def test_unreachable_hub_fails_at_once_when_offline():
     refused("no-such-owner/no-such-model", "'no-such-owner/no-such-model'", "can't be loaded", "reachable hub")
 
 
+def test_unreachable_hub_fails_quickly(monkeypatch):
+    """The hub's own client would retry for 23-46 s."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    model_module._hub_answers.cache_clear()
+    asked = []
+    monkeypatch.setattr(model_module.urllib.request, "urlopen", lambda request, timeout: asked.append(timeout) or _refuse())
+    refused("no-such-owner/no-such-model", "can't be loaded", "reachable hub")
+    assert asked == [model_module.HUB_TIMEOUT], "asked once, with a time limit"
+    model_module._hub_answers.cache_clear()
+
+
+def _refuse():
+    raise OSError("no route")
+
+
 def test_cuda_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="device: 'cuda'"):

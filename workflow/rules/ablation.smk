@@ -12,6 +12,8 @@ rule optimal:
         results("{task}", "constants-{method}.safetensors"),
     log:
         results("{task}", "logs/optimal-{method}.log"),
+    conda:
+        "oacore"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,
@@ -40,6 +42,8 @@ rule gaps:
         results("{task}", "summary.csv"),
     log:
         results("{task}", "logs/gaps.log"),
+    conda:
+        "oacore"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,
@@ -70,6 +74,8 @@ rule figures:
     log:
         results("{task}", "logs/figures.log"),
     localrule: True
+    conda:
+        "oacore"
     params:
         code=code("figures"),
     script:

@@ -6,6 +6,8 @@ rule activations:
         f"{layout.model_dir}/{{task_dir}}/activations.h5",
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/activations.log",
+    conda:
+        "oacore"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,

@@ -3,6 +3,8 @@ rule demo:
         directory(layout.demo_model),
     log:
         f"{layout.model_dir}/logs/demo.log",
+    conda:
+        "oacore"
     threads: 2
     resources:
         mem_mb=4000,
@@ -21,6 +23,8 @@ rule model:
         layout.model_json,
     log:
         f"{layout.model_dir}/logs/model.log",
+    conda:
+        "oacore"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,

@@ -5,6 +5,8 @@ rule prompts:
         f"{layout.model_dir}/{{task_dir}}/prompts.h5",
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/prompts.log",
+    conda:
+        "oacore"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,

@@ -13,6 +13,8 @@ rule report:
     log:
         f"{layout.results_dir}/logs/report.log",
     localrule: True
+    conda:
+        "oacore"
     params:
         config=run_config.model_dump(mode="json", exclude={"limits", "device"}),
         code=code("report"),
