@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 from oacore.__main__ import jobs, run_stage
 from oacore.activations import batch_of, read_clean_log_probs, read_prompts, read_statistics
+from oacore.cache import Reader
 from oacore.config import Config, load_config
 from oacore.errors import UserError
+from oacore.forward import residual_after
 from oacore.layout import Layout
 from oacore.model import load
 
@@ -148,6 +150,18 @@ def test_cached_targets_are_the_models(finished):
         assert (found - expected).abs().max() < 1e-4
         answers = torch.from_numpy(read_prompts(layout.prompts("facts"), split).answers[:, 0]).long()
         assert (found.argmax(-1) == answers).all(), "facts are those that the model completes correctly"
+
+
+def test_cached_residuals_are_what_enters_each_block(finished):
+    _, layout, _ = finished
+    model = load(layout.demo_model, device="cpu").model
+    batch = batch_of(read_prompts(layout.prompts("ioi"), "test"))
+    rows = (torch.arange(len(batch)), batch.lengths - 1)
+    with Reader(layout.activations("ioi")) as reader:
+        stored = torch.from_numpy(reader["test/residual"][:])  # [N, L, d]
+    for layer in range(model.n_layers):
+        expected = residual_after(model, batch.tokens, layer)[rows]
+        assert (stored[:, layer] - expected).abs().max() < 1e-4
 
 
 def test_cache_of_another_model_is_refused(finished):
