@@ -32,6 +32,7 @@ from oacore.ablation import (
 )
 from oacore.checkpoint import atomic_path
 from oacore.config import OptimalFit
+from oacore.errors import UserError
 from oacore.metrics import kl_divergence
 from oacore.model import Model
 from oacore.progress import progress
@@ -170,14 +171,14 @@ def fit(
     with progress(what=what, unit="steps", total=settings.max_steps, initial=int(state["step"])) as bar:
         while int(state["step"]) < settings.max_steps and not bool(state["done"].all()):
             running = (~state["done"]).nonzero()[:, 0]
+            active = [components[index] for index in running.tolist()]
             for _ in range(min(settings.check_every, settings.max_steps - int(state["step"]))):
                 batch = train.take(prompts_of_step(len(train), settings.batch_size, seed, int(state["step"])).to(model.device))
-                active = [components[index] for index in running.tolist()]
                 gradient = gradients(model, batch, active, state["value"][running], tokens_per_batch)
                 state["step"] += 1
                 _adam(state, running, gradient, state["rate"][running] * scale[running])
                 bar.update()
-            _test_convergence(model, state, components, running, validation, settings, tokens_per_batch)
+            _test_convergence(model, state, active, running, validation, settings, tokens_per_batch)
             bar.set_postfix_str(f"{int(state['done'].sum())}/{len(components)} converged", refresh=False)
             on_test()
             if checkpoint is not None:
@@ -226,7 +227,7 @@ def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor) -> None:
 def _test_convergence(
     model: Model,
     state: State,
-    components: Sequence[Component],
+    active: Sequence[Component],
     running: Tensor,
     validation: Batch,
     settings: OptimalFit,
@@ -236,12 +237,13 @@ def _test_convergence(
     since = int(state["step"]) - int(state["curve_steps"][-1])
     average = state["sum"][running] / since
     state["sum"].zero_()
-    gap = mean_losses(model, validation, [components[index] for index in running.tolist()], average, tokens_per_batch)
+    gap = mean_losses(model, validation, active, average, tokens_per_batch)
     best = state["best_gap"][running]
     if not bool(gap.isfinite().all()):
-        bad = [components[index].name for index in running[~gap.isfinite()].tolist()]
-        raise FloatingPointError(
-            f"the ablation loss of {', '.join(bad)} is not finite after {int(state['step'])} steps: lower ablation.optimal.learning_rate"
+        bad = [item.name for item, finite in zip(active, gap.isfinite().tolist(), strict=True) if not finite]
+        raise UserError(
+            f"ablation.optimal.learning_rate: {settings.learning_rate:g}; after {int(state['step'])} steps the ablation loss of "
+            f"{', '.join(bad)} is not finite; allowed: a smaller one"
         )
     progress = best - gap > settings.tolerance * best + ABSOLUTE_PROGRESS
     better = running[gap < best]

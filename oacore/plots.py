@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import matplotlib as mpl
 import numpy as np
@@ -25,19 +25,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from oacore.checkpoint import atomic_path
+from oacore.config import Method
 
-METHODS = (
-    "zero",
-    "mean",
-    "mean_positional",
-    "resample",
-    "resample_positional",
-    "cf_mean",
-    "counterfactual",
-    "gaussian",
-    "optimal",
-    "optimal_positional",
-)
+METHODS = get_args(Method)
 FLOOR = 1e-6  # nats; an estimated gap at or below it, negative ones included, has no place on a log axis and is drawn here
 
 INK, SLATE, PALE, GRID = "#1f2933", "#64748b", "#b6c0cc", "#e4e8ed"
