@@ -13,7 +13,7 @@ rule optimal:
     log:
         results("{task}", "logs/optimal-{method}.log"),
     conda:
-        "oacore"
+        "../../environment.yml"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,
@@ -43,7 +43,7 @@ rule gaps:
     log:
         results("{task}", "logs/gaps.log"),
     conda:
-        "oacore"
+        "../../environment.yml"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,
@@ -75,7 +75,7 @@ rule figures:
         results("{task}", "logs/figures.log"),
     localrule: True
     conda:
-        "oacore"
+        "../../environment.yml"
     params:
         code=code("figures"),
     script:

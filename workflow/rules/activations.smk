@@ -7,7 +7,7 @@ rule activations:
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/activations.log",
     conda:
-        "oacore"
+        "../../environment.yml"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,

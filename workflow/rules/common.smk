@@ -1,8 +1,8 @@
 """What all rules use. Every rule runs the stage of its own name (`oacore.stages`) through one script.
 
 `params` hold exactly the settings that a stage's result depends on, and the hash of the code that computes it: Snakemake re-runs a job
-when they change, and it sees neither changes of imported modules nor of the config as a whole. `conda` names the environment that
-`conda env create -f environment.yml` makes; it is used with `--software-deployment-method conda` only.
+when they change, and it sees neither changes of imported modules nor of the config as a whole. `conda` is used with
+`--software-deployment-method conda` only.
 """
 
 

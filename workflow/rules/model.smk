@@ -4,7 +4,7 @@ rule demo:
     log:
         f"{layout.model_dir}/logs/demo.log",
     conda:
-        "oacore"
+        "../../environment.yml"
     threads: 2
     resources:
         mem_mb=4000,
@@ -24,7 +24,7 @@ rule model:
     log:
         f"{layout.model_dir}/logs/model.log",
     conda:
-        "oacore"
+        "../../environment.yml"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,

@@ -6,7 +6,7 @@ rule prompts:
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/prompts.log",
     conda:
-        "oacore"
+        "../../environment.yml"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,

@@ -14,7 +14,7 @@ rule report:
         f"{layout.results_dir}/logs/report.log",
     localrule: True
     conda:
-        "oacore"
+        "../../environment.yml"
     params:
         config=run_config.model_dump(mode="json", exclude={"limits", "device"}),
         code=code("report"),
