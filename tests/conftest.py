@@ -5,8 +5,13 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # an unreachable hub takes 23-46 s to fail
 
+import signal
+
 import pytest
 import torch
+
+# A run that a shell put in the background ignores SIGINT, and so would every process that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
