@@ -41,14 +41,33 @@ def heads(model: Model, layer: int, residual: Tensor, last: Tensor | None = None
     """
     block = model.blocks[layer]
     x = normalise(block.attention_norm, residual)
-    k, v = (_project(x, weight, bias) for weight, bias in ((block.W_K, block.b_K), (block.W_V, block.b_V)))  # [B, T, KV, k]
+    k, v = _key_value(model, block, x)
     q = _project(x if last is None else at(x, last), block.W_Q, block.b_Q)  # [B, T or 1, H, k]
     if model.rotary is not None:
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        cos, sin = model.rotary(x, positions)  # [1, T, r]
-        k = _rotate(k, cos, sin)
-        q = _rotate(q, cos, sin) if last is None else _rotate(q, cos[0, last][:, None], sin[0, last][:, None])
+        cos, sin = rotary_tables(model, x)
+        q = rotate(q, cos[:, None], sin[:, None]) if last is None else rotate(q, cos[last][:, None, None], sin[last][:, None, None])
     return _attend(block, q, k, v, last)
+
+
+def rotary_tables(model: Model, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, r] of a rotary model at the positions of residual [B, T, d]."""
+    assert model.rotary is not None
+    cos, sin = model.rotary(residual, torch.arange(residual.shape[1], device=residual.device)[None])  # [1, T, r]
+    return cos[0], sin[0]
+
+
+def key_value(model: Model, layer: int, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys, rotated, and values [B, T, KV, k] of the residual [B, T, d] entering the block."""
+    block = model.blocks[layer]
+    return _key_value(model, block, normalise(block.attention_norm, residual))
+
+
+def _key_value(model: Model, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = _project(x, block.W_K, block.b_K), _project(x, block.W_V, block.b_V)
+    if model.rotary is not None:
+        cos, sin = rotary_tables(model, x)
+        k = rotate(k, cos[:, None], sin[:, None])
+    return k, v
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,10 +76,9 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first r coordinates of x [B, T, n, k], halves paired as in all supported families."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first r coordinates of x [..., k] by cos and sin [..., r]; halves paired as in all supported families."""
     r = cos.shape[-1]
-    cos, sin = cos[:, :, None], sin[:, :, None]  # [., T, 1, r]
     turned, rest = x[..., :r], x[..., r:]
     half = torch.cat((-turned[..., r // 2 :], turned[..., : r // 2]), -1)
     return torch.cat((turned * cos + half * sin, rest), -1)

@@ -121,6 +121,11 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self.W_E.dtype
 
+    @property
+    def post_norm(self) -> bool:
+        """Whether what a block's attention and MLP add is normalised once more (Gemma-2)."""
+        return self.blocks[0].attention_post_norm is not None
+
     @cached_property
     def graph(self) -> Graph:
         return Graph(self.n_layers, self.n_heads, self.n_kv_heads, self.parallel)

@@ -1,0 +1,531 @@
+"""The masked mix: what every destination reads from the residual stream when each edge is kept or ablated.
+
+    x[j, b, t] = base[b, t] + sum_s masks[b, j, s] * delta[s, b, t]        delta = out - r, base = always-on biases + sum_s r_s
+
+`out` is what a source writes and r its replacement. Position 0 (BOS) is never ablated: its keys and values are those of the clean run, so
+it is in none of these buffers, and T counts the ablatable positions after it.
+
+Rows share masks, base and constants in equal runs: row b uses mask b // (B / M), base b // (B / F), constants b // (B / Fc).
+
+Symbols: B rows, T ablatable tokens, J destinations, S sources, d model width, M masks, F bases, Q positions at which they differ (1 or T).
+"""
+
+import math
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from oakernels.runtime import (
+    INTERPRETED,
+    Backend,
+    Precision,
+    accumulator_dtype,
+    mask_groups,
+    matmul_precision,
+    padding,
+    run,
+    without_padding,
+)
+
+ABLATED = 1e-3
+"""Below this mask value an edge counts as ablated and trains its constant; a partially kept edge would bias it (Li & Janson, appendix)."""
+
+
+def masked_mix(
+    base: Tensor,
+    masks: Tensor,
+    delta: Tensor,
+    *,
+    constants: Tensor | None = None,
+    lengths: Tensor | None = None,
+    backend: Backend = "auto",
+    precision: Precision = "ieee",
+) -> Tensor:
+    """The masked mix, differentiable in base, masks, delta and constants.
+
+    Args:
+        base: [F, Q, d].
+        masks: [M, J, S], unit stride in S; any strides otherwise.
+        delta: [S, B, T, d], contiguous.
+        constants: [Fc, S, Qc, d], receives a gradient and is not read: the replacements are already in delta (with -) and base (with +),
+            which should be detached from them. The gradient is sum (1 - m) dx over the entries with m < ABLATED alone.
+        lengths: int [B]; positions t >= lengths[b] are padding: never read, zero in x, without gradient.
+        backend: "eager" is torch, "triton" the fused kernels, "auto" see `runtime.run`.
+        precision: of fp32 products on a GPU.
+
+    Returns:
+        x [J, B, T, d].
+
+    Raises:
+        ValueError: shapes, strides or dtypes that don't fit together.
+    """
+    return _MaskedMix.apply(base, masks, delta, constants, lengths, backend, precision)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _MaskedMix(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx,
+        base: Tensor,
+        masks: Tensor,
+        delta: Tensor,
+        constants: Tensor | None,
+        lengths: Tensor | None,
+        backend: Backend,
+        precision: Precision,
+    ) -> Tensor:
+        ctx.save_for_backward(masks, delta, lengths)
+        ctx.base_shape, ctx.constants_shape = base.shape, None if constants is None else constants.shape  # type: ignore[attr-defined]
+        ctx.options = {"backend": backend, "precision": precision}  # type: ignore[attr-defined]
+        return mix(base, masks, delta, lengths=lengths, backend=backend, precision=precision)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        masks, delta, lengths = ctx.saved_tensors  # type: ignore[attr-defined]
+        return *mix_gradients(dx, masks, delta, lengths, ctx.base_shape, ctx.constants_shape, ctx.options), None, None, None  # type: ignore
+
+
+def mix_gradients(
+    dx: Tensor,
+    masks: Tensor,
+    delta: Tensor,
+    lengths: Tensor | None,
+    base_shape: torch.Size,
+    constants_shape: torch.Size | None,
+    options: dict,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All gradients of a mix from dx [J, B, T, d]: of base, masks, delta and constants (None without constants_shape)."""
+    T = dx.shape[2]
+    dx, d_delta = dx.contiguous(), torch.zeros_like(delta)
+    d_masks, sums = mix_backward(dx, masks, delta, d_delta=d_delta, lengths=lengths, token_sums=True, **options)
+    assert sums is not None
+    per_token = without_padding(dx, lengths) if T in (base_shape[1], constants_shape[2] if constants_shape else 0) else sums[:, :, None]
+    d_base = base_gradient(per_token if base_shape[1] == T else sums, base_shape[0])
+    d_constants = None
+    if constants_shape is not None:
+        d_constants = constant_gradient(masks, per_token if constants_shape[2] == T else sums, constants_shape[0])
+    return d_base, d_masks, d_delta, d_constants
+
+
+def mix(
+    base: Tensor,
+    masks: Tensor,
+    delta: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+    precision: Precision = "ieee",
+) -> Tensor:
+    """`masked_mix` without autograd, into out [J, B, T, d] (contiguous) if given; with J = 1 out may be base's own memory."""
+    x = _checked_output(base, masks, delta, out)
+    candidates = {
+        "eager": lambda x: _mix_eager(base, masks, delta, lengths, x, precision),
+        "triton": lambda x: _mix_triton(base, masks, delta, lengths, x, None, 0.0, precision),
+    }
+    return run(backend, ("mix", masks.shape, delta.shape, base.shape, lengths is None, precision), x, candidates)
+
+
+def mix_and_scale(
+    base: Tensor,
+    masks: Tensor,
+    delta: Tensor,
+    eps: float,
+    *,
+    lengths: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+    precision: Precision = "ieee",
+) -> tuple[Tensor, Tensor]:
+    """`mix`, and the RMS scale (mean_d x^2 + eps)^-1/2 of what it writes: x [J, B, T, d] and rstd [J, B, T] (fp32; fp64 for fp64)."""
+    x = _checked_output(base, masks, delta, out)
+
+    def eager(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, rms_scale(_mix_eager(base, masks, delta, lengths, x, precision), eps)
+
+    def fused(x: Tensor) -> tuple[Tensor, Tensor]:
+        rstd = x.new_empty(x.shape[:3], dtype=torch.float32)
+        return _mix_triton(base, masks, delta, lengths, x, rstd, eps, precision), rstd
+
+    key = ("mix_and_scale", masks.shape, delta.shape, base.shape, lengths is None, precision)
+    return run(backend, key, x, {"eager": eager, "triton": fused})
+
+
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """(mean_d x^2 + eps)^-1/2 of x [..., d], without a copy of x: [...]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=accumulator_dtype(x.dtype))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _mix_eager(base: Tensor, masks: Tensor, delta: Tensor, lengths: Tensor | None, x: Tensor, precision: Precision) -> Tensor:
+    """One GEMM per mask on CPU, straight into x; on CUDA one batched GEMM over all of them."""
+    _, B, T, d = x.shape
+    M, weights = masks.shape[0], masks.to(delta.dtype)
+    by_row = base.repeat_interleave(B // base.shape[0], 0)  # [B, Q, d]
+    if x.is_cuda:
+        x.copy_(by_row.expand(B, T, d))
+        with matmul_precision(precision):
+            _by_mask(x, M).baddbmm_(weights, _by_mask(delta, M))
+        return x if lengths is None else x.masked_fill_(padding(x, lengths), 0)
+    for m, rows, n_tokens in mask_groups(M, x, lengths):
+        block = x[:, rows, :n_tokens]
+        block.copy_(by_row[rows, :n_tokens].expand(block.shape))  # row by row: still in cache when the GEMM adds to it
+        block.flatten(1).addmm_(weights[m], delta[:, rows, :n_tokens].flatten(1))
+        x[:, rows, n_tokens:] = 0
+    return x
+
+
+def mix_backward(
+    dx: Tensor,
+    masks: Tensor,
+    delta: Tensor,
+    *,
+    d_delta: Tensor,
+    lengths: Tensor | None = None,
+    token_sums: bool = False,
+    backend: Backend = "auto",
+    precision: Precision = "ieee",
+) -> tuple[Tensor, Tensor | None]:
+    """Backward of `mix` in one pass over delta.
+
+    Args:
+        dx: [J, B, T, d], contiguous.
+        d_delta: [S, B, T, d], contiguous, of delta's dtype or fp32; what this mix adds to it is accumulated in place.
+        token_sums: also return dx summed over tokens, as `constant_gradient` and `base_gradient` take it.
+
+    Returns:
+        d_masks [M, J, S] and token sums [J, B, d] or None, both fp32 (fp64 for fp64).
+    """
+    check_shapes(None, masks, delta)
+    if dx.shape != (masks.shape[1], *delta.shape[1:]) or not dx.is_contiguous():
+        raise ValueError(f"dx {list(dx.shape)} of strides {dx.stride()}; allowed: contiguous {[masks.shape[1], *delta.shape[1:]]}")
+    if d_delta.shape != delta.shape or not d_delta.is_contiguous():
+        raise ValueError(f"d_delta {list(d_delta.shape)} of strides {d_delta.stride()}; allowed: contiguous {list(delta.shape)}")
+    candidates = {
+        "eager": lambda d_delta: _mix_backward_eager(dx, masks, delta, d_delta, lengths, token_sums, precision),
+        "triton": lambda d_delta: _mix_backward_triton(dx, masks, delta, d_delta, lengths, token_sums, precision),
+    }
+    key = ("mix_backward", masks.shape, delta.shape, delta.dtype, lengths is None, token_sums, precision)
+    return run(backend, key, d_delta, candidates)
+
+
+def _mix_backward_eager(
+    dx: Tensor, masks: Tensor, delta: Tensor, d_delta: Tensor, lengths: Tensor | None, token_sums: bool, precision: Precision
+) -> tuple[Tensor, Tensor | None]:
+    J, B, _, d = dx.shape
+    M, weights, wide = masks.shape[0], masks.to(delta.dtype).mT, accumulator_dtype(delta.dtype)
+    if dx.is_cuda:
+        dx, delta = without_padding(dx, lengths), without_padding(delta, lengths)
+        with matmul_precision(precision):
+            if d_delta.dtype == delta.dtype:
+                _by_mask(d_delta, M).baddbmm_(weights, _by_mask(dx, M))
+            else:
+                _by_mask(d_delta, M).add_(weights @ _by_mask(dx, M))
+            d_masks = (_by_mask(dx, M) @ _by_mask(delta, M).mT).to(wide)
+        return d_masks, dx.sum(2, dtype=wide) if token_sums else None
+    d_masks = torch.zeros(M, *masks.shape[1:], dtype=wide)
+    sums = torch.zeros(J, B, d, dtype=wide) if token_sums else None
+    for m, rows, n_tokens in mask_groups(M, dx, lengths):
+        block = dx[:, rows, :n_tokens].flatten(1)  # [J, n]
+        target = d_delta[:, rows, :n_tokens].flatten(1)  # [S, n], a view
+        if d_delta.dtype == delta.dtype:
+            target.addmm_(weights[m], block)
+        else:
+            target += weights[m] @ block
+        d_masks[m] += block @ delta[:, rows, :n_tokens].flatten(1).T
+        if sums is not None:
+            torch.sum(dx[:, rows, :n_tokens], 2, dtype=wide, out=sums[:, rows])
+    return d_masks, sums
+
+
+def constant_gradient(masks: Tensor, dx: Tensor, n_fits: int) -> Tensor:
+    """Gradient of the constants of a mix: (1 - m) dx summed over destinations and rows, where m < ABLATED.
+
+    Args:
+        masks: [M, J, S].
+        dx: [J, B, T, d] without garbage in its padding, or its token sums [J, B, d].
+        n_fits: Fc, a divisor of B.
+
+    Returns:
+        [Fc, S, Q, d] with Q = T, or 1 for token sums.
+    """
+    B, (M, _, S) = dx.shape[1], masks.shape
+    n_groups = B // math.gcd(B // M, B // n_fits)  # runs of rows with one mask and one fit
+    ablated = torch.where(masks < ABLATED, 1 - masks, 0).to(dx.dtype)  # [M, J, S]
+    ablated = ablated.repeat_interleave(n_groups // M, 0).view(n_fits, -1, S)  # [Fc, groups * J, S]
+    summed = dx.flatten(2).unflatten(1, (n_groups, -1)).sum(2)  # [J, groups, Q * d]
+    summed = summed.transpose(0, 1).reshape(n_fits, -1, summed.shape[-1])  # [Fc, groups * J, Q * d]
+    return (ablated.mT @ summed).unflatten(2, (-1, dx.shape[-1]))
+
+
+def base_gradient(dx: Tensor, n_bases: int) -> Tensor:
+    """Gradient of the base: dx [J, B, T, d] (no garbage in its padding) or its token sums [J, B, d] -> [F, T or 1, d]."""
+    return dx.sum(0).view(n_bases, dx.shape[1] // n_bases, -1, dx.shape[-1]).sum(1)
+
+
+def _by_mask(x: Tensor, n_masks: int) -> Tensor:
+    """x [n, B, T, d], contiguous, as one matrix per mask [M, n, B / M * T * d]: a view."""
+    return x.view(x.shape[0], n_masks, -1).transpose(0, 1)
+
+
+def _checked_output(base: Tensor, masks: Tensor, delta: Tensor, out: Tensor | None) -> Tensor:
+    """out, or a new x [J, B, T, d], once all shapes fit."""
+    check_shapes(base, masks, delta)
+    shape = (masks.shape[1], *delta.shape[1:])
+    if out is None:
+        return delta.new_empty(shape)
+    if out.shape != shape or out.dtype != delta.dtype or not out.is_contiguous():
+        raise ValueError(f"out {out.dtype} {list(out.shape)} of strides {out.stride()}; allowed: contiguous {delta.dtype} {list(shape)}")
+    return out
+
+
+def check_shapes(base: Tensor | None, masks: Tensor, delta: Tensor) -> None:
+    """ValueError unless base [F, Q, d], masks [M, J, S] and delta [S, B, T, d] fit together."""
+    if delta.ndim != 4 or not delta.is_contiguous():
+        raise ValueError(f"delta {list(delta.shape)} of strides {delta.stride()}; allowed: contiguous [S, B, T, d]")
+    S, B, T, d = delta.shape
+    if masks.ndim != 3 or masks.shape[2] != S or B % masks.shape[0] or (masks.stride(2) != 1 and S > 1):
+        raise ValueError(f"masks {list(masks.shape)} of strides {masks.stride()}; allowed: [M, J, {S}], M dividing {B}, unit stride in S")
+    if masks.dtype not in (torch.float32, delta.dtype):
+        raise ValueError(f"masks {masks.dtype}; allowed: torch.float32 or delta's {delta.dtype}")
+    if base is not None and (base.ndim != 3 or base.shape[1] not in (1, T) or base.shape[2] != d or B % base.shape[0]):
+        raise ValueError(f"base {list(base.shape)}; allowed: [F, 1 or {T}, {d}], F dividing {B}")
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def mix_kernel(
+    x,  # [J, R, d], R = B * T tokens
+    rstd,  # [J, R], or None
+    base,  # [F, Q, d]
+    masks,  # [M, J, S]
+    delta,  # [S, R, d]
+    lengths,  # [B], or None
+    J,
+    S,
+    R,
+    T,
+    d,
+    rows_per_mask,
+    rows_per_base,
+    mask_stride,
+    destination_stride,
+    eps,
+    BASE_PER_TOKEN: tl.constexpr,
+    BJ: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """One program: one token of one row, BJ destinations, all of d, so that it can sum the squares of what it writes."""
+    n_blocks = tl.cdiv(J, BJ)  # blocks of destinations of one token run side by side and share its delta in L2
+    token = (tl.program_id(0) // n_blocks).to(tl.int64)
+    b, t = token // T, token % T
+    j = (tl.program_id(0) % n_blocks) * BJ + tl.arange(0, BJ)
+    n_sources = S
+    live = True
+    if lengths is not None:
+        live = t < tl.load(lengths + b)
+        n_sources = tl.where(live, S, 0)
+    mask_rows = masks + (b // rows_per_mask) * mask_stride + j[:, None].to(tl.int64) * destination_stride
+    base += (b // rows_per_base) * (T * d if BASE_PER_TOKEN else d)
+    if BASE_PER_TOKEN:
+        base += t * d
+    squares = tl.zeros([BJ], tl.float32)
+    for d0 in range(0, d, BD):
+        i = d0 + tl.arange(0, BD)
+        acc = tl.zeros([BJ, BD], tl.float32) + tl.load(base + i, mask=(i < d) & live, other=0.0).to(tl.float32)[None, :]
+        for s0 in range(0, n_sources, BS):
+            s = s0 + tl.arange(0, BS)
+            out = tl.load(
+                delta + (s[:, None].to(tl.int64) * R + token) * d + i[None, :], mask=(s[:, None] < S) & (i[None, :] < d), other=0.0
+            )
+            weights = tl.load(mask_rows + s[None, :], mask=(j[:, None] < J) & (s[None, :] < S), other=0.0)
+            if UP:
+                out = out.to(tl.float32)
+            acc = tl.dot(weights.to(out.dtype), out, acc, input_precision=PRECISION)
+        squares += tl.sum(acc * acc, 1)
+        at = x + (j[:, None].to(tl.int64) * R + token) * d + i[None, :]
+        tl.store(at, acc.to(x.dtype.element_ty), mask=(j[:, None] < J) & (i[None, :] < d))
+    if rstd is not None:
+        tl.store(rstd + j.to(tl.int64) * R + token, 1.0 / tl.sqrt(squares / d + eps), mask=j < J)
+
+
+@triton.jit
+def mix_backward_kernel(
+    dx,  # [J, R, d], R = B * T tokens
+    masks,  # [M, J, S]
+    delta,  # [S, R, d]
+    d_delta,  # [S, R, d], added to
+    partial,  # [B, splits, J, S]: the part of d_masks of one row and one split of d
+    sums,  # [J, B, d], or None
+    lengths,  # [B], or None
+    J,
+    S,
+    R,
+    T,
+    d,
+    rows_per_mask,
+    mask_stride,
+    destination_stride,
+    splits,
+    chunks_per_split,
+    BJ: tl.constexpr,
+    BS: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """One program: one row, BS sources, one split of d, all tokens and all J <= BJ destinations; no two write to one place."""
+    n_blocks = tl.cdiv(S, BS)  # blocks of sources of one row run side by side and share its dx in L2
+    block = tl.program_id(0) % n_blocks
+    split = tl.program_id(0) // n_blocks % splits
+    b = (tl.program_id(0) // n_blocks // splits).to(tl.int64)
+    n_tokens = T
+    if lengths is not None:
+        n_tokens = tl.load(lengths + b).to(tl.int32)
+    j = tl.arange(0, BJ)
+    s = block * BS + tl.arange(0, BS)
+    edge = (j[:, None] < J) & (s[None, :] < S)  # [BJ, BS]
+    weights = tl.load(
+        masks + (b // rows_per_mask) * mask_stride + j[:, None].to(tl.int64) * destination_stride + s[None, :], mask=edge, other=0.0
+    )
+    dm = tl.zeros([BJ, BS], tl.float32)
+    for chunk in range(split * chunks_per_split, tl.minimum((split + 1) * chunks_per_split, tl.cdiv(d, BD))):
+        i = chunk * BD + tl.arange(0, BD)
+        is_dx = (j[:, None] < J) & (i[None, :] < d)
+        is_delta = (s[:, None] < S) & (i[None, :] < d)
+        total = tl.zeros([BJ, BD], tl.float32)
+        for t in range(0, n_tokens):
+            token = b * T + t
+            g = tl.load(dx + (j[:, None].to(tl.int64) * R + token) * d + i[None, :], mask=is_dx, other=0.0)
+            at = (s[:, None].to(tl.int64) * R + token) * d + i[None, :]
+            out = tl.load(delta + at, mask=is_delta, other=0.0)
+            grad = tl.load(d_delta + at, mask=is_delta, other=0.0).to(tl.float32)
+            if UP:
+                g = g.to(tl.float32)
+                out = out.to(tl.float32)
+            dm = tl.dot(g, tl.trans(out), dm, input_precision=PRECISION)
+            grad = tl.dot(tl.trans(weights.to(g.dtype)), g, grad, input_precision=PRECISION)
+            tl.store(d_delta + at, grad.to(d_delta.dtype.element_ty), mask=is_delta)
+            if sums is not None:
+                total += g.to(tl.float32)
+        if sums is not None:
+            tl.store(sums + (j[:, None].to(tl.int64) * (R // T) + b) * d + i[None, :], total, mask=is_dx & (block == 0))
+    at = partial + ((b * splits + split) * J + j[:, None]) * S + s[None, :]
+    tl.store(at, dm, mask=edge)
+
+
+# What a program owns, by what fits without spilling on sm_80 and sm_90 (kernels/README.md). BD is 128 bytes of d in the backward kernel: one
+# cache line per row of a tile. fp32 in ieee precision multiplies on the CUDA cores, where operands are held in registers: smaller tiles.
+
+
+def mix_tiles(J: int, dtype: torch.dtype, precision: Precision) -> dict[str, int]:
+    """Tile sizes and launch options of `mix_kernel`."""
+    cuda_cores = dtype == torch.float32 and precision == "ieee"
+    return {"BJ": _block(J), "BS": 32, "BD": 64 if cuda_cores else 128, "num_warps": 8, "num_stages": 3}
+
+
+def mix_backward_tiles(J: int, dtype: torch.dtype, precision: Precision) -> dict[str, int]:
+    """Tile sizes and launch options of `mix_backward_kernel`, which takes J <= MAX_BJ."""
+    BJ = _block(J)
+    tiles = {"BJ": BJ, "num_warps": 8 if BJ == MAX_BJ else 4, "num_stages": 3 if BJ == MAX_BJ else 2}
+    if dtype == torch.bfloat16:
+        return tiles | {"BS": 32, "BD": 64}
+    return tiles | {"BS": 32 if precision == "ieee" else 64, "BD": 32}
+
+
+MAX_BJ = 64
+
+
+def _block(J: int) -> int:
+    """Destinations of a program: a power of two, and at least the 16 rows of a tensor-core tile."""
+    return min(MAX_BJ, max(16, triton.next_power_of_2(J)))
+
+
+def _mix_triton(
+    base: Tensor,
+    masks: Tensor,
+    delta: Tensor,
+    lengths: Tensor | None,
+    x: Tensor,
+    rstd: Tensor | None,
+    eps: float,
+    precision: Precision,
+) -> Tensor:
+    """x, with rstd [J, B, T] filled if given."""
+    J, B, T, d = x.shape
+    tiles = mix_tiles(J, delta.dtype, precision)
+    mix_kernel[(B * T * triton.cdiv(J, tiles["BJ"]),)](
+        x,
+        rstd,
+        base.contiguous(),
+        masks,
+        delta,
+        lengths,
+        J,
+        delta.shape[0],
+        B * T,
+        T,
+        d,
+        B // masks.shape[0],
+        B // base.shape[0],
+        masks.stride(0),
+        masks.stride(1),
+        eps,
+        BASE_PER_TOKEN=base.shape[1] == T,
+        PRECISION=precision,
+        UP=INTERPRETED,
+        **tiles,
+    )
+    return x
+
+
+def _mix_backward_triton(
+    dx: Tensor, masks: Tensor, delta: Tensor, d_delta: Tensor, lengths: Tensor | None, token_sums: bool, precision: Precision
+) -> tuple[Tensor, Tensor | None]:
+    (J, B, T, d), (M, _, S) = dx.shape, masks.shape
+    d_masks = dx.new_empty(M, J, S, dtype=torch.float32)
+    sums = dx.new_empty(J, B, d, dtype=torch.float32) if token_sums else None
+    for j0 in range(0, J, MAX_BJ):
+        j = slice(j0, min(j0 + MAX_BJ, J))
+        tiles = mix_backward_tiles(j.stop - j0, delta.dtype, precision)
+        blocks, chunks = triton.cdiv(S, tiles["BS"]), triton.cdiv(d, tiles["BD"])
+        chunks_per_split = triton.cdiv(chunks, min(chunks, triton.cdiv(PROGRAMS, B * blocks)))
+        splits = triton.cdiv(chunks, chunks_per_split)
+        partial = dx.new_empty(B, splits, j.stop - j0, S, dtype=torch.float32)
+        mix_backward_kernel[(B * splits * blocks,)](
+            dx[j],
+            masks[:, j],
+            delta,
+            d_delta,
+            partial,
+            None if sums is None else sums[j],
+            lengths,
+            j.stop - j0,
+            S,
+            B * T,
+            T,
+            d,
+            B // M,
+            masks.stride(0),
+            masks.stride(1),
+            splits,
+            chunks_per_split,
+            PRECISION=precision,
+            UP=INTERPRETED,
+            **tiles,
+        )
+        torch.sum(partial.view(M, -1, *partial.shape[2:]), 1, out=d_masks[:, j])
+    return d_masks, sums
+
+
+PROGRAMS = 1024
+"""Programs that the backward pass is split into, where d allows: a few for each of an H100's 132 multiprocessors."""

@@ -1,0 +1,112 @@
+"""What the ops share: which backend runs, matrix precision, and the padding that `lengths` describes.
+
+Symbols: B rows, T ablatable tokens, J destinations, S sources, d model width, M masks.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+import torch
+import triton  # type: ignore[import-untyped]
+from torch import Tensor
+
+Backend = Literal["auto", "triton", "eager"]
+Precision = Literal["ieee", "tf32"]
+Result = TypeVar("Result")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run on CPU tensors in Triton's interpreter. Fixed when the kernels are decorated, so it is read once, here."""
+
+_fastest: dict[tuple[object, ...], str] = {}
+
+
+def run(backend: Backend, key: tuple[object, ...], target: Tensor, candidates: dict[str, Callable[[Tensor], Result]]) -> Result:
+    """Call the candidate that `backend` names on target, which it writes to or adds to.
+
+    With "auto" that is "eager" on CPU, and on CUDA the fastest one measured: the first call for a key (op, shapes, dtypes) times every
+    candidate on a scratch target and remembers the winner, so that no kernel runs where it does not pay. While a CUDA graph is captured
+    nothing can be timed, and an unmeasured key takes "eager".
+
+    Raises:
+        ValueError: an unknown backend, or "triton" where there is no kernel: CPU tensors outside the interpreter, other dtypes.
+    """
+    has_kernel = (target.is_cuda or INTERPRETED) and target.dtype in (torch.float32, torch.bfloat16)
+    if backend not in ("auto", "triton", "eager"):
+        raise ValueError(f"backend {backend!r}; allowed: auto, triton, eager")
+    if backend == "triton" and not has_kernel:
+        raise ValueError(
+            f"backend 'triton' for {target.dtype} on {target.device}; allowed: fp32 and bf16, on CUDA or with TRITON_INTERPRET=1"
+        )
+    if backend != "auto":
+        return candidates[backend](target)
+    if not (target.is_cuda and has_kernel):
+        return candidates["eager"](target)
+    key = (target.device, target.dtype, *key)
+    if key not in _fastest and not torch.cuda.is_current_stream_capturing():
+        scratch = torch.empty_like(target)
+        times = {name: _milliseconds(call, scratch) for name, call in candidates.items()}
+        _fastest[key] = min(times, key=lambda name: times[name])
+    return candidates[_fastest.get(key, "eager")](target)
+
+
+def _milliseconds(call: Callable[[Tensor], object], scratch: Tensor, repeats: int = 5) -> float:
+    """Median time of a call on the device after one to compile; infinite if the kernel needs more than the device has."""
+    try:
+        call(scratch)
+    except triton.runtime.errors.OutOfResources:
+        return math.inf
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call(scratch)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[repeats // 2]
+
+
+@contextmanager
+def matmul_precision(precision: Precision) -> Iterator[None]:
+    """Let cuBLAS round fp32 operands to TF32, or not, within this block."""
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision {precision!r}; allowed: ieee, tf32")
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over many terms are kept in: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """bool [B, T, 1]: where position t of row b of x [., B, T, .] is past lengths[b]."""
+    return (torch.arange(x.shape[2], device=x.device) >= lengths[:, None])[..., None]
+
+
+def without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x [., B, T, .] with zeros past lengths [B], whatever was there: a copy, or x itself without lengths."""
+    return x if lengths is None else x.masked_fill(padding(x, lengths), 0)
+
+
+def mask_groups(n_masks: int, x: Tensor, lengths: Tensor | None) -> Iterator[tuple[int, slice, int]]:
+    """The blocks of x [., B, T, .] that one GEMM each can do without a copy: (mask m, its rows b, tokens t to use) of each.
+
+    Rows that share a mask lie side by side and go together, unless they are padded: then each is cut at its own length.
+    """
+    _, B, T, _ = x.shape
+    per_mask = B // n_masks
+    if lengths is None:
+        for m in range(n_masks):
+            yield m, slice(m * per_mask, (m + 1) * per_mask), T
+    else:
+        for b, n_tokens in enumerate(lengths.tolist()):
+            yield b // per_mask, slice(b, b + 1), n_tokens
