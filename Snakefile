@@ -7,9 +7,9 @@ from snakemake.utils import min_version
 min_version("9.0")
 
 from oacore.codehash import codehash
-from oacore.config import parse_config
+from oacore.config import FITTED, LEARNED, RANKED, parse_config
 from oacore.errors import UserError
-from oacore.layout import Layout, model_settings, task_settings
+from oacore.layout import Layout, circuit_file, model_settings, task_settings
 
 # Only without --configfile: Snakemake would merge the two, and the demo's keys would become part of every run.
 if not workflow.config_settings.configfiles:
@@ -32,7 +32,6 @@ GPUS = 0 if run_config.device == "cpu" else 1
 wildcard_constraints:
     task="|".join(TASKS),
     task_dir="|".join(layout.task_folders),
-    method="|".join(run_config.ablation.fitted()) or "none",
 
 
 include: "workflow/rules/common.smk"
@@ -40,6 +39,7 @@ include: "workflow/rules/model.smk"
 include: "workflow/rules/prompts.smk"
 include: "workflow/rules/activations.smk"
 include: "workflow/rules/ablation.smk"
+include: "workflow/rules/circuits.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -23,6 +23,9 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "optimal": ("fit optimal constants", ("task", "method")),
     "gaps": ("measure every component's ablation loss gap", ("task",)),
     "figures": ("draw the figures", ("task",)),
+    "circuit_search": ("find circuits", ("task", "method", "ablation")),
+    "circuit_evaluation": ("judge circuits on held-out prompts", ("task", "ablation")),
+    "circuit_figures": ("draw the circuits and their Pareto fronts", ("task",)),
     "report": ("write the HTML report", ()),
 }
 
@@ -45,6 +48,15 @@ def jobs(config: Config) -> Iterator[tuple[str, dict[str, str], str]]:
             yield "optimal", {"task": task, "method": method}, layout.constants(task, method)
         yield "gaps", {"task": task}, layout.ablation(task, "gaps.csv")
         yield "figures", {"task": task}, layout.ablation(task, f"{config.ablation.figures()[-1]}.svg")
+    for task in config.circuit_tasks():
+        assert config.circuits is not None
+        for ablation in config.circuits.ablations:
+            for method in config.circuits.methods:
+                what = {"task": task, "method": method, "ablation": ablation}
+                yield "circuit_search", what, layout.circuits(task, f"{method}-{ablation}/search.safetensors")
+            last = layout.circuits(task, f"{config.circuits.methods[-1]}-{ablation}/pareto.csv")
+            yield "circuit_evaluation", {"task": task, "ablation": ablation}, last
+        yield "circuit_figures", {"task": task}, layout.circuits(task, f"figures/circuit_{config.circuits.ablations[-1]}.svg")
     yield "report", {}, layout.report
 
 
@@ -68,10 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=[*STAGES, "all"], metavar="STAGE")
     parser.add_argument("--config", default="config/demo.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("--task", help="one task (default: all of the config)")
-    parser.add_argument("--method", help="one fitted method (default: all of the config)")
+    parser.add_argument("--method", help="one fitted ablation type, or circuit method (default: all of the config)")
+    parser.add_argument("--ablation", help="circuits: one ablation type (default: all of the config)")
     given = parser.parse_args(arguments)
     try:
-        _run(given.stage, load_config(given.config), given.task, given.method)
+        _run(given.stage, load_config(given.config), {name: getattr(given, name) for name in ("task", "method", "ablation")})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -81,22 +94,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(stage: str, config: Config, task: str | None, method: str | None) -> None:
+def _run(stage: str, config: Config, given: dict[str, str | None]) -> None:
     if stage == "all":
         run_missing(config)
         return
-    wildcards = STAGES[stage][1]
-    tasks = _choose("--task", task, config.tasks.selected()) if "task" in wildcards else [None]
-    methods = _choose("--method", method, config.ablation.fitted()) if "method" in wildcards else [None]
-    for one_task in tasks:
-        for one_method in methods:
-            run_stage(stage, config, **{name: value for name, value in (("task", one_task), ("method", one_method)) if value is not None})
-
-
-def _choose(option: str, value: str | None, allowed: Any) -> list[Any]:
-    if value is not None and value not in allowed:
-        raise UserError(f"{option}: {value!r}; allowed by the config: {', '.join(allowed)}")
-    return list(allowed) if value is None else [value]
+    all_of_stage = [what for name, what, _ in jobs(config) if name == stage]
+    if not all_of_stage:
+        raise UserError(f"{stage}: the config has nothing for this stage{' (no circuits: section)' if stage.startswith('circuit') else ''}")
+    for name in STAGES[stage][1]:
+        if (value := given[name]) is not None:
+            allowed = list(dict.fromkeys(what[name] for what in all_of_stage))
+            if value not in allowed:
+                raise UserError(f"--{name}: {value!r}; allowed by the config: {', '.join(allowed)}")
+    for what in all_of_stage:
+        if all(given[name] in (None, value) for name, value in what.items()):
+            run_stage(stage, config, **what)
 
 
 def run_in_workflow(job: Any) -> None:

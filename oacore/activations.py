@@ -166,6 +166,13 @@ def read_statistics(path: str | Path, expect: dict[str, Any] | None = None, devi
         return Statistics(shortest=int(reader["statistics/shortest"][0]), **tables)
 
 
+def read_final(path: str | Path, split: str, expect: dict[str, Any] | None = None) -> Tensor:
+    """What the unembedding reads [N, d] on every prompt of a split: the clean target distribution without the vocabulary."""
+    with Reader(path, expect) as reader:
+        stored = reader[f"{split}/final"]
+        return to_torch(stored[:], stored.bfloat16)
+
+
 def read_clean_log_probs(path: str | Path, model: Model, split: str, rows: slice, expect: dict[str, Any] | None = None) -> Tensor:
     """The clean target distribution [n, V] (log-probabilities, fp32) of some prompts, from the cache alone."""
     with Reader(path, expect) as reader:

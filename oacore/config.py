@@ -42,6 +42,13 @@ Method = Literal[
 ]
 ComponentKind = Literal["head", "mlp", "attention_layer"]
 FITTED: tuple[Method, ...] = ("optimal", "optimal_positional")
+EdgeAblation = Literal[
+    "zero", "mean", "mean_positional", "cf_mean", "resample", "counterfactual", "optimal", "optimal_positional"
+]  # of edges in circuits
+CircuitMethod = Literal["ugs", "hcgs", "topk", "eap", "eap_ig", "acdc", "exact", "random", "manual"]
+Objective = Literal["kl", "logit_diff"]
+LEARNED: tuple[CircuitMethod, ...] = ("ugs", "hcgs", "topk")
+RANKED: tuple[CircuitMethod, ...] = ("eap", "eap_ig", "exact")  # scores first, circuits of any size from them
 
 
 class Settings(BaseModel):
@@ -57,6 +64,11 @@ class Limits(Settings):
         16384,
         ge=64,
         description="tokens (rows x positions) in one forward pass; a fit keeps the activations of as many for its backward pass",
+    )
+    memory_gb: float = Field(
+        4.0,
+        gt=0,
+        description="memory of one masked-edge pass beside the weights; its rows go in parts that fit, and out of memory halves them",
     )
     threads: int = Field(2, ge=1, description="CPU threads of one job; results are bit-identical for equal numbers of threads")
 
@@ -165,6 +177,73 @@ class Ablation(Settings):
         return ("gap_distributions", *compared, *fitted)
 
 
+class MaskFit(Settings):
+    """Learning of edge masks by UGS, HCGS and top-k (Li & Janson 2024, section 3)."""
+
+    n_steps: int = Field(3000, ge=1, description="steps; twice as many where constants are trained along (optimal ablations)")
+    n_samples: int = Field(12, ge=1, description="mask samples per prompt and step")
+    n_prompts: int = Field(5, ge=1, description="prompts a step")
+    learning_rate: float = Field(1.0, gt=0, description="times the paper's learning rates of the logits: 0.15 for small lambdas to 0.05")
+    constants_rate: float = Field(0.02, gt=0, description="Adam step of constants trained along, in standard deviations of a source")
+    dynamic_window: bool = Field(False, description="UGS, top-k: widen the window of edges whose gradient is noisy")
+    record_every: int = Field(50, ge=1, description="steps between points of the curves, each a checkpoint")
+
+
+class Circuits(Settings):
+    """Circuit discovery: every method, ablation type, knob and seed is one circuit. The section's presence asks for it."""
+
+    tasks: tuple[TaskName, ...] | None = Field(None, min_length=1, description="tasks to find circuits for; none means all of the config")
+    methods: tuple[CircuitMethod, ...] = Field(
+        ("ugs", "hcgs", "eap", "eap_ig", "acdc", "random"), min_length=1, description="what to compare"
+    )
+    ablations: tuple[EdgeAblation, ...] = Field(
+        ("optimal", "counterfactual"), min_length=1, description="what replaces an ablated edge's source"
+    )
+    objective: Objective = Field("kl", description="loss of mask learning, EAP-IG, ACDC and exact; EAP always takes the logit difference")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="one circuit of every knob for each")
+    lambdas: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2), min_length=1, description="ugs, hcgs: prices of an edge in nats"
+    )
+    thresholds: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), min_length=1, description="acdc: rises of the loss below which an edge goes"
+    )
+    sizes: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+        min_length=1,
+        description="topk, eap, eap_ig, exact, random: edges, or below 1 their share",
+    )
+    n_prompts: int = Field(50, ge=1, description="eap, eap_ig, exact, acdc: training prompts that edges are judged on")
+    ig_steps: int = Field(5, ge=1, description="eap_ig: interpolations of the input")
+    masks: MaskFit = MaskFit()
+    refit: OptimalFit = Field(
+        OptimalFit(learning_rate=0.1, batch_size=32, max_steps=1000, patience=1, n_decays=2),
+        description="optimal ablations: constants fitted anew for every circuit of every method",
+    )
+
+    def objective_of(self, method: str) -> Objective:
+        """What a method's search looks at: KL has no gradient at the clean run, where EAP takes it."""
+        return "logit_diff" if method == "eap" else self.objective
+
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures that these settings give (`oacore.circuit_plots.circuit_figures` draws them)."""
+        compared = (f"ablation_types_{'ugs' if 'ugs' in self.methods else self.methods[0]}",) if len(self.ablations) > 1 else ()
+        return (*(f"pareto_{ablation}" for ablation in self.ablations), *compared)
+
+    def knobs(self, method: CircuitMethod) -> tuple[float, ...]:
+        """What one method sweeps."""
+        if method in ("ugs", "hcgs"):
+            return self.lambdas
+        return {"acdc": self.thresholds, "manual": (1.0,)}.get(method, self.sizes)
+
+    @model_validator(mode="after")
+    def _knobs_have_names_of_their_own(self) -> "Circuits":
+        for name in ("seeds", "lambdas", "thresholds", "sizes", "methods", "ablations"):
+            shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in getattr(self, name)]
+            if len(set(shown)) < len(shown):
+                raise ValueError(f"{name}: {', '.join(shown)} repeats a value; each names files of its own")
+        return self
+
+
 def _name(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -186,6 +265,49 @@ class Config(Settings):
     demo_model: DemoModel = DemoModel()
     tasks: Tasks = Field(description="what the model is asked to do; an empty section takes the defaults")
     ablation: Ablation = Ablation()
+    circuits: Circuits | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_circuits_mean_defaults(cls, value: Any) -> Any:
+        return value | {"circuits": {}} if isinstance(value, dict) and "circuits" in value and value["circuits"] is None else value
+
+    def circuit_tasks(self) -> tuple[str, ...]:
+        """The tasks to find circuits for."""
+        if self.circuits is None:
+            return ()
+        return self.circuits.tasks or tuple(self.tasks.selected())
+
+    @model_validator(mode="after")
+    def _circuits_make_sense(self) -> "Config":
+        circuits = self.circuits
+        if circuits is None:
+            return self
+        selected = self.tasks.selected()
+        if missing := [task for task in circuits.tasks or () if task not in selected]:
+            raise ValueError(f"circuits.tasks: {', '.join(missing)}; allowed: the config's tasks: {', '.join(selected)}")
+        tasks = self.circuit_tasks()
+        if "manual" in circuits.methods and (tasks != ("ioi",) or self.model == "demo"):
+            raise ValueError(
+                "circuits.methods: 'manual' is the published IOI circuit of GPT-2-small: it needs that model and circuits.tasks: [ioi]"
+            )
+        without_answers = [task for task in tasks if task in ("text", "facts")]
+        for asked, why in (
+            ("eap" in circuits.methods, "circuits.methods: 'eap' takes the logit difference, since KL has no gradient at the clean run"),
+            (circuits.objective == "logit_diff", "circuits.objective: 'logit_diff' compares right and wrong answers"),
+        ):
+            if asked and without_answers:
+                raise ValueError(f"{why}; {', '.join(without_answers)} has no wrong answers: list other circuits.tasks, or leave it out")
+        judged = [method for method in circuits.methods if method in (*RANKED, "acdc")]
+        for ablation in circuits.ablations:
+            if ablation in FITTED and judged:
+                fitted = ablation in self.ablation.methods and {"head", "mlp"} <= set(self.ablation.components)
+                if not fitted:
+                    raise ValueError(
+                        f"circuits.ablations: {ablation!r} with {', '.join(judged)} takes the components' fitted constants; "
+                        f"ablation.methods must list {ablation}, and ablation.components head and mlp"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _needs_a_task(self) -> "Config":

@@ -64,6 +64,11 @@ def task_settings(config: Config, task: str) -> dict[str, object]:
     return {"seed": config.seed, **values}
 
 
+def circuit_file(knob: float, seed: int) -> str:
+    """Name of a circuit's file in its method's folder."""
+    return f"{knob:g}-s{seed}.json"
+
+
 class Layout:
     """Paths of one run, as Snakemake wants them: strings relative to the working directory where the config's are."""
 
@@ -102,6 +107,9 @@ class Layout:
 
     def ablation(self, task: str, file: str) -> str:
         return f"{self.results_dir}/{task}/ablation/{file}"
+
+    def circuits(self, task: str, file: str) -> str:
+        return f"{self.results_dir}/{task}/circuits/{file}"
 
     def constants(self, task: str, method: str) -> str:
         return self.ablation(task, f"constants-{method}.safetensors")

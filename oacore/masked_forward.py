@@ -126,7 +126,14 @@ class Engine:
     def row_bytes(self, n_tokens: int, *, gradient: bool, keep_inputs: bool) -> int:
         """Memory of one row of a pass with n_tokens after BOS, as measured within a fifth by tests."""
         model, graph = self.model, self.graph
-        S, J, H, KV, d, f = graph.n_sources, graph.n_destinations, graph.n_heads, graph.n_kv_heads, model.d_model, model.blocks[0].W_in.shape[1]
+        S, J, H, KV, d, f = (
+            graph.n_sources,
+            graph.n_destinations,
+            graph.n_heads,
+            graph.n_kv_heads,
+            model.d_model,
+            model.blocks[0].W_in.shape[1],
+        )
         inner = graph.first_source(graph.n_layers - 1)
         layer = (H + 2 * KV + 1) * d + (H + 2 * KV) * 2 * model.d_head + 2 * H * (n_tokens + 1) + 3 * f  # one layer's temporaries
         values = inner * d + layer
@@ -395,8 +402,8 @@ class _Pass:
 
 def _rms_scale(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean x^2 + eps) of x [..., d]: [..., 1], computed in fp32 or wider."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
 
 
 def _post_norm(norm: Norm, x: Tensor, scaled_by: Tensor) -> Tensor:

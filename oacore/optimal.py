@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from oacore.ablation import (
@@ -30,16 +28,10 @@ from oacore.ablation import (
     spread,
     width,
 )
-from oacore.checkpoint import atomic_path
 from oacore.config import OptimalFit
-from oacore.errors import UserError
+from oacore.descent import descend, prompts_of_step
 from oacore.metrics import kl_divergence
 from oacore.model import Model
-from oacore.progress import progress
-
-BETAS, EPSILON = (0.9, 0.999), 1e-10
-DECAY = 0.25  # of the learning rate, each time a component stops improving
-ABSOLUTE_PROGRESS = 1e-6  # nats: smaller improvements are fp32 rounding of the loss
 
 
 @dataclass(frozen=True)
@@ -126,14 +118,6 @@ def gradients(model: Model, prompts: Batch, components: Sequence[Component], con
     return gradient
 
 
-def prompts_of_step(n_prompts: int, size: int, seed: int, step: int) -> Tensor:
-    """The prompts of a step. Each epoch is a permutation of its own seed, so any step can be drawn without those before it."""
-    size = min(size, n_prompts)
-    epoch, index = divmod(step, n_prompts // size)
-    order = torch.randperm(n_prompts, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[index * size : (index + 1) * size]
-
-
 @torch.no_grad()
 def fit(
     model: Model,
@@ -166,112 +150,25 @@ def fit(
         on_test: called after every convergence test.
     """
     components = tuple(components)
-    state = _resume(checkpoint, identity, model.device) or _initial_state(model, components, validation, start, settings, tokens_per_batch)
-    scale = scales(components, statistics)  # [C]
-    with progress(what=what, unit="steps", total=settings.max_steps, initial=int(state["step"])) as bar:
-        while int(state["step"]) < settings.max_steps and not bool(state["done"].all()):
-            running = (~state["done"]).nonzero()[:, 0]
-            active = [components[index] for index in running.tolist()]
-            for _ in range(min(settings.check_every, settings.max_steps - int(state["step"]))):
-                batch = train.take(prompts_of_step(len(train), settings.batch_size, seed, int(state["step"])).to(model.device))
-                gradient = gradients(model, batch, active, state["value"][running], tokens_per_batch)
-                state["step"] += 1
-                _adam(state, running, gradient, state["rate"][running] * scale[running])
-                bar.update()
-            _test_convergence(model, state, active, running, validation, settings, tokens_per_batch)
-            bar.set_postfix_str(f"{int(state['done'].sum())}/{len(components)} converged", refresh=False)
-            on_test()
-            if checkpoint is not None:
-                _save(checkpoint, state, identity)
-    return Fit(components, state["best"], state["best_gap"], state["n_steps"], state["done"], state["curve_steps"], state["curve_gaps"])
 
+    def gradient(running: Tensor, value: Tensor, step: int) -> Tensor:
+        batch = train.take(prompts_of_step(len(train), settings.batch_size, seed, step).to(model.device))
+        return gradients(model, batch, [components[row] for row in running.tolist()], value, tokens_per_batch)
 
-State = dict[str, Tensor]
+    def validate(running: Tensor, value: Tensor) -> Tensor:
+        return mean_losses(model, validation, [components[row] for row in running.tolist()], value, tokens_per_batch)
 
-
-def _initial_state(
-    model: Model, components: Sequence[Component], validation: Batch, start: Tensor, settings: OptimalFit, tokens_per_batch: int
-) -> State:
-    n, device = len(components), model.device
-    gap = mean_losses(model, validation, components, start, tokens_per_batch)
-    counter = torch.zeros(n, dtype=torch.int64, device=device)
-    return {
-        "step": torch.zeros((), dtype=torch.int64),
-        "value": start.clone(),
-        "first": torch.zeros_like(start),
-        "second": torch.zeros_like(start),
-        "sum": torch.zeros_like(start),
-        "best": start.clone(),
-        "best_gap": gap,
-        "rate": torch.full((n,), settings.learning_rate, device=device),
-        "stale": counter.clone(),
-        "decays": counter.clone(),
-        "n_steps": counter.clone(),
-        "done": torch.zeros(n, dtype=torch.bool, device=device),
-        "curve_steps": torch.zeros(1, dtype=torch.int64),
-        "curve_gaps": gap[None].to("cpu", copy=True),  # best_gap is updated in place
-    }
-
-
-def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor) -> None:
-    """One Adam step of the running rows [m], each with its own rate [m]; torch.optim has one rate per tensor, not per row."""
-    step = int(state["step"])
-    first = state["first"][rows].lerp(gradient, 1 - BETAS[0])
-    second = state["second"][rows].lerp(gradient.square(), 1 - BETAS[1])
-    direction = first / (1 - BETAS[0] ** step) / ((second / (1 - BETAS[1] ** step)).sqrt() + EPSILON)
-    value = state["value"][rows] - rate[:, None, None] * direction
-    state["first"][rows], state["second"][rows], state["value"][rows] = first, second, value
-    state["sum"][rows] += value
-
-
-def _test_convergence(
-    model: Model,
-    state: State,
-    active: Sequence[Component],
-    running: Tensor,
-    validation: Batch,
-    settings: OptimalFit,
-    tokens_per_batch: int,
-) -> None:
-    """Keep what improved on the validation prompts; slow down, and at last stop, what did not."""
-    since = int(state["step"]) - int(state["curve_steps"][-1])
-    average = state["sum"][running] / since
-    state["sum"].zero_()
-    gap = mean_losses(model, validation, active, average, tokens_per_batch)
-    best = state["best_gap"][running]
-    if not bool(gap.isfinite().all()):
-        bad = [item.name for item, finite in zip(active, gap.isfinite().tolist(), strict=True) if not finite]
-        raise UserError(
-            f"ablation.optimal.learning_rate: {settings.learning_rate:g}; after {int(state['step'])} steps the ablation loss of "
-            f"{', '.join(bad)} is not finite; allowed: a smaller one"
-        )
-    progress = best - gap > settings.tolerance * best + ABSOLUTE_PROGRESS
-    better = running[gap < best]
-    state["best"][better], state["best_gap"][better] = average[gap < best], gap[gap < best]
-    state["stale"][running] = torch.where(progress, 0, state["stale"][running] + 1)
-    slow = running[state["stale"][running] >= settings.patience]
-    state["decays"][slow] += 1
-    state["rate"][slow] *= DECAY
-    state["stale"][slow] = 0
-    state["value"][slow] = state["best"][slow]
-    state["done"] = state["decays"] > settings.n_decays
-    state["n_steps"][running] = state["step"].to(running.device)
-    state["curve_steps"] = torch.cat((state["curve_steps"], state["step"][None]))
-    latest = state["curve_gaps"][-1].clone()
-    latest[running.cpu()] = gap.cpu()
-    state["curve_gaps"] = torch.cat((state["curve_gaps"], latest[None]))
-
-
-def _save(path: Path, state: State, identity: str) -> None:
-    with atomic_path(path) as temporary:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata={"identity": identity})
-
-
-def _resume(path: Path | None, identity: str, device: torch.device) -> State | None:
-    if path is None or not path.is_file():
-        return None
-    with safe_open(path, "pt") as file:
-        if file.metadata().get("identity") != identity:
-            return None
-        on_host = ("step", "curve_steps", "curve_gaps")
-        return {name: file.get_tensor(name).to("cpu" if name in on_host else device) for name in file.keys()}  # noqa: SIM118
+    found = descend(
+        start,
+        scales(components, statistics)[:, None, None],
+        gradient,
+        validate,
+        settings,
+        names=[item.name for item in components],
+        key="ablation.optimal.learning_rate",
+        checkpoint=checkpoint,
+        identity=identity,
+        what=what,
+        on_test=on_test,
+    )
+    return Fit(components, found.best, found.best_loss, found.n_steps, found.converged, found.curve_steps, found.curve_losses)

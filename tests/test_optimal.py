@@ -12,7 +12,8 @@ from oacore.activations import Moments, _add_sources
 from oacore.config import OptimalFit
 from oacore.errors import UserError
 from oacore.model import canonical
-from oacore.optimal import better_start, fit, gradients, mean_losses, prompts_of_step, starting_means
+from oacore.descent import prompts_of_step
+from oacore.optimal import better_start, fit, gradients, mean_losses, starting_means
 
 LIMIT = 4096
 
@@ -159,9 +160,9 @@ def test_a_killed_fit_resumes_bit_by_bit(setting, tmp_path, monkeypatch):
     settings = OptimalFit(batch_size=8, max_steps=60, check_every=10)
     straight = run(setting, components, settings)
     checkpoint = tmp_path / "fit.safetensors"
-    from oacore import optimal
+    from oacore import descent
 
-    adam, calls = optimal._adam, []
+    adam, calls = descent._adam, []
 
     def killed_later(*arguments):
         calls.append(None)
@@ -169,10 +170,10 @@ def test_a_killed_fit_resumes_bit_by_bit(setting, tmp_path, monkeypatch):
             raise KilledError
         adam(*arguments)
 
-    monkeypatch.setattr(optimal, "_adam", killed_later)
+    monkeypatch.setattr(descent, "_adam", killed_later)
     with pytest.raises(KilledError):
         run(setting, components, settings, checkpoint=checkpoint, identity="a")
-    monkeypatch.setattr(optimal, "_adam", adam)
+    monkeypatch.setattr(descent, "_adam", adam)
     resumed = run(setting, components, settings, checkpoint=checkpoint, identity="a")
     for name in ("constants", "validation_gap", "n_steps", "converged", "curve_steps", "curve_gaps"):
         assert torch.equal(getattr(straight, name), getattr(resumed, name)), name

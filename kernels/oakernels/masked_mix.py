@@ -11,12 +11,13 @@ Symbols: B rows, T ablatable tokens, J destinations, S sources, d model width, M
 """
 
 import math
+from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from oakernels.runtime import (
     INTERPRETED,
@@ -26,6 +27,7 @@ from oakernels.runtime import (
     mask_groups,
     matmul_precision,
     padding,
+    rounded,
     run,
     without_padding,
 )
@@ -62,13 +64,13 @@ def masked_mix(
     Raises:
         ValueError: shapes, strides or dtypes that don't fit together.
     """
-    return _MaskedMix.apply(base, masks, delta, constants, lengths, backend, precision)  # type: ignore[no-any-return,no-untyped-call]
+    return _MaskedMix.apply(base, masks, delta, constants, lengths, backend, precision)
 
 
 class _MaskedMix(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx,
+    def forward(
+        ctx: Any,
         base: Tensor,
         masks: Tensor,
         delta: Tensor,
@@ -78,15 +80,15 @@ class _MaskedMix(torch.autograd.Function):
         precision: Precision,
     ) -> Tensor:
         ctx.save_for_backward(masks, delta, lengths)
-        ctx.base_shape, ctx.constants_shape = base.shape, None if constants is None else constants.shape  # type: ignore[attr-defined]
-        ctx.options = {"backend": backend, "precision": precision}  # type: ignore[attr-defined]
+        ctx.base_shape, ctx.constants_shape = base.shape, None if constants is None else constants.shape
+        ctx.options = {"backend": backend, "precision": precision}
         return mix(base, masks, delta, lengths=lengths, backend=backend, precision=precision)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        masks, delta, lengths = ctx.saved_tensors  # type: ignore[attr-defined]
-        return *mix_gradients(dx, masks, delta, lengths, ctx.base_shape, ctx.constants_shape, ctx.options), None, None, None  # type: ignore
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        masks, delta, lengths = ctx.saved_tensors
+        return *mix_gradients(dx, masks, delta, lengths, ctx.base_shape, ctx.constants_shape, ctx.options), None, None, None
 
 
 def mix_gradients(
@@ -96,7 +98,7 @@ def mix_gradients(
     lengths: Tensor | None,
     base_shape: torch.Size,
     constants_shape: torch.Size | None,
-    options: dict,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """All gradients of a mix from dx [J, B, T, d]: of base, masks, delta and constants (None without constants_shape)."""
     T = dx.shape[2]
@@ -300,7 +302,7 @@ def check_shapes(base: Tensor | None, masks: Tensor, delta: Tensor) -> None:
 
 
 @triton.jit
-def mix_kernel(
+def mix_kernel(  # type: ignore[no-untyped-def]
     x,  # [J, R, d], R = B * T tokens
     rstd,  # [J, R], or None
     base,  # [F, Q, d]
@@ -353,13 +355,13 @@ def mix_kernel(
             acc = tl.dot(weights.to(out.dtype), out, acc, input_precision=PRECISION)
         squares += tl.sum(acc * acc, 1)
         at = x + (j[:, None].to(tl.int64) * R + token) * d + i[None, :]
-        tl.store(at, acc.to(x.dtype.element_ty), mask=(j[:, None] < J) & (i[None, :] < d))
+        tl.store(at, rounded(acc, x.dtype.element_ty, UP), mask=(j[:, None] < J) & (i[None, :] < d))
     if rstd is not None:
         tl.store(rstd + j.to(tl.int64) * R + token, 1.0 / tl.sqrt(squares / d + eps), mask=j < J)
 
 
 @triton.jit
-def mix_backward_kernel(
+def mix_backward_kernel(  # type: ignore[no-untyped-def]
     dx,  # [J, R, d], R = B * T tokens
     masks,  # [M, J, S]
     delta,  # [S, R, d]
@@ -414,7 +416,7 @@ def mix_backward_kernel(
                 out = out.to(tl.float32)
             dm = tl.dot(g, tl.trans(out), dm, input_precision=PRECISION)
             grad = tl.dot(tl.trans(weights.to(g.dtype)), g, grad, input_precision=PRECISION)
-            tl.store(d_delta + at, grad.to(d_delta.dtype.element_ty), mask=is_delta)
+            tl.store(d_delta + at, rounded(grad, d_delta.dtype.element_ty, UP), mask=is_delta)
             if sums is not None:
                 total += g.to(tl.float32)
         if sums is not None:
@@ -423,14 +425,15 @@ def mix_backward_kernel(
     tl.store(at, dm, mask=edge)
 
 
-# What a program owns, by what fits without spilling on sm_80 and sm_90 (kernels/README.md). BD is 128 bytes of d in the backward kernel: one
-# cache line per row of a tile. fp32 in ieee precision multiplies on the CUDA cores, where operands are held in registers: smaller tiles.
+# What a program owns, by what fits without spilling on sm_80 and sm_90 (kernels/README.md). BD is 128 bytes of d in the backward kernel, a
+# cache line. fp32 in ieee precision multiplies on the CUDA cores, where operands are held in registers: smaller tiles.
 
 
 def mix_tiles(J: int, dtype: torch.dtype, precision: Precision) -> dict[str, int]:
     """Tile sizes and launch options of `mix_kernel`."""
     cuda_cores = dtype == torch.float32 and precision == "ieee"
-    return {"BJ": _block(J), "BS": 32, "BD": 64 if cuda_cores else 128, "num_warps": 8, "num_stages": 3}
+    BJ = _block(J)
+    return {"BJ": BJ, "BS": 32, "BD": 64 if cuda_cores else 128, "num_warps": 8 if BJ == MAX_BJ else 4, "num_stages": 3}
 
 
 def mix_backward_tiles(J: int, dtype: torch.dtype, precision: Precision) -> dict[str, int]:
@@ -446,8 +449,8 @@ MAX_BJ = 64
 
 
 def _block(J: int) -> int:
-    """Destinations of a program: a power of two, and at least the 16 rows of a tensor-core tile."""
-    return min(MAX_BJ, max(16, triton.next_power_of_2(J)))
+    """Destinations of a program: the 16 rows of a tensor-core tile, or MAX_BJ (32 spilled on sm_80, and memory traffic is the same)."""
+    return 16 if J <= 16 else MAX_BJ
 
 
 def _mix_triton(

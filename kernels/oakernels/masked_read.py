@@ -12,14 +12,16 @@ Backward, from dy, with the norm's inner product taken in head space, where it c
 Symbols: as in masked_mix.py, and k head width.
 """
 
+from typing import Any
+
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from oakernels.masked_mix import check_shapes, mix, mix_and_scale, mix_backward, mix_gradients
-from oakernels.runtime import INTERPRETED, Backend, Precision, matmul_precision, padding, run
+from oakernels.runtime import INTERPRETED, Backend, Precision, matmul_precision, padding, rounded, run
 
 
 def masked_read(
@@ -53,13 +55,13 @@ def masked_read(
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight or bias requires a gradient; allowed: frozen weights")
-    return _MaskedRead.apply(base, masks, delta, weight, bias, eps, constants, lengths, backend, precision, store_inputs)  # type: ignore
+    return _MaskedRead.apply(base, masks, delta, weight, bias, eps, constants, lengths, backend, precision, store_inputs)
 
 
 class _MaskedRead(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx,
+    def forward(
+        ctx: Any,
         base: Tensor,
         masks: Tensor,
         delta: Tensor,
@@ -72,19 +74,19 @@ class _MaskedRead(torch.autograd.Function):
         precision: Precision,
         store_inputs: bool,
     ) -> Tensor:
-        options = {"backend": backend, "precision": precision}
-        y, rstd, x = read(base, masks, delta, weight, bias, eps, lengths=lengths, store_inputs=store_inputs, **options)  # type: ignore
+        options: dict[str, Any] = {"backend": backend, "precision": precision}
+        y, rstd, x = read(base, masks, delta, weight, bias, eps, lengths=lengths, store_inputs=store_inputs, **options)
         ctx.save_for_backward(base, masks, delta, weight, bias, lengths, y, rstd, x)
-        ctx.constants_shape, ctx.options = None if constants is None else constants.shape, options  # type: ignore[attr-defined]
+        ctx.constants_shape, ctx.options = None if constants is None else constants.shape, options
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        base, masks, delta, weight, bias, lengths, y, rstd, x = ctx.saved_tensors  # type: ignore[attr-defined]
-        options = ctx.options  # type: ignore[attr-defined]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        base, masks, delta, weight, bias, lengths, y, rstd, x = ctx.saved_tensors
+        options = ctx.options
         dx = _read_input_gradient(dy.contiguous(), y, rstd, base, masks, delta, weight, bias, x, lengths, options)
-        gradients = mix_gradients(dx, masks, delta, lengths, base.shape, ctx.constants_shape, options)  # type: ignore[attr-defined]
+        gradients = mix_gradients(dx, masks, delta, lengths, base.shape, ctx.constants_shape, options)
         return *gradients[:3], None, None, None, gradients[3], None, None, None, None
 
 
@@ -141,9 +143,9 @@ def read_backward(
     precision: Precision = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
     """Backward of `read` from dy [J, B, T, k], contiguous, and what `read` returned (x None: mixed again). As `mix_backward` otherwise."""
-    options = {"backend": backend, "precision": precision}
+    options: dict[str, Any] = {"backend": backend, "precision": precision}
     dx = _read_input_gradient(dy, y, rstd, base, masks, delta, weight, bias, x, lengths, options)
-    return mix_backward(dx, masks, delta, d_delta=d_delta, lengths=lengths, token_sums=token_sums, **options)  # type: ignore[arg-type]
+    return mix_backward(dx, masks, delta, d_delta=d_delta, lengths=lengths, token_sums=token_sums, **options)
 
 
 def _read_input_gradient(
@@ -157,7 +159,7 @@ def _read_input_gradient(
     bias: Tensor | None,
     x: Tensor | None,
     lengths: Tensor | None,
-    options: dict,
+    options: dict[str, Any],
 ) -> Tensor:
     """dx [J, B, T, d]; a recomputed x is overwritten by it, a stored one is kept."""
     if x is None:
@@ -232,7 +234,7 @@ def _project_backward_eager(
 
 
 @triton.jit
-def read_kernel(
+def read_kernel(  # type: ignore[no-untyped-def]
     y,  # [J, R, k], R = B * T tokens
     rstd,  # [J, R]
     base,  # [F, Q, d]
@@ -314,13 +316,12 @@ def read_kernel(
     token = j[:, None].to(tl.int64) * R + b * T + t[None, :]  # [BJ, BT]
     inside = (j[:, None] < J) & (t[None, :] < T)
     tl.store(rstd + token, scale, mask=inside)
-    tl.store(
-        y + token[:, :, None] * k + column[None, None, :], acc.to(y.dtype.element_ty), mask=inside[:, :, None] & (column[None, None, :] < k)
-    )
+    at_y = y + token[:, :, None] * k + column[None, None, :]
+    tl.store(at_y, rounded(acc, y.dtype.element_ty, UP), mask=inside[:, :, None] & (column[None, None, :] < k))
 
 
 @triton.jit
-def project_backward_kernel(
+def project_backward_kernel(  # type: ignore[no-untyped-def]
     dx,  # [J, R, d], may be x
     dy,  # [J, R, k]
     y,  # [J, R, k]
@@ -366,7 +367,7 @@ def project_backward_kernel(
     is_x = (r[:, None] < R) & (i[None, :] < d)
     old = tl.load(x + at, mask=is_x, other=0.0).to(tl.float32)
     new = scale[:, None] * acc - (scale * scale / d * inner)[:, None] * old
-    tl.store(dx + at, new.to(dx.dtype.element_ty), mask=is_x)
+    tl.store(dx + at, rounded(new, dx.dtype.element_ty, UP), mask=is_x)
 
 
 READ_TILES = {"BJ": 16, "BT": 16, "BS": 16, "BD": 16, "BK": 64, "num_warps": 8, "num_stages": 2}

@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 
 import torch
 import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "eager"]
@@ -110,3 +111,12 @@ def mask_groups(n_masks: int, x: Tensor, lengths: Tensor | None) -> Iterator[tup
     else:
         for b, n_tokens in enumerate(lengths.tolist()):
             yield b // per_mask, slice(b, b + 1), n_tokens
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, UP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 x in the dtype that it is stored in. The interpreter truncates to bf16; a GPU, and this, rounds to nearest even."""
+    if UP and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)

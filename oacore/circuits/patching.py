@@ -9,21 +9,20 @@ Symbols: N prompts of a split, n chosen prompts, B rows, M masks, F fits, S sour
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from oacore.ablation import Batch, Statistics, derangement, first_pooled
+from oacore.config import EdgeAblation, Objective
 from oacore.errors import UserError
 from oacore.forward import unembed
 from oacore.masked_forward import Engine, Prompts
 from oacore.metrics import kl_divergence
+from oacore.model import Model
 
-Objective = Literal["kl", "logit_diff"]
-Ablation = Literal["zero", "mean", "mean_positional", "cf_mean", "resample", "counterfactual", "optimal", "optimal_positional"]
-FITTED: tuple[Ablation, ...] = ("optimal", "optimal_positional")
-PER_PROMPT: tuple[Ablation, ...] = ("resample", "counterfactual")
+PER_PROMPT: tuple[EdgeAblation, ...] = ("resample", "counterfactual")
 ROWS_WORTH_KEEPING = 16  # fewer at a time, and storing the inputs of destinations costs more in small GEMMs than it saves
 
 
@@ -47,7 +46,11 @@ class Examples:
         t = short.tokens.shape[1] - 1
         rotary = None if self.prompts.rotary is None else tuple(table[:t] for table in self.prompts.rotary)
         prompts = replace(
-            self.prompts, input=self.prompts.input[:n, :t].contiguous(), first=self.prompts.first[:n], last=self.prompts.last[:n], rotary=rotary
+            self.prompts,
+            input=self.prompts.input[:n, :t].contiguous(),
+            first=self.prompts.first[:n],
+            last=self.prompts.last[:n],
+            rotary=rotary,
         )
         return Examples(short, other, prompts, self.final[:n], self.answers[:n], self.wrong[:n])
 
@@ -86,7 +89,7 @@ class Replacements:
         start: constants of `mean`-like types, or those that fits start from; see `starting_constants`.
     """
 
-    def __init__(self, engine: Engine, ablation: Ablation, examples: Examples, start: Constants, seed: int = 0):
+    def __init__(self, engine: Engine, ablation: EdgeAblation, examples: Examples, start: Constants, seed: int = 0):
         self.engine, self.ablation, self.examples, self.seed = engine, ablation, examples, seed
         self.start = start
         self.per_prompt = ablation in PER_PROMPT
@@ -110,7 +113,7 @@ class Replacements:
         return self.engine.sources(Batch(batch.tokens[chosen], batch.lengths[chosen]))
 
 
-def starting_constants(engine: Engine, ablation: Ablation, statistics: Statistics, train: Batch, counterfactual: Batch) -> Constants:
+def starting_constants(engine: Engine, ablation: EdgeAblation, statistics: Statistics, train: Batch, counterfactual: Batch) -> Constants:
     """Zeros, or means over the training prompts: pooled, positional, or positional over counterfactuals. Fits start from means."""
     kind = {"cf_mean": "cf_mean", "mean_positional": "mean_positional", "optimal_positional": "mean_positional"}.get(ablation, "mean")
     table = {"mean": statistics.mean, "mean_positional": statistics.mean_positional, "cf_mean": statistics.cf_mean}[kind]
@@ -144,19 +147,28 @@ def _written_means(engine: Engine, batch: Batch, shortest: int, positional: bool
     return mean.unflatten(0, (graph.n_layers, graph.n_heads))[None]
 
 
-def constant_scales(statistics: Statistics) -> Constants:
-    """Root mean square standard deviation of every source: the unit of the constants' learning rate, shaped to broadcast."""
+def constant_scales(model: Model, statistics: Statistics) -> Constants:
+    """Root mean square standard deviation of every source, the unit of the constants' learning rate, shaped to broadcast.
+
+    Where heads have their constants in the stream (post-norms), a z of that scale is sent through the norm of W_O's rows.
+    """
     rms = {name: part.float().square().mean(-1).sqrt() for name, part in statistics.std.items()}
-    return Constants(rms["input"].reshape(1, 1, 1), rms["head"][None, :, :, None, None], rms["mlp"][None, :, None, None])
+    head = rms["head"]  # [L, H]
+    if model.post_norm:
+        head = head * torch.stack([block.W_O.float().square().sum((1, 2)).div(model.d_model).sqrt() for block in model.blocks])
+    return Constants(rms["input"].reshape(1, 1, 1), head[None, :, :, None, None], rms["mlp"][None, :, None, None])
 
 
 def logit_difference(logits: Tensor, answers: Tensor, wrong: Tensor) -> Tensor:
-    """Log odds [B] of the right answers [B, A] against the wrong ones [B, W] (padded with -1): with one of each, MIB's logit difference."""
+    """Log odds [B] of the right answers [B, A] against the wrong ones [B, W] (padded with -1): with one of each, MIB's logit difference.
+
+    NaN where there are no wrong answers.
+    """
 
     def total(ids: Tensor) -> Tensor:
         return logits.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, float("-inf")).logsumexp(-1)
 
-    return total(answers) - total(wrong)
+    return torch.where((wrong >= 0).any(1), total(answers) - total(wrong), torch.nan)
 
 
 def objective_losses(engine: Engine, objective: Objective, logits: Tensor, examples: Examples, prompts: Tensor) -> Tensor:
@@ -233,25 +245,39 @@ class Passes:
         self._parts(part, len(slots), len(masks), 1 if owned else len(replacement), gradient=True)
         return Gradients(losses, d_masks, d_constants)
 
-    @torch.no_grad()
     def losses(self, objective: Objective, chosen: Tensor, slots: Tensor, masks: Tensor, replacement: Tensor, *, owned: bool) -> Tensor:
-        """Losses [B] of B rows; arguments as `gradients`."""
-        losses = torch.empty(len(slots), device=masks.device)
+        """Losses [B] of B rows without gradients; arguments as `gradients`."""
+        kl, logit_diff = self.measure(chosen, slots, masks, replacement, owned=owned)
+        return kl if objective == "kl" else self.clean_logit_difference(chosen)[slots] - logit_diff
+
+    @torch.no_grad()
+    def measure(self, chosen: Tensor, slots: Tensor, masks: Tensor, replacement: Tensor, *, owned: bool) -> tuple[Tensor, Tensor]:
+        """KL [B] in nats and logit difference [B] of B rows; arguments as `gradients`."""
+        kl, logit_diff = (torch.empty(len(slots), device=masks.device) for _ in range(2))
+        examples = self.examples
 
         def part(rows: slice, of_masks: slice, of_fits: slice, keep_inputs: bool) -> None:
             slot, own = slots[rows], masks[of_masks]
+            prompts = chosen[slot]
             logits = self.engine.logits(
-                self.examples.prompts,
-                chosen[slot],
+                examples.prompts,
+                prompts,
                 own,
                 replacement if owned else replacement[of_fits],
                 slot if owned else None,
                 plan=self.engine.weights.plan(own),
             )
-            losses[rows] = objective_losses(self.engine, objective, logits, self.examples, chosen[slot])
+            kl[rows] = objective_losses(self.engine, "kl", logits, examples, prompts)
+            logit_diff[rows] = logit_difference(logits, examples.answers[prompts], examples.wrong[prompts])
 
         self._parts(part, len(slots), len(masks), 1 if owned else len(replacement), gradient=False)
-        return losses
+        return kl, logit_diff
+
+    @torch.no_grad()
+    def clean_logit_difference(self, chosen: Tensor) -> Tensor:
+        """The clean model's logit difference [n] on the chosen prompts, from the cache."""
+        examples = self.examples
+        return logit_difference(unembed(self.engine.model, examples.final[chosen]), examples.answers[chosen], examples.wrong[chosen])
 
     def _parts(self, part: Callable[[slice, slice, slice, bool], None], B: int, M: int, n_fits: int, *, gradient: bool) -> None:
         """Call `part(rows, masks, fits, keep_inputs)` until all rows are done: whole fits at a time, else whole masks, else rows."""
@@ -281,8 +307,8 @@ class Passes:
                 self._most = (stop - start) // 2
                 if self._most == 0:
                     raise UserError(
-                        f"out of memory with a single prompt of {n_tokens + 1} tokens in one pass; allowed: shorter prompts, a smaller model "
-                        "or a device with more memory"
+                        f"out of memory with a single prompt of {n_tokens + 1} tokens in one pass; "
+                        "allowed: shorter prompts, a smaller model or a device with more memory"
                     ) from None
                 print(f"out of memory: going on with {self._most} rows at a time", file=sys.stderr)
                 continue

@@ -5,9 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-from oacore import report
+from oacore import circuit_report, report
 from oacore.activations import read_facts
-from oacore.config import Config
+from oacore.config import Circuits, Config
 from oacore.layout import Layout
 from oacore.stages.common import model_facts, need
 
@@ -26,6 +26,8 @@ def run(config: Config) -> None:
         about_prompts = read_facts(path)
         counts[task] = about_prompts["counts"]
         sections.append(report.ablation_section(task, gaps, summary, figures, about_prompts["example"]))
+        if task in config.circuit_tasks():
+            sections.append(_circuits(layout, config.circuits, task))
     sizes, parity = facts["sizes"], facts["parity"]
     about: dict[str, dict[str, Any]] = {
         "Model": {
@@ -42,6 +44,24 @@ def run(config: Config) -> None:
         "Prompts": {task: ", ".join(f"{c[split]['n_prompts']} {split}" for split in c) for task, c in counts.items()},
         "Run": {"name": config.run, "seed": str(config.seed), "precision": config.dtype, **facts["versions"]},
     }
-    appendix = [report.methods_section(config.ablation.methods), report.provenance_section(config.model_dump(mode="json"))]
+    appendix = [report.methods_section(config.ablation.methods)]
+    if config.circuits is not None:
+        appendix.append(circuit_report.circuit_methods_section(config.circuits.methods, config.circuits.ablations))
+    appendix += [report.provenance_section(config.model_dump(mode="json"))]
     report.write(layout.report, "Optimal ablation", about, sections, appendix)
     print(f"report: {Path(layout.report).resolve()}")
+
+
+def _circuits(layout: Layout, settings: Circuits | None, task: str) -> report.Section:
+    assert settings is not None
+
+    def text(name: str) -> str:
+        return need(layout.circuits(task, f"figures/{name}.svg"), "circuit_figures").read_text(encoding="utf-8")
+
+    pareto, stability = (pd.read_csv(need(layout.circuits(task, f"{name}.csv"), "circuit_figures")) for name in ("pareto", "stability"))
+    drawings = {
+        f"A circuit under {ablation} ablation. Point at an edge to see its score.": text(f"circuit_{ablation}")
+        for ablation in settings.ablations
+    }
+    figures = {name: text(name) for name in settings.figures()}
+    return circuit_report.circuit_section(task, pareto, figures, drawings, stability if len(stability) else None)

@@ -12,6 +12,8 @@ rule optimal:
         results("{task}", "constants-{method}.safetensors"),
     log:
         results("{task}", "logs/optimal-{method}.log"),
+    wildcard_constraints:
+        method="|".join(run_config.ablation.fitted()) or "none",
     conda:
         "../../environment.yml"
     threads: run_config.limits.threads

@@ -8,6 +8,19 @@ rule report:
             for task in TASKS
             for name in run_config.ablation.figures()
         ],
+        [
+            layout.circuits(task, name)
+            for task in run_config.circuit_tasks()
+            for name in ("pareto.csv", "stability.csv")
+        ],
+        [
+            layout.circuits(task, f"figures/{name}.svg")
+            for task in run_config.circuit_tasks()
+            for name in (
+                *run_config.circuits.figures(),
+                *(f"circuit_{name}" for name in run_config.circuits.ablations),
+            )
+        ],
     output:
         layout.report,
     log:

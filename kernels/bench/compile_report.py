@@ -1,0 +1,139 @@
+"""Compile every kernel ahead of time for sm_80 and sm_90, no GPU needed, and print registers, spills and shared memory of each.
+
+    python kernels/bench/compile_report.py [--csv]
+
+The shapes are those of GPT-2-small (up to 37 destinations of a layer, k 64) and an 8B Llama (49 destinations, d 4096, k 128, up to 1057
+sources). They share their tiles, which depend on J, dtype and precision alone; d and k are multiples of 16 in both.
+Variants: all optional operands given, or none; `ones`: every size is 1, which Triton compiles in as a constant.
+"""
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+
+import torch
+import triton  # type: ignore[import-untyped]
+from oakernels.masked_mix import mix_backward_kernel, mix_backward_tiles, mix_kernel, mix_tiles
+from oakernels.masked_read import PROJECT_BACKWARD_TILES, READ_TILES, project_backward_kernel, read_kernel
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+from triton.backends.nvidia.compiler import get_ptxas  # type: ignore[import-untyped]
+from triton.compiler import ASTSource  # type: ignore[import-untyped]
+
+KERNELS = {
+    "mix": mix_kernel,
+    "mix_backward": mix_backward_kernel,
+    "read": read_kernel,
+    "project_backward": project_backward_kernel,
+}
+ARITHMETIC = {"ieee": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee")}
+OPTIONAL = ("rstd", "lengths", "sums", "bias")
+SUMS = ("rstd", "masks", "partial", "sums")  # fp32 whatever the dtype
+POINTERS = ("x", "base", "delta", "dx", "d_delta", "y", "dy", "weight", *OPTIONAL, *SUMS)
+ALIGNED = ("d", "k")
+ARCHITECTURES = (80, 90)
+
+
+@dataclass(frozen=True)
+class Build:
+    kernel: str
+    destinations: int  # of a program
+    arithmetic: str
+    arch: int
+    variant: str  # full, bare or ones
+
+
+@dataclass(frozen=True)
+class Report:
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    products: str  # wgmma, mma or fma
+
+
+def builds() -> list[Build]:
+    sizes = {"mix": (16, 64), "mix_backward": (16, 64), "read": (16,), "project_backward": (0,)}
+    each = [(kernel, J) for kernel in KERNELS for J in sizes[kernel]]
+    full = [Build(kernel, J, arithmetic, arch, "full") for (kernel, J), arithmetic, arch in product(each, ARITHMETIC, ARCHITECTURES)]
+    others = [Build(kernel, max(sizes[kernel]), "tf32", 90, variant) for kernel, variant in product(KERNELS, ("bare", "ones"))]
+    return full + others
+
+
+def tiles(build: Build) -> dict[str, int]:
+    dtype, precision = ARITHMETIC[build.arithmetic]
+    return {
+        "mix": lambda: mix_tiles(build.destinations, dtype, precision),
+        "mix_backward": lambda: mix_backward_tiles(build.destinations, dtype, precision),
+        "read": lambda: READ_TILES,
+        "project_backward": lambda: PROJECT_BACKWARD_TILES,
+    }[build.kernel]()
+
+
+def compile_one(build: Build) -> Report:
+    kernel, (dtype, precision) = KERNELS[build.kernel], ARITHMETIC[build.arithmetic]
+    constants = {**tiles(build), "BASE_PER_TOKEN": build.variant == "full", "PRECISION": precision, "UP": False}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+    signature, values, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[index,] = "constexpr", constants[name]
+        elif build.variant == "bare" and name in OPTIONAL and not (name == "rstd" and build.kernel != "mix"):
+            signature[name], values[index,] = "constexpr", None
+        elif name in POINTERS:
+            element = "i64" if name == "lengths" else "fp32" if name in SUMS or dtype == torch.float32 else "bf16"
+            signature[name], attributes[index,] = f"*{element}", [["tt.divisibility", 16]]
+        elif name == "eps":
+            signature[name] = "fp32"
+        elif build.variant == "ones":
+            signature[name], values[index,] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if name in ALIGNED:
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=options)
+    registers, spilled = _assemble(compiled.asm["ptx"], build.arch)
+    products = "wgmma" if "wgmma.mma" in compiled.asm["ptx"] else "mma" if "mma.sync" in compiled.asm["ptx"] else "fma"
+    return Report(registers, spilled, compiled.metadata.shared, products)
+
+
+def _assemble(ptx: str, arch: int) -> tuple[int, int]:
+    """Registers of a thread and the bytes it spills, as ptxas reports them."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        with open(path, "w") as file:
+            file.write(ptx)
+        command = [get_ptxas(arch).path, "-v", "--gpu-name", target[1], path, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes spill stores", log)
+    assert registers is not None and spilled is not None, log
+    return int(registers[1]), int(spilled[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", action="store_true", help="comma-separated, not a Markdown table")
+    markdown = not parser.parse_args().csv
+    todo = builds()
+    with ProcessPoolExecutor(2) as pool:
+        rows = [{**asdict(build), **asdict(report)} for build, report in zip(todo, pool.map(compile_one, todo), strict=True)]
+    if markdown:
+        print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+        for row in rows:
+            print("| " + " | ".join(map(str, row.values())) + " |")
+    else:
+        writer = csv.DictWriter(sys.stdout, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Mask learning under a budget: UGS whose probabilities always add up to k edges, so that circuits come at a chosen size without lambda.
+
+theta = sigmoid(logit + shift) with the one shift per fit that makes sum theta = k; gradients flow through the shift. k falls geometrically
+from three quarters of the edges to its target over the first half of the fit, because a circuit cut out at once can't be found again.
+
+Symbols: F fits, E edges.
+"""
+
+import torch
+from torch import Tensor
+
+from oacore.circuits.ugs import State, UniformSampler
+
+START = 0.73  # share of edges at first: sigmoid(1), as UGS starts
+ANNEALED = 0.5  # share of the fit until k is reached
+BISECTIONS, REACH = 40, 40.0
+
+
+class TopKSampler(UniformSampler):
+    """The mask distribution of UGS with a fixed expected size; sizes [F] are the fits' budgets in edges."""
+
+    def __init__(self, sizes: Tensor, dynamic_window: bool = False):
+        super().__init__(dynamic_window)
+        self.sizes = sizes
+
+    def start(self, n_fits: int, n_edges: int) -> State:
+        return {"logit": torch.zeros(n_fits, n_edges)}
+
+    def probability(self, parameters: State, step_share: float) -> Tensor:
+        logit = parameters["logit"]
+        full = START * logit.shape[1]
+        sizes = self.sizes.to(logit)
+        share = min(1.0, step_share / ANNEALED)
+        budget = torch.where(sizes < full, full ** (1 - share) * sizes.clamp(min=1e-3) ** share, sizes.clamp(max=logit.shape[1] - 1e-3))
+        return budgeted(logit, budget)
+
+
+def budgeted(logit: Tensor, budget: Tensor) -> Tensor:
+    """sigmoid(logit + shift) [F, E] with sums `budget` [F] in (0, E); the gradient holds the sum fixed."""
+    with torch.no_grad():
+        low, high = -logit.amax(1) - REACH, -logit.amin(1) + REACH
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            over = (logit + middle[:, None]).sigmoid().sum(1) > budget
+            low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+        shift = ((low + high) / 2)[:, None]
+        slope = (logit + shift).sigmoid()
+        slope = slope * (1 - slope)
+        weight = slope / slope.sum(1, keepdim=True)
+    return (logit + shift - (weight * (logit - logit.detach())).sum(1, keepdim=True)).sigmoid()

@@ -1,0 +1,195 @@
+"""Stochastic descent of many independent fits at once: Adam with a rate per fit, a convergence test, checkpoints that resume bit by bit.
+
+Each row of one tensor is a fit with its own Adam state, learning rate and convergence test, and leaves the batch as soon as it has
+converged. The whole state is one dictionary of tensors, and each step's prompts follow from the seed and the step alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from oacore.checkpoint import atomic_path
+from oacore.config import OptimalFit
+from oacore.errors import UserError
+from oacore.progress import progress
+
+BETAS, EPSILON = (0.9, 0.999), 1e-10
+DECAY = 0.25  # of the learning rate, each time a fit stops improving
+ABSOLUTE_PROGRESS = 1e-6  # nats: smaller improvements are fp32 rounding of the loss
+
+State = dict[str, Tensor]
+ON_HOST = ("step", "curve_steps", "curve_losses", "curve_sizes")  # parts of a state that stay on the CPU
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What n fits came to."""
+
+    best: Tensor  # [n, ...]
+    best_loss: Tensor  # [n] nats, on the validation prompts
+    n_steps: Tensor  # [n] steps taken
+    converged: Tensor  # [n] bool; False: stopped by the cap
+    curve_steps: Tensor  # [c] steps at which convergence was tested
+    curve_losses: Tensor  # [c, n] validation loss in nats at those steps
+
+
+def prompts_of_step(n_prompts: int, size: int, seed: int, step: int) -> Tensor:
+    """The prompts of a step. Each epoch is a permutation of its own seed, so any step can be drawn without those before it."""
+    size = min(size, n_prompts)
+    epoch, index = divmod(step, n_prompts // size)
+    order = torch.randperm(n_prompts, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[index * size : (index + 1) * size]
+
+
+def adam_step(
+    value: Tensor, first: Tensor, second: Tensor, gradient: Tensor, step: int, rate: Tensor, betas: tuple[float, float] = BETAS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New (value, first, second moment) after Adam's step number `step` >= 1; `rate` broadcasts: torch.optim has one per tensor."""
+    first = first.lerp(gradient, 1 - betas[0])
+    second = second.lerp(gradient.square(), 1 - betas[1])
+    direction = first / (1 - betas[0] ** step) / ((second / (1 - betas[1] ** step)).sqrt() + EPSILON)
+    return value - rate * direction, first, second
+
+
+@torch.no_grad()
+def descend(
+    start: Tensor,
+    scale: Tensor,
+    gradient: Callable[[Tensor, Tensor, int], Tensor],
+    validate: Callable[[Tensor, Tensor], Tensor],
+    settings: OptimalFit,
+    *,
+    names: Sequence[str],
+    key: str,
+    checkpoint: Path | None = None,
+    identity: str = "",
+    what: str = "constants",
+    on_test: Callable[[], object] = lambda: None,
+) -> Descent:
+    """Fit every row of `start` [n, ...].
+
+    A row runs Adam until its validation loss stops improving by `tolerance`; its learning rate then drops, and after `n_decays` drops it
+    counts as converged. What is tested, and kept if it is the best so far, is the average of the iterates since the last test: it is
+    closer to the minimum than any of them.
+
+    Args:
+        scale: broadcasts against start; the unit of `settings.learning_rate`.
+        gradient: (rows [m], their values [m, ...], step) -> gradient [m, ...] of each row's loss.
+        validate: (rows [m], their values [m, ...]) -> validation losses [m] in nats.
+        names: of the rows, and `key`: of the learning rate in the config, for errors.
+        checkpoint: file to resume from and to save to at every test; removed by the caller when its result is safe.
+        identity: what the checkpoint belongs to; one with another identity is ignored.
+        on_test: called after every convergence test.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    everything = torch.arange(len(start), device=start.device)
+    state = load_state(checkpoint, identity, start.device) or _initial_state(start, validate(everything, start), settings)
+    scale = scale.expand(len(start), *scale.shape[1:])
+    with progress(what=what, unit="steps", total=settings.max_steps, initial=int(state["step"])) as bar:
+        while int(state["step"]) < settings.max_steps and not bool(state["done"].all()):
+            running = (~state["done"]).nonzero()[:, 0]
+            for _ in range(min(settings.check_every, settings.max_steps - int(state["step"]))):
+                found = gradient(running, state["value"][running], int(state["step"]))
+                state["step"] += 1
+                _adam(state, running, found, _like(state["rate"][running], start) * scale[running])
+                bar.update()
+            _test_convergence(state, running, validate, settings, names, key)
+            bar.set_postfix_str(f"{int(state['done'].sum())}/{len(start)} converged", refresh=False)
+            on_test()
+            if checkpoint is not None:
+                save_state(checkpoint, state, identity)
+    return Descent(state["best"], state["best_loss"], state["n_steps"], state["done"], state["curve_steps"], state["curve_losses"])
+
+
+def _like(values: Tensor, target: Tensor) -> Tensor:
+    """values [m] shaped to broadcast over rows of target [n, ...]."""
+    return values.reshape(-1, *(1 for _ in target.shape[1:]))
+
+
+def _initial_state(start: Tensor, loss: Tensor, settings: OptimalFit) -> State:
+    n, device = len(start), start.device
+    counter = torch.zeros(n, dtype=torch.int64, device=device)
+    return {
+        "step": torch.zeros((), dtype=torch.int64),
+        "value": start.clone(),
+        "first": torch.zeros_like(start),
+        "second": torch.zeros_like(start),
+        "sum": torch.zeros_like(start),
+        "best": start.clone(),
+        "best_loss": loss,
+        "rate": torch.full((n,), settings.learning_rate, device=device),
+        "stale": counter.clone(),
+        "decays": counter.clone(),
+        "n_steps": counter.clone(),
+        "done": torch.zeros(n, dtype=torch.bool, device=device),
+        "curve_steps": torch.zeros(1, dtype=torch.int64),
+        "curve_losses": loss[None].to("cpu", copy=True),  # best_loss is updated in place
+    }
+
+
+def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor) -> None:
+    old = (state[name][rows] for name in ("value", "first", "second"))
+    value, first, second = adam_step(*old, gradient, int(state["step"]), rate)
+    state["first"][rows], state["second"][rows], state["value"][rows] = first, second, value
+    state["sum"][rows] += value
+
+
+def _test_convergence(
+    state: State,
+    running: Tensor,
+    validate: Callable[[Tensor, Tensor], Tensor],
+    settings: OptimalFit,
+    names: Sequence[str],
+    key: str,
+) -> None:
+    """Keep what improved on the validation prompts; slow down, and at last stop, what did not."""
+    since = int(state["step"]) - int(state["curve_steps"][-1])
+    average = state["sum"][running] / since
+    state["sum"].zero_()
+    loss = validate(running, average)
+    best = state["best_loss"][running]
+    if not bool(loss.isfinite().all()):
+        bad = [names[row] for row, finite in zip(running.tolist(), loss.isfinite().tolist(), strict=True) if not finite]
+        raise UserError(
+            f"{key}: {settings.learning_rate:g}; after {int(state['step'])} steps the ablation loss of "
+            f"{', '.join(bad)} is not finite; allowed: a smaller one"
+        )
+    progress = best - loss > settings.tolerance * best + ABSOLUTE_PROGRESS
+    better = running[loss < best]
+    state["best"][better], state["best_loss"][better] = average[loss < best], loss[loss < best]
+    state["stale"][running] = torch.where(progress, 0, state["stale"][running] + 1)
+    slow = running[state["stale"][running] >= settings.patience]
+    state["decays"][slow] += 1
+    state["rate"][slow] *= DECAY
+    state["stale"][slow] = 0
+    state["value"][slow] = state["best"][slow]
+    state["done"] = state["decays"] > settings.n_decays
+    state["n_steps"][running] = state["step"].to(running.device)
+    state["curve_steps"] = torch.cat((state["curve_steps"], state["step"][None]))
+    latest = state["curve_losses"][-1].clone()
+    latest[running.cpu()] = loss.cpu()
+    state["curve_losses"] = torch.cat((state["curve_losses"], latest[None]))
+
+
+def save_state(path: Path, state: State, identity: str) -> None:
+    """Write a state of tensors atomically."""
+    with atomic_path(path) as temporary:
+        save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata={"identity": identity})
+
+
+def load_state(path: Path | None, identity: str, device: Any) -> State | None:
+    """The state that `save_state` wrote, or None if there is none or it belongs to something else."""
+    if path is None or not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        if file.metadata().get("identity") != identity:
+            return None
+        return {name: file.get_tensor(name).to("cpu" if name in ON_HOST else device) for name in file.keys()}  # noqa: SIM118

@@ -1,0 +1,76 @@
+"""Draw a task's circuit figures from its tables and circuit files."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from oacore import circuit_drawing, circuit_plots, plots
+from oacore.checkpoint import atomic_path
+from oacore.circuits.circuit import Circuit, edge_frequency, edge_table, load, stability
+from oacore.config import Config
+from oacore.layout import Layout, circuit_file
+from oacore.stages.common import model_facts, need
+
+DRAWN_EDGES = 1000  # more make a page of megabytes that nobody can read
+
+
+def run(config: Config, task: str) -> None:
+    """Write pareto.csv of all methods, stability.csv, edge_frequency.csv, the figures and one drawing per ablation type."""
+    layout = Layout(config)
+    settings = config.circuits
+    assert settings is not None
+    folders = [f"{method}-{ablation}" for ablation in settings.ablations for method in settings.methods]
+    tables = [pd.read_csv(need(layout.circuits(task, f"{folder}/pareto.csv"), "circuit_evaluation")) for folder in folders]
+    pareto = pd.concat(tables, ignore_index=True)
+    n_edges = model_facts(layout)["sizes"]["n_edges"]
+    _write_table(layout.circuits(task, "pareto.csv"), pareto)
+    frequency, alike = _over_seeds(layout, task, pareto)
+    _write_table(layout.circuits(task, "stability.csv"), alike)
+    _write_table(layout.circuits(task, "edge_frequency.csv"), frequency)
+    figures = circuit_plots.circuit_figures(pareto, n_edges)
+    for name, figure in figures.items():
+        plots.save(figure, layout.circuits(task, f"figures/{name}"))
+    for ablation in settings.ablations:
+        svg = _drawing(layout, task, pareto[pareto["ablation"] == ablation])
+        with atomic_path(layout.circuits(task, f"figures/circuit_{ablation}.svg")) as temporary:
+            temporary.write_text(svg, encoding="utf-8")
+
+
+def _drawing(layout: Layout, task: str, pareto: pd.DataFrame) -> str:
+    """The smallest circuit within twice the lowest loss of its method; of UGS if it was run."""
+    method = "ugs" if (pareto["method"] == "ugs").any() else pareto["method"].iloc[0]
+    own = pareto[(pareto["method"] == method) & (pareto["edges"] <= DRAWN_EDGES)]
+    own = own if len(own) else pareto[pareto["edges"] == pareto["edges"].min()]
+    good = own[own["kl_nats"] <= 2 * own["kl_nats"].min()]
+    row = good.sort_values(["edges", "kl_nats"], kind="stable").iloc[0]
+    circuit = _load(layout, task, row)
+    title = f"{row['method']} {row['ablation']}, knob {row['knob']:g}, seed {row['seed']}: {row['edges']} edges, {row['kl_nats']:.3g} nats"
+    return circuit_drawing.circuit_svg(edge_table(circuit), circuit.graph, title)
+
+
+def _load(layout: Layout, task: str, row: pd.Series) -> Circuit:
+    return load(Path(layout.circuits(task, f"{row['method']}-{row['ablation']}/{circuit_file(row['knob'], int(row['seed']))}")))
+
+
+def _over_seeds(layout: Layout, task: str, pareto: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How often each edge is in a circuit, and how alike circuits are, over the seeds of each method, ablation type and knob."""
+    frequencies, rows = [], []
+    for (method, ablation, knob), group in pareto.groupby(["method", "ablation", "knob"], sort=False):
+        if len(group) < 2:
+            continue
+        circuits = [_load(layout, task, row) for _, row in group.iterrows()]
+        masks = np.stack([circuit.mask for circuit in circuits])
+        share, graph = edge_frequency(masks), circuits[0].graph
+        names = [graph.edge_name(int(s), int(j)) for j, s in np.argwhere(share > 0)]
+        frequencies.append(pd.DataFrame({"method": method, "ablation": ablation, "knob": knob, "edge": names, "share": share[share > 0]}))
+        alike = stability(masks)
+        rows.append((method, ablation, knob, len(group), *alike))
+    columns = ["method", "ablation", "knob", "n_circuits", "jaccard", "jaccard_low", "jaccard_high"]
+    empty = pd.DataFrame(columns=["method", "ablation", "knob", "edge", "share"])
+    return pd.concat(frequencies, ignore_index=True) if frequencies else empty, pd.DataFrame(rows, columns=columns)
+
+
+def _write_table(path: str, table: pd.DataFrame) -> None:
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False)
