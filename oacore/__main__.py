@@ -30,6 +30,12 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+TOOLS = {
+    "mib-score": "CPR and CMD of a circuit file, as the MIB benchmark defines them",
+    "mib-export": "a circuit and its constants in the formats of the MIB benchmark",
+}
+
+
 def run_stage(stage: str, config: Config, **what: str) -> None:
     """Run one stage. Modules are imported here, so that a stage which needs no model never imports torch or transformers."""
     importlib.import_module(f"oacore.stages.{stage}").run(config, **what)
@@ -71,19 +77,28 @@ def run_missing(config: Config) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit status."""
-    listing = "\n".join(f"  {name:12} {help}" for name, (help, _) in STAGES.items())
+    listing = "\n".join(f"  {name:18} {help}" for name, (help, _) in STAGES.items())
+    tools = "\n".join(f"  {name:18} {help}" for name, help in TOOLS.items())
     parser = argparse.ArgumentParser(
         prog="python -m oacore",
-        description=f"Optimal ablation {__version__}. Stages, in order:\n{listing}\n  {'all':12} every stage whose output is missing",
+        description=f"Optimal ablation {__version__}. Stages, in order:\n{listing}\n  {'all':18} every stage whose output is missing\n\n"
+        f"Tools:\n{tools}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=[*STAGES, "all"], metavar="STAGE")
+    parser.add_argument("stage", choices=[*STAGES, "all", *TOOLS], metavar="STAGE")
     parser.add_argument("--config", default="config/demo.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("--task", help="one task (default: all of the config)")
     parser.add_argument("--method", help="one fitted ablation type, or circuit method (default: all of the config)")
     parser.add_argument("--ablation", help="circuits: one ablation type (default: all of the config)")
+    parser.add_argument("--circuit", type=Path, help="mib-score, mib-export: a circuit file")
+    parser.add_argument("--output", type=Path, help="mib-export: a folder")
     given = parser.parse_args(arguments)
+    if given.stage in TOOLS and (given.circuit is None or (given.stage == "mib-export" and given.output is None)):
+        parser.error(f"{given.stage} needs --circuit{' and --output' if given.stage == 'mib-export' else ''}")
     try:
+        if given.stage in TOOLS:
+            _run_tool(given)
+            return 0
         _run(given.stage, load_config(given.config), {name: getattr(given, name) for name in ("task", "method", "ablation")})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -92,6 +107,16 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted: nothing half-written remains; run the same command to go on", file=sys.stderr)
         return 130
     return 0
+
+
+def _run_tool(given: argparse.Namespace) -> None:
+    from oacore.stages import mib
+
+    config = load_config(given.config)
+    if given.stage == "mib-score":
+        mib.score(config, given.circuit, given.task)
+    else:
+        mib.export(config, given.circuit, given.output, given.task)
 
 
 def _run(stage: str, config: Config, given: dict[str, str | None]) -> None:

@@ -180,13 +180,23 @@ class Ablation(Settings):
 class MaskFit(Settings):
     """Learning of edge masks by UGS, HCGS and top-k (Li & Janson 2024, section 3)."""
 
-    n_steps: int = Field(3000, ge=1, description="steps; twice as many where constants are trained along (optimal ablations)")
+    n_steps: int = Field(3000, ge=1, description="steps; the paper takes 6000 where constants are trained along (optimal ablations)")
     n_samples: int = Field(12, ge=1, description="mask samples per prompt and step")
     n_prompts: int = Field(5, ge=1, description="prompts a step")
     learning_rate: float = Field(1.0, gt=0, description="times the paper's learning rates of the logits: 0.15 for small lambdas to 0.05")
     constants_rate: float = Field(0.02, gt=0, description="Adam step of constants trained along, in standard deviations of a source")
     dynamic_window: bool = Field(False, description="UGS, top-k: widen the window of edges whose gradient is noisy")
     record_every: int = Field(50, ge=1, description="steps between points of the curves, each a checkpoint")
+
+
+class Refit(OptimalFit):
+    """Constants fitted anew for every circuit of every method, for optimal ablations: equal terms for all."""
+
+    learning_rate: float = Field(0.1, gt=0, description="Adam step, in standard deviations of a source's output")
+    batch_size: int = Field(32, ge=1, description="prompts a step, shared by all circuits")
+    max_steps: int = Field(1000, ge=1, description="cap for circuits whose constants do not converge")
+    patience: int = Field(1, ge=1, description="tests without progress before the learning rate drops")
+    n_decays: int = Field(2, ge=0, description="drops of the learning rate (by 4) before a circuit's constants count as converged")
 
 
 class Circuits(Settings):
@@ -215,10 +225,7 @@ class Circuits(Settings):
     n_prompts: int = Field(50, ge=1, description="eap, eap_ig, exact, acdc: training prompts that edges are judged on")
     ig_steps: int = Field(5, ge=1, description="eap_ig: interpolations of the input")
     masks: MaskFit = MaskFit()
-    refit: OptimalFit = Field(
-        OptimalFit(learning_rate=0.1, batch_size=32, max_steps=1000, patience=1, n_decays=2),
-        description="optimal ablations: constants fitted anew for every circuit of every method",
-    )
+    refit: Refit = Refit()
 
     def objective_of(self, method: str) -> Objective:
         """What a method's search looks at: KL has no gradient at the clean run, where EAP takes it."""
@@ -271,6 +278,11 @@ class Config(Settings):
     @classmethod
     def _empty_circuits_mean_defaults(cls, value: Any) -> Any:
         return value | {"circuits": {}} if isinstance(value, dict) and "circuits" in value and value["circuits"] is None else value
+
+    @model_serializer(mode="wrap")
+    def _only_asked_for(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # No circuits must not come back as an empty section, which asks for them.
+        return {name: value for name, value in serialise(self).items() if name != "circuits" or value is not None}
 
     def circuit_tasks(self) -> tuple[str, ...]:
         """The tasks to find circuits for."""

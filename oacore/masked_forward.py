@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oakernels.masked_mix import constant_gradient, mix, mix_backward
+from oakernels.masked_mix import constant_gradient, mix, mix_and_scale, mix_backward
+from oakernels.masked_read import project, project_backward, read
+from oakernels.runtime import Precision
 from torch import Tensor
 
 from oacore.ablation import Batch, clean_pass
@@ -49,10 +51,18 @@ class Prompts:
 
 
 class Engine:
-    """Masked-edge passes of one model."""
+    """Masked-edge passes of one model.
 
-    def __init__(self, model: Model):
+    Args:
+        precision: of fp32 mixes and projections on a GPU.
+        fused: where inputs are not stored, project them in the kernel that mixes them, so that they are never written. By default on a
+            GPU only, where the kernel is picked for the shapes on which it is the faster one.
+    """
+
+    def __init__(self, model: Model, precision: Precision = "ieee", fused: bool | None = None):
         self.model, self.graph, self.weights = model, model.graph, Weights(model)
+        self.precision: Precision = precision
+        self.fused = model.device.type == "cuda" if fused is None else fused
         # Entries that are no edges count as 1 where constants look for ablated edges.
         self.no_edge = torch.tensor(~model.graph.valid).to(model.device)
 
@@ -167,7 +177,7 @@ class _Read:
     rows: slice  # which destinations
     weights: slice  # which of the layer's projections
     y: Tensor  # [J, B, t, k]
-    scale: Tensor  # [J, B, t, 1]
+    scale: Tensor  # [J, B, t]
     inputs: Tensor | None  # [J (+ 1), B, t, d], with the MLP's row after them; None: mix them again
 
 
@@ -188,6 +198,7 @@ class _Pass:
         self, engine: Engine, prompts: Prompts, rows: Tensor, owner: Tensor | None, contrast: Tensor | None, plan: Plan, keep_inputs: bool
     ):
         self.weights, self.model, self.graph, self.no_edge = engine.weights, engine.model, engine.graph, engine.no_edge
+        self.precision, self.fused = engine.precision, engine.fused and not keep_inputs
         self.prompts, self.rows, self.plan, self.keep_inputs = prompts, rows, plan, keep_inputs
         self.consecutive, self.contrast = owner is None, contrast
         self.owner = owner  # [B], filled in for consecutive ones
@@ -229,14 +240,14 @@ class _Pass:
         tape, x_mlp = _Tape(base, []), None
         if layer.n_heads:
             if final:
-                x = self._mix(base, layer.q, n, True)
-                tape.reads.append(self._read(layer, x, layer.q, slice(0, layer.n_heads)))
-                x = self._mix(base, layer.kv, n, False)
-                tape.reads.append(self._read(layer, x, layer.kv, slice(layer.n_heads, None)))
+                tape.reads.append(self._read(layer, base, layer.q, slice(0, layer.n_heads), True)[0])
+                tape.reads.append(self._read(layer, base, layer.kv, slice(layer.n_heads, None), False)[0])
             else:
-                x = self._mix(base, slice(layer.q.start, layer.mlp.stop), n, False)
-                tape.reads.append(self._read(layer, x, slice(layer.q.start, layer.mlp.stop), slice(None)))
-                x_mlp = x[-1] if layer.has_mlp else None
+                # The MLP's row comes along, so that early sources are gone through once.
+                rows = slice(layer.q.start, layer.kv.stop if self.fused else layer.mlp.stop)
+                own, x = self._read(layer, base, rows, slice(None), False)
+                tape.reads.append(own)
+                x_mlp = x[-1] if x is not None and layer.has_mlp else None
             with torch.set_grad_enabled(self.keep):
                 tape.written = self._attend(layer, [read.y.requires_grad_(self.keep) for read in tape.reads], final)
             target, written = sources[n:m], tape.written.detach()
@@ -251,7 +262,9 @@ class _Pass:
             if x_mlp is None:
                 x_mlp = self._mix(before, layer.mlp, reach, final)[0]
             elif reach > n:
-                x_mlp = x_mlp + mix(self._base(before - base, final), self.masks[:, layer.mlp, n:m], sources[n:m])[0]
+                x_mlp = (
+                    x_mlp + mix(self._base(before - base, final), self.masks[:, layer.mlp, n:m], sources[n:m], precision=self.precision)[0]
+                )
             x_mlp = x_mlp.detach().requires_grad_(self.keep)
             with torch.set_grad_enabled(self.keep):
                 out = self._mlp(layer.folded, x_mlp)
@@ -265,17 +278,24 @@ class _Pass:
     def _mix(self, base: Tensor, rows: slice, n: int, final: bool) -> Tensor:
         """Inputs [J, B, t or 1, d] of some destinations from the first n sources."""
         sources = self.last_delta if final else self.delta
-        return mix(self._base(base, final), self.masks[:, rows, :n], sources[:n])
+        return mix(self._base(base, final), self.masks[:, rows, :n], sources[:n], precision=self.precision)
 
-    def _read(self, layer: Layer, x: Tensor, rows: slice, weights: slice) -> _Read:
-        """Project each destination's input; an MLP's row of x beyond the projections is left alone."""
-        weight = layer.read[weights]
-        own = x[: len(weight)]
-        scale = _rms_scale(own, layer.folded.block.attention_norm.eps)
-        y = torch.bmm(own.flatten(1, 2), weight).unflatten(1, x.shape[1:3]).mul_(scale)
-        if layer.read_bias is not None:
-            y.add_(layer.read_bias[weights, None, None])
-        return _Read(rows, weights, y, scale, x if self.keep and self.keep_inputs else None)
+    def _read(self, layer: Layer, base: Tensor, rows: slice, weights: slice, final: bool) -> tuple[_Read, Tensor | None]:
+        """Mix and project the inputs of destinations; also the inputs, if they were written.
+
+        `rows` may hold the MLP's row beyond the projections, which is mixed and left alone.
+        """
+        n, weight = layer.first_source, layer.read[weights]
+        bias = None if layer.read_bias is None else layer.read_bias[weights]
+        eps, precision = layer.folded.block.attention_norm.eps, self.precision
+        store, base = self.keep and self.keep_inputs, self._base(base, final)
+        masks, sources = self.masks[:, rows, :n], (self.last_delta if final else self.delta)[:n]
+        if self.fused and masks.shape[1] == len(weight):
+            y, scale, x = read(base, masks, sources, weight, bias, eps, store_inputs=store, precision=precision)
+        else:
+            x, scale = mix_and_scale(base, masks, sources, eps, precision=precision)
+            y = project(x[: len(weight)], scale[: len(weight)], weight, bias, precision=precision)
+        return _Read(rows, weights, y, scale[: len(weight)], x if store else None), x
 
     def _attend(self, layer: Layer, reads: list[Tensor], final: bool) -> Tensor:
         """q, k and v [., B, t, k] -> each head's z [H, B, t or 1, k]; for post-norm models what the heads write [H, B, t or 1, d]."""
@@ -368,12 +388,22 @@ class _Pass:
             for read, dy in zip(tape.reads, d_reads, strict=True):
                 at_last = final and read is tape.reads[0]
                 x = self._mix(tape.base, read.rows, n, at_last) if read.inputs is None else read.inputs
-                dx = _read_backward(layer, read, x, dy)
-                if not final and d_mlp is not None:
-                    dx[-1:] = d_mlp
-                self._mix_backward(dx, read.rows, n, at_last)
+                self._project_backward(layer, read, x, dy.contiguous())
+                together = len(x) > len(read.y)
+                if together:
+                    x[-1:] = d_mlp
+                self._mix_backward(x, read.rows, n, at_last)
+                if not final and d_mlp is not None and not together:
+                    self._mix_backward(d_mlp, layer.mlp, n, False)
         if final:
             self.d_delta[:, self.every_row, self.last] += self.d_last[:n, :, 0]
+
+    def _project_backward(self, layer: Layer, read: _Read, x: Tensor, dy: Tensor) -> None:
+        """Write the gradient of a projection's inputs over them."""
+        weight = layer.read[read.weights]
+        bias = None if layer.read_bias is None else layer.read_bias[read.weights]
+        own = x[: len(weight)]
+        project_backward(dy, read.y.detach(), read.scale, own, weight, bias, out=own, precision=self.precision)
 
     def _mix_backward(self, dx: Tensor, rows: slice, n: int, final: bool) -> None:
         """Backward of `_mix`, and the constants' gradient: through ablated edges of all these destinations read, left out or not."""
@@ -392,7 +422,9 @@ class _Pass:
     def _mix_backward_of(self, dx: Tensor, rows: slice, columns: slice, final: bool) -> Tensor | None:
         sources, gradients = (self.last_delta, self.d_last) if final else (self.delta, self.d_delta)
         token_sums = self.d_constants is not None and self.d_constants.shape[2] == 1
-        d_masks, sums = mix_backward(dx, self.masks[:, rows, columns], sources[columns], d_delta=gradients[columns], token_sums=token_sums)
+        d_masks, sums = mix_backward(
+            dx, self.masks[:, rows, columns], sources[columns], d_delta=gradients[columns], token_sums=token_sums, precision=self.precision
+        )
         if self.contrast is not None:
             contrast = self.contrast[columns][:, self.every_row, self.last][:, :, None] if final else self.contrast[columns]
             d_masks, _ = mix_backward(dx, self.masks[:, rows, columns], contrast, d_delta=torch.zeros_like(contrast), token_sums=False)
@@ -409,17 +441,6 @@ def _rms_scale(x: Tensor, eps: float) -> Tensor:
 def _post_norm(norm: Norm, x: Tensor, scaled_by: Tensor) -> Tensor:
     """x [..., d] times the scale that the RMSNorm of `scaled_by` [..., d] has: a head's share of a post-normed sum of heads."""
     return (x * (_rms_scale(scaled_by, norm.eps) * norm.weight)).to(x.dtype)
-
-
-def _read_backward(layer: Layer, read: _Read, x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient of a projection's inputs, written over them: x and result [J (+ 1), B, t, d]."""
-    weight = layer.read[read.weights]
-    own = x[: len(weight)]
-    y = read.y.detach()
-    projected = y if layer.read_bias is None else y - layer.read_bias[read.weights, None, None]
-    slope = read.scale.square() * (dy * projected).sum(-1, keepdim=True) / x.shape[-1]
-    own.mul_(-slope).flatten(1, 2).baddbmm_((dy * read.scale).flatten(1, 2), weight.transpose(1, 2))
-    return x
 
 
 def _attention(block: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:

@@ -288,8 +288,12 @@ class Passes:
 
         keep_inputs = fitting(True) >= min(B, ROWS_WORTH_KEEPING)
         per_fit, per_mask = B // n_fits, B // M
+        # On a CPU one fit or circuit at a time: its pass leaves out all that it does not use, which others may.
+        alone = (
+            B if self.engine.model.device.type != "cpu" else per_fit if n_fits > 1 else per_mask if per_mask >= ROWS_WORTH_KEEPING else B
+        )
         while start < B:
-            most = max(1, fitting(keep_inputs))
+            most = max(1, min(alone, fitting(keep_inputs)))
             for unit, inside in ((per_fit, B), (per_mask, per_fit), (1, per_mask)):
                 if unit <= most and start % unit == 0:
                     stop = min(start - start % inside + inside, start + most // unit * unit)

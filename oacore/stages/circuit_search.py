@@ -61,7 +61,6 @@ def _learned(setting: Setting, settings: Circuits, method: CircuitMethod, ablati
     graph, masks = setting.engine.graph, settings.masks
     knobs = [Knob(value, seed) for value in settings.knobs(method) for seed in settings.seeds]
     trained = ablation in FITTED
-    steps = masks.n_steps * (2 if trained else 1)
     sampler: Sampler
     sizes = check_sizes(tuple(knob.value for knob in knobs), graph.n_edges) if method == "topk" else []
     if method == "topk":
@@ -69,7 +68,6 @@ def _learned(setting: Setting, settings: Circuits, method: CircuitMethod, ablati
     else:
         sampler = UniformSampler(masks.dynamic_window) if method == "ugs" else HardConcreteSampler()
     start = setting.start(ablation)
-    settled = masks.model_copy(update={"n_steps": steps})
     learned = learn(
         sampler,
         knobs,
@@ -78,7 +76,7 @@ def _learned(setting: Setting, settings: Circuits, method: CircuitMethod, ablati
         setting.replacements(ablation, "train", start),
         setting.scales,
         settings.objective,
-        settled,
+        masks,
         train_constants=trained,
         checkpoint=checkpoint,
         identity=short_hash(
@@ -87,7 +85,7 @@ def _learned(setting: Setting, settings: Circuits, method: CircuitMethod, ablati
                 method,
                 ablation,
                 settings.objective,
-                settled.model_dump(),
+                masks.model_dump(),
                 [(k.value, k.seed) for k in knobs],
                 _code(),
                 torch.__version__,
