@@ -211,7 +211,6 @@ class _Pass:
     def forward(self, masks: Tensor, replacement: Tensor, *, keep: bool) -> Tensor:
         B, t, d = len(self.rows), self.prompts.n_tokens, self.model.d_model
         self.keep, self.tapes = keep, list[_Tape]()
-        masks = masks.to(self.model.dtype)
         self.masks = masks if self.plan.sources is None else masks[:, self.plan.destinations][:, :, self.plan.sources]
         if self.owner is None:
             self.owner = self.every_row // (B // len(replacement))

@@ -1,6 +1,7 @@
 """One UGS step of our engine (masked-edge forward + backward) on random weights: arguments and line of the yardstick `naive_step.py`.
 
-    python kernels/bench/bench_step.py L H D DH V T SAMPLES PROMPTS REPS      e.g.  4 4 128 32 512 16 12 5 7     12 12 768 64 50257 21 12 1 3
+    python kernels/bench/bench_step.py L H D DH V T SAMPLES PROMPTS REPS
+    e.g.  4 4 128 32 512 16 12 5 7     12 12 768 64 50257 21 12 1 3
 
 Every edge mask in (0, 1); one constant per source; KL at the last token; gradients for masks and constants. Prints the median and minimum
 step time and the peak memory: resident on a CPU, allocated on a GPU. Compare in alternation.

@@ -58,7 +58,7 @@ class Report:
 
 
 def builds() -> list[Build]:
-    sizes = {"mix": (16, 64), "mix_backward": (16, 64), "read": (16,), "project_backward": (0,)}
+    sizes = {"mix": (16, 64), "mix_backward": (16, 64), "read": (16,), "project_backward": (1,)}
     each = [(kernel, J) for kernel in KERNELS for J in sizes[kernel]]
     full = [Build(kernel, J, arithmetic, arch, "full") for (kernel, J), arithmetic, arch in product(each, ARITHMETIC, ARCHITECTURES)]
     others = [Build(kernel, max(sizes[kernel]), "tf32", 90, variant) for kernel, variant in product(KERNELS, ("bare", "ones"))]
@@ -126,9 +126,16 @@ def main() -> None:
     with ProcessPoolExecutor(2) as pool:
         rows = [{**asdict(build), **asdict(report)} for build, report in zip(todo, pool.map(compile_one, todo), strict=True)]
     if markdown:
-        print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+        print("registers / bytes spilled / KiB of shared memory / how products are made")
+        print("| kernel | destinations | arithmetic | variant |" + "".join(f" sm_{arch} |" for arch in ARCHITECTURES))
+        print("|" + "---|" * (4 + len(ARCHITECTURES)))
+        lines: dict[tuple[str, ...], dict[int, str]] = {}
         for row in rows:
-            print("| " + " | ".join(map(str, row.values())) + " |")
+            key = tuple(str(row[name]) for name in ("kernel", "destinations", "arithmetic", "variant"))
+            entry = f"{row['registers']} / {row['spilled_bytes']} / {row['shared_bytes'] / 1024:g} / {row['products']}"
+            lines.setdefault(key, {})[row["arch"]] = entry
+        for key, entries in lines.items():
+            print("| " + " | ".join((*key, *(entries.get(arch, "") for arch in ARCHITECTURES))) + " |")
     else:
         writer = csv.DictWriter(sys.stdout, rows[0])
         writer.writeheader()

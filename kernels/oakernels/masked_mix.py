@@ -24,6 +24,7 @@ from oakernels.runtime import (
     Backend,
     Precision,
     accumulator_dtype,
+    in_one_batch,
     mask_groups,
     matmul_precision,
     padding,
@@ -123,7 +124,7 @@ def mix(
     backend: Backend = "auto",
     precision: Precision = "ieee",
 ) -> Tensor:
-    """`masked_mix` without autograd, into out [J, B, T, d] (contiguous) if given; with J = 1 out may be base's own memory."""
+    """`masked_mix` without autograd, into out [J, B, T, d] (contiguous) if given; with J = 1, F = B, Q = T it may be base's own memory."""
     x = _checked_output(base, masks, delta, out)
     candidates = {
         "eager": lambda x: _mix_eager(base, masks, delta, lengths, x, precision),
@@ -164,15 +165,15 @@ def rms_scale(x: Tensor, eps: float) -> Tensor:
 
 
 def _mix_eager(base: Tensor, masks: Tensor, delta: Tensor, lengths: Tensor | None, x: Tensor, precision: Precision) -> Tensor:
-    """One GEMM per mask on CPU, straight into x; on CUDA one batched GEMM over all of them."""
-    _, B, T, d = x.shape
-    M, weights = masks.shape[0], masks.to(delta.dtype)
-    by_row = base.repeat_interleave(B // base.shape[0], 0)  # [B, Q, d]
-    if x.is_cuda:
-        x.copy_(by_row.expand(B, T, d))
+    """One batched GEMM over all masks, or on CPU one GEMM per block of rows (see `in_one_batch`); straight into x, without copies."""
+    B, M, F, weights = x.shape[1], masks.shape[0], base.shape[0], masks.to(delta.dtype)
+    if in_one_batch(x, lengths):
+        if base.data_ptr() != x.data_ptr():  # else in place: base is there already
+            x.unflatten(1, (F, -1)).copy_(base[:, None])  # [J, F, B / F, T, d]
         with matmul_precision(precision):
             _by_mask(x, M).baddbmm_(weights, _by_mask(delta, M))
         return x if lengths is None else x.masked_fill_(padding(x, lengths), 0)
+    by_row = base.repeat_interleave(B // F, 0)  # [B, Q, d]
     for m, rows, n_tokens in mask_groups(M, x, lengths):
         block = x[:, rows, :n_tokens]
         block.copy_(by_row[rows, :n_tokens].expand(block.shape))  # row by row: still in cache when the GEMM adds to it
@@ -203,10 +204,8 @@ def mix_backward(
         d_masks [M, J, S] and token sums [J, B, d] or None, both fp32 (fp64 for fp64).
     """
     check_shapes(None, masks, delta)
-    if dx.shape != (masks.shape[1], *delta.shape[1:]) or not dx.is_contiguous():
-        raise ValueError(f"dx {list(dx.shape)} of strides {dx.stride()}; allowed: contiguous {[masks.shape[1], *delta.shape[1:]]}")
-    if d_delta.shape != delta.shape or not d_delta.is_contiguous():
-        raise ValueError(f"d_delta {list(d_delta.shape)} of strides {d_delta.stride()}; allowed: contiguous {list(delta.shape)}")
+    _check_contiguous("dx", dx, (masks.shape[1], *delta.shape[1:]), delta.dtype)
+    _check_contiguous("d_delta", d_delta, delta.shape, delta.dtype, accumulator_dtype(delta.dtype))
     candidates = {
         "eager": lambda d_delta: _mix_backward_eager(dx, masks, delta, d_delta, lengths, token_sums, precision),
         "triton": lambda d_delta: _mix_backward_triton(dx, masks, delta, d_delta, lengths, token_sums, precision),
@@ -220,14 +219,14 @@ def _mix_backward_eager(
 ) -> tuple[Tensor, Tensor | None]:
     J, B, _, d = dx.shape
     M, weights, wide = masks.shape[0], masks.to(delta.dtype).mT, accumulator_dtype(delta.dtype)
-    if dx.is_cuda:
+    if in_one_batch(dx, lengths):
         dx, delta = without_padding(dx, lengths), without_padding(delta, lengths)
         with matmul_precision(precision):
             if d_delta.dtype == delta.dtype:
                 _by_mask(d_delta, M).baddbmm_(weights, _by_mask(dx, M))
             else:
-                _by_mask(d_delta, M).add_(weights @ _by_mask(dx, M))
-            d_masks = (_by_mask(dx, M) @ _by_mask(delta, M).mT).to(wide)
+                _by_mask(d_delta, M).add_(torch.bmm(weights, _by_mask(dx, M)))
+            d_masks = torch.bmm(_by_mask(dx, M), _by_mask(delta, M).mT).to(wide)
         return d_masks, dx.sum(2, dtype=wide) if token_sums else None
     d_masks = torch.zeros(M, *masks.shape[1:], dtype=wide)
     sums = torch.zeros(J, B, d, dtype=wide) if token_sums else None
@@ -280,9 +279,14 @@ def _checked_output(base: Tensor, masks: Tensor, delta: Tensor, out: Tensor | No
     shape = (masks.shape[1], *delta.shape[1:])
     if out is None:
         return delta.new_empty(shape)
-    if out.shape != shape or out.dtype != delta.dtype or not out.is_contiguous():
-        raise ValueError(f"out {out.dtype} {list(out.shape)} of strides {out.stride()}; allowed: contiguous {delta.dtype} {list(shape)}")
+    _check_contiguous("out", out, shape, delta.dtype)
     return out
+
+
+def _check_contiguous(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    if x.shape != shape or x.dtype not in dtypes or not x.is_contiguous():
+        allowed = f"contiguous {' or '.join(map(str, dict.fromkeys(dtypes)))} {list(shape)}"
+        raise ValueError(f"{name} {x.dtype} {list(x.shape)} of strides {x.stride()}; allowed: {allowed}")
 
 
 def check_shapes(base: Tensor | None, masks: Tensor, delta: Tensor) -> None:

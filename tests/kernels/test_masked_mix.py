@@ -1,0 +1,213 @@
+from functools import cache
+
+import pytest
+import torch
+from kernel_cases import (
+    ARITHMETIC,
+    BACKENDS,
+    CASES,
+    DEVICE,
+    Problem,
+    assert_rivals,
+    brute_force_constants,
+    brute_force_mix,
+    error,
+    poison,
+    problem,
+)
+from oakernels import ABLATED, base_gradient, constant_gradient, masked_mix, mix, mix_and_scale, mix_backward
+from oakernels.runtime import run
+
+NAMES = ("x", "d_base", "d_masks", "d_delta", "d_constants")
+
+
+def gradient_of(p: Problem, dtype: torch.dtype) -> torch.Tensor:
+    """Some dx [J, B, T, d], the same for all dtypes up to rounding."""
+    shape = (p.masks.shape[1], *p.delta.shape[1:])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE, dtype)
+
+
+def by_brute_force(p: Problem, dx: torch.Tensor) -> list[torch.Tensor]:
+    p, dx = p.double(), dx.double().cpu()
+    operands = [x.requires_grad_() for x in (p.base, p.masks, p.delta)]
+    x = brute_force_mix(p, *operands)
+    gradients = torch.autograd.grad(x, operands, dx)
+    return [x.detach(), *gradients, brute_force_constants(Problem(**{**vars(p), "masks": p.masks.detach()}), dx)]
+
+
+@cache
+def solved(case: str, dtype: torch.dtype) -> tuple[Problem, torch.Tensor, list[torch.Tensor]]:
+    """The case in a dtype, its dx, and the answers in float64."""
+    p = CASES[case].to(dtype)
+    dx = gradient_of(p, dtype)
+    return p, dx, by_brute_force(p, dx)
+
+
+def by_op(p: Problem, dx: torch.Tensor, backend: str, precision: str = "ieee") -> list[torch.Tensor]:
+    p = p.poisoned()
+    operands = [x.detach().clone().requires_grad_() for x in (p.base, p.masks, p.delta, p.constants)]
+    base, masks, delta, constants = operands
+    x = masked_mix(base, masks, delta, constants=constants, lengths=p.lengths, backend=backend, precision=precision)
+    return [x, *torch.autograd.grad(x, operands, poison(dx, p.lengths))]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eager_equals_brute_force_in_double(case: str) -> None:
+    p, dx, truths = solved(case, torch.float64)
+    for name, value, truth in zip(NAMES, by_op(p, dx, "eager"), truths, strict=True):
+        assert error(value, truth) < 1e-13, name
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "precision"), ARITHMETIC)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_does_not_exceed_that_of_eager(backend: str, dtype: torch.dtype, precision: str, case: str) -> None:
+    p, dx, truths = solved(case, dtype)
+    eager = [error(*pair) for pair in zip(by_op(p, dx, "eager", precision), truths, strict=True)]
+    assert max(eager) < (1e-5 if (dtype, precision) == (torch.float32, "ieee") else 2e-2)
+    if backend == "triton":
+        values = by_op(p, dx, backend, precision)
+        for name, value, truth, rival in zip(NAMES, values, truths, eager, strict=True):
+            assert_rivals(error(value, truth), rival, dtype, precision, name)
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 2, 3, 1]])
+@pytest.mark.parametrize(("M", "F", "Q"), [(4, 1, 1), (2, 2, 3), (1, 4, 1)])
+def test_gradcheck(M: int, F: int, Q: int, lengths: list[int] | None) -> None:
+    p = problem(3, 5, 4, 3, 4, M=M, F=F, Q=Q).to(torch.float64)
+    operands = tuple(x.requires_grad_() for x in (p.base, p.masks, p.delta))
+    lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+    assert torch.autograd.gradcheck(lambda *x: masked_mix(*x, lengths=lengths, backend="eager"), operands)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_with_binary_masks_the_constants_get_their_true_gradient(backend: str) -> None:
+    """Where no edge is partial the rule drops nothing: autograd through delta = out - r, base = sum r says the same."""
+    p = problem(4, 6, 4, 2, 16, M=4, Fc=2).to(torch.float32)
+    masks, out = (p.masks > 0.5).float(), p.delta
+    by_row = p.constants.detach().repeat_interleave(2, 0).requires_grad_()  # [B, S, 1, d]
+    delta = out - by_row.transpose(0, 1)
+    x = torch.einsum("bjs,sbtd->jbtd", masks, delta) + by_row.sum(1)
+    dx = gradient_of(p, torch.float32)
+    (truth,) = torch.autograd.grad(x, by_row, dx)
+    constants = p.constants.requires_grad_()
+    mixed = masked_mix(by_row.detach().sum(1), masks, delta.detach(), constants=constants, backend=backend)
+    (value,) = torch.autograd.grad(mixed, constants, dx)
+    assert error(mixed, x.detach().double().cpu()) < 1e-6
+    assert error(value, truth.view(2, 2, *truth.shape[1:]).sum(1).double().cpu()) < 1e-6
+
+
+def test_the_threshold_of_the_constants() -> None:
+    masks = torch.tensor([[[0.0, 5e-4, ABLATED, 2e-3, 1.0]]])
+    gradient = constant_gradient(masks, torch.ones(1, 1, 1), n_fits=1)
+    assert gradient.flatten().tolist() == pytest.approx([1, 1 - 5e-4, 0, 0, 0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views_of_packed_buffers_need_no_copy(dtype: torch.dtype, backend: str) -> None:
+    """One layer's block of a packed mask [M, J_all, S_all], the sources so far, results into slices of larger buffers."""
+    J, S = slice(3, 10), slice(0, 13)
+    p = problem(12, 16, 4, 3, 24, M=2, F=4).to(dtype)
+    masks, delta, dx = p.masks[:, J, S], p.delta[S], gradient_of(p, dtype)[J]
+    x = torch.full((12, 4, 3, 24), torch.nan, dtype=dtype, device=DEVICE)
+    d_delta = torch.ones_like(p.delta)
+    mix(p.base, masks, delta, out=x[J], backend=backend)
+    d_masks, sums = mix_backward(dx, masks, delta, d_delta=d_delta[S], token_sums=True, backend=backend)
+    dense = Problem(**{**vars(p), "masks": masks.contiguous(), "delta": delta.contiguous(), "constants": p.constants[:, S]})
+    truth = by_brute_force(dense, dx)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    assert error(x[J], truth[0]) < tolerance
+    assert error(d_masks, truth[2]) < tolerance
+    assert error(d_delta[S] - 1, truth[3]) < tolerance
+    assert error(sums, dx.double().cpu().sum(2)) < tolerance
+    assert x[:3].isnan().all() and x[10:].isnan().all() and (d_delta[13:] == 1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_gradients_accumulate_in_fp32_if_asked(backend: str) -> None:
+    """bf16 has no number between 256 and 258: there, adding 1 twice changes nothing."""
+    p = problem(1, 1, 1, 1, 16).to(torch.bfloat16)
+    masks, dx = torch.ones_like(p.masks), torch.ones(1, 1, 1, 16, dtype=torch.bfloat16, device=DEVICE)
+    for dtype, total in ((torch.float32, 258), (torch.bfloat16, 256)):
+        d_delta = torch.full_like(p.delta, 256, dtype=dtype)
+        for _ in range(2):
+            mix_backward(dx, masks, p.delta, d_delta=d_delta, backend=backend)
+        assert (d_delta == total).all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_mix_adds_to_the_first(backend: str, padded: bool) -> None:
+    """The MLP's destination: same-layer heads are added to what it read of earlier sources, in place."""
+    p = problem(1, 9, 3, 4, 20, M=3, padded=padded).to(torch.float32).poisoned()
+    whole = mix(p.base, p.masks, p.delta, lengths=p.lengths, backend=backend)
+    part = mix(p.base, p.masks[:, :, :4], p.delta[:4], lengths=p.lengths, backend=backend)
+    mix(part[0], p.masks[:, :, 4:], p.delta[4:], lengths=p.lengths, out=part, backend=backend)
+    torch.testing.assert_close(part, whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_scale_of_a_mix(case: str, backend: str) -> None:
+    p = CASES[case].to(torch.float32).poisoned()
+    x, rstd = mix_and_scale(p.base, p.masks, p.delta, 1e-5, lengths=p.lengths, backend=backend)
+    torch.testing.assert_close(x, mix(p.base, p.masks, p.delta, lengths=p.lengths, backend=backend), rtol=0, atol=0)
+    assert error(rstd, (x.double().cpu().square().mean(-1) + 1e-5).rsqrt()) < 1e-6
+
+
+def test_base_gradient_sums_over_destinations_and_the_rows_of_each_base() -> None:
+    dx = gradient_of(problem(3, 1, 6, 2, 4), torch.float64).cpu()
+    assert torch.allclose(base_gradient(dx, 3), torch.stack([dx[:, b : b + 2].sum((0, 1)) for b in (0, 2, 4)]))
+    assert torch.allclose(base_gradient(dx.sum(2), 2), torch.stack([dx[:, b : b + 3].sum((0, 1, 2))[None] for b in (0, 3)]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"delta": torch.zeros(4, 3, 2, 5).transpose(1, 2)}, r"delta .*contiguous \[S, B, T, d\]"),
+        ({"masks": torch.zeros(2, 2, 4)}, r"masks \[2, 2, 4\].*M dividing 3"),
+        ({"masks": torch.zeros(1, 2, 8)[:, :, ::2]}, "unit stride in S"),
+        ({"masks": torch.zeros(1, 2, 4, dtype=torch.bool)}, "masks torch.bool"),
+        ({"base": torch.zeros(1, 3, 5)}, r"base \[1, 3, 5\]; allowed: \[F, 1 or 2, 5\]"),
+        ({"out": torch.zeros(2, 3, 2, 6)[..., :5]}, r"out .* allowed: contiguous torch.float32 \[2, 3, 2, 5\]"),
+        ({"backend": "cuda"}, "backend 'cuda'; allowed: auto, triton, eager"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(change: dict, message: str) -> None:
+    good = {"base": torch.zeros(1, 1, 5), "masks": torch.zeros(1, 2, 4), "delta": torch.zeros(4, 3, 2, 5)}
+    mix(**good)
+    with pytest.raises(ValueError, match=message):
+        mix(**{**good, **change})
+
+
+def test_triton_is_refused_where_it_has_no_kernel() -> None:
+    p = problem(1, 1, 1, 1, 16).to(torch.float64)
+    with pytest.raises(ValueError, match=r"backend 'triton' for torch\.float64"):
+        mix(p.base, p.masks, p.delta, backend="triton")
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+def test_auto_measures_once_and_takes_the_faster() -> None:
+    calls = {"eager": 0, "triton": 0}
+
+    def candidate(name: str, size: int) -> object:
+        def call(target: torch.Tensor) -> str:
+            calls[name] += 1
+            x = torch.zeros(size, size, device=DEVICE)
+            target.add_((x @ x)[0, 0])
+            return name
+
+        return call
+
+    target = torch.zeros(1, device=DEVICE)
+    for fast, slow in (("eager", "triton"), ("triton", "eager")):
+        candidates = {fast: candidate(fast, 8), slow: candidate(slow, 8192)}
+        assert run("auto", ("test", fast), target, candidates) == fast
+        before = calls[slow]
+        assert run("auto", ("test", fast), target, candidates) == fast
+        assert calls[slow] == before
+
+
+def test_auto_on_cpu_is_eager() -> None:
+    assert run("auto", ("test",), torch.zeros(1), {"eager": lambda _: "eager", "triton": lambda _: "triton"}) == "eager"

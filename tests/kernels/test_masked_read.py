@@ -1,0 +1,138 @@
+from functools import cache
+
+import pytest
+import torch
+from kernel_cases import (
+    ARITHMETIC,
+    BACKENDS,
+    CASES,
+    DEVICE,
+    Problem,
+    assert_rivals,
+    brute_force_constants,
+    brute_force_mix,
+    brute_force_read,
+    error,
+    poison,
+)
+from oakernels import masked_read, mix, project_backward, read, read_backward
+
+EPS = 1e-2  # large enough to matter
+NAMES = ("y", "d_base", "d_masks", "d_delta", "d_constants")
+
+
+def gradient_of(p: Problem, dtype: torch.dtype) -> torch.Tensor:
+    """Some dy [J, B, T, k], the same for all dtypes up to rounding."""
+    shape = (p.masks.shape[1], *p.delta.shape[1:3], p.weight.shape[2])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE, dtype)
+
+
+def by_brute_force(p: Problem, dy: torch.Tensor) -> list[torch.Tensor]:
+    p, dy = p.double(), dy.double().cpu()
+    operands = [x.requires_grad_() for x in (p.base, p.masks, p.delta)]
+    y = brute_force_read(p, *operands, EPS)
+    gradients = torch.autograd.grad(y, operands, dy)
+    return [y.detach(), *gradients, brute_force_constants(Problem(**{**vars(p), "masks": p.masks.detach()}), input_gradient(p, dy))]
+
+
+def input_gradient(p: Problem, dy: torch.Tensor) -> torch.Tensor:
+    """dx [J, B, T, d] by autograd through normalise-then-project; zero in the padding."""
+    x = brute_force_mix(p, p.base.detach(), p.masks.detach(), p.delta.detach()).requires_grad_()
+    y = torch.einsum("jbtd,jdk->jbtk", x / (x.square().mean(-1, keepdim=True) + EPS).sqrt(), p.weight)
+    return poison(torch.autograd.grad(y, x, dy)[0], p.lengths).nan_to_num(0)
+
+
+@cache
+def solved(case: str, dtype: torch.dtype) -> tuple[Problem, torch.Tensor, list[torch.Tensor]]:
+    """The case in a dtype, its dy, and the answers in float64."""
+    p = CASES[case].to(dtype)
+    dy = gradient_of(p, dtype)
+    return p, dy, by_brute_force(p, dy)
+
+
+def by_op(p: Problem, dy: torch.Tensor, backend: str, precision: str = "ieee", store_inputs: bool = False) -> list[torch.Tensor]:
+    p = p.poisoned()
+    operands = [x.detach().clone().requires_grad_() for x in (p.base, p.masks, p.delta, p.constants)]
+    base, masks, delta, constants = operands
+    y = masked_read(
+        base,
+        masks,
+        delta,
+        p.weight,
+        p.bias,
+        EPS,
+        constants=constants,
+        lengths=p.lengths,
+        backend=backend,
+        precision=precision,
+        store_inputs=store_inputs,
+    )
+    return [y, *torch.autograd.grad(y, operands, poison(dy, p.lengths))]
+
+
+@pytest.mark.parametrize("store_inputs", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_eager_equals_brute_force_in_double(case: str, store_inputs: bool) -> None:
+    p, dy, truths = solved(case, torch.float64)
+    for name, value, truth in zip(NAMES, by_op(p, dy, "eager", store_inputs=store_inputs), truths, strict=True):
+        assert error(value, truth) < 1e-12, name
+
+
+@pytest.mark.parametrize("store_inputs", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "precision"), ARITHMETIC)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_does_not_exceed_that_of_eager(backend: str, dtype: torch.dtype, precision: str, case: str, store_inputs: bool) -> None:
+    p, dy, truths = solved(case, dtype)
+    eager = [error(*pair) for pair in zip(by_op(p, dy, "eager", precision, store_inputs), truths, strict=True)]
+    assert max(eager) < (1e-5 if (dtype, precision) == (torch.float32, "ieee") else 3e-2)
+    if backend == "triton":
+        values = by_op(p, dy, backend, precision, store_inputs)
+        for name, value, truth, rival in zip(NAMES, values, truths, eager, strict=True):
+            assert_rivals(error(value, truth), rival, dtype, precision, name)
+
+
+@pytest.mark.parametrize("store_inputs", [False, True])
+@pytest.mark.parametrize("case", ["shared masks", "padded, shared"])
+def test_gradcheck(case: str, store_inputs: bool) -> None:
+    p = CASES[case].to(torch.float64)
+    d = 4
+    operands = tuple(x[..., :d].contiguous().requires_grad_() for x in (p.base, p.delta))
+    masks = p.masks.requires_grad_()
+
+    def op(base: torch.Tensor, delta: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        weight = p.weight[:, :d].contiguous()
+        return masked_read(base, masks, delta, weight, p.bias, EPS, lengths=p.lengths, backend="eager", store_inputs=store_inputs)
+
+    assert torch.autograd.gradcheck(op, (*operands, masks))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_functional_forms_without_bias(case: str, backend: str) -> None:
+    """As the engine calls them: d_delta added to, token sums wanted, dx written over x."""
+    p = CASES[case].to(torch.float32).poisoned()
+    reference = Problem(**{**vars(CASES[case].to(torch.float32).double()), "bias": torch.zeros(p.bias.shape, dtype=torch.float64)})
+    dy = gradient_of(p, torch.float32)
+    dx = input_gradient(reference, dy.double().cpu())
+    y, rstd, x = read(p.base, p.masks, p.delta, p.weight, None, EPS, lengths=p.lengths, store_inputs=True, backend=backend)
+    assert error(y, brute_force_read(reference, reference.base, reference.masks, reference.delta, EPS)) < 1e-6
+    d_delta = torch.ones_like(p.delta)
+    poisoned = poison(dy, p.lengths)
+    operands = (poisoned, y, rstd, p.base, p.masks, p.delta, p.weight, None)
+    d_masks, sums = read_backward(*operands, x=x, d_delta=d_delta, lengths=p.lengths, token_sums=True, backend=backend)
+    truth = by_brute_force(reference, dy)
+    assert error(d_masks, truth[2]) < 1e-5
+    assert error(d_delta, truth[3] + 1) < 1e-5
+    assert sums is not None and error(sums, dx.sum(2)) < 1e-5
+    assert torch.equal(x, mix(p.base, p.masks, p.delta, lengths=p.lengths, backend=backend))  # a stored x survives
+    in_place = project_backward(dy, y, rstd, x, p.weight, None, out=x, backend=backend)
+    assert in_place is x
+    padding = torch.zeros_like(x).isnan() if p.lengths is None else poison(torch.zeros_like(x), p.lengths).isnan()
+    assert error(x.masked_fill(padding, 0), dx) < 1e-5
+
+
+def test_weights_that_ask_for_a_gradient_are_refused() -> None:
+    p = CASES["shared masks"].to(torch.float64)
+    with pytest.raises(ValueError, match="allowed: frozen weights"):
+        masked_read(p.base, p.masks, p.delta, p.weight.requires_grad_(), p.bias, EPS)
