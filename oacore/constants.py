@@ -42,7 +42,7 @@ def load(path: str | Path, components: Sequence[Component], expect: dict[str, An
         UserError: the file is damaged, of another model, task or prompts, or lacks a component.
     """
     with _open(path) as file:
-        metadata = _facts(file)
+        metadata = _facts(path, file)
         for name, value in expect.items():
             if metadata.get(name) != value:
                 raise UserError(f"{path}: {name} is {metadata.get(name)!r}, expected {value!r}; delete the file to fit it anew")
@@ -56,7 +56,7 @@ def load(path: str | Path, components: Sequence[Component], expect: dict[str, An
 def load_curves(path: str | Path, method: str) -> pd.DataFrame:
     """The record of the convergence tests in long form: step, component, method, validation_gap_nats; a curve ends where its fit did."""
     with _open(path) as file:
-        names = _facts(file)["components"]
+        names = _facts(path, file)["components"]
         steps, gaps, ends = (file.get_tensor(f"fit.{name}") for name in ("curve_steps", "curve_gaps", "n_steps"))
     table = pd.DataFrame(gaps.numpy(), columns=names, index=pd.Index(steps.numpy(), name="step")).reset_index()
     long = table.melt("step", var_name="component", value_name="validation_gap_nats")
@@ -64,8 +64,11 @@ def load_curves(path: str | Path, method: str) -> pd.DataFrame:
     return long[long["step"] <= long["component"].map(end)].assign(method=method)
 
 
-def _facts(file: Any) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(file.metadata()["oacore"])
+def _facts(path: str | Path, file: Any) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(file.metadata()["oacore"])
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{path}: no constants of this package, or of an old version; delete the file to fit it anew") from None
     return facts
 
 

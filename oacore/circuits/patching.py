@@ -230,7 +230,7 @@ class Passes:
                 own_masks,
                 own_values,
                 slot if owned else None,
-                contrast=None if contrast is None else contrast[slot].transpose(0, 1),
+                contrast=None if contrast is None else contrast[slot].transpose(0, 1).contiguous(),
                 plan=self.engine.weights.plan(own_masks) if skip_dead else None,
                 keep_inputs=keep_inputs,
             )
