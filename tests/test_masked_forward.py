@@ -3,10 +3,8 @@
 import pytest
 import torch
 from conftest import FAMILIES, random_hf
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from oacore.ablation import Batch, Group, ablated_logits, clean_pass
+from oacore.ablation import Batch, clean_pass
 from oacore.forward import ACTIVATIONS, embed, logits_of, normalise, rotary_tables, rotate
 from oacore.masked_forward import Engine
 from oacore.model import canonical
@@ -135,3 +133,116 @@ def test_all_ones_is_the_clean_model(model):
     clean = clean_pass(model, batch.tokens, batch.lengths)
     wanted = logits_of(model, clean.entering[-1][torch.arange(3), clean.last])
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_all_zeros_ablates_every_node(model):
+    """With no edge left, logits follow from the constants alone: what is read is their sum and the biases."""
+    engine, batch = Engine(model), batch_of(model)
+    constants = constants_of(model)
+    got = engine.logits(engine.prompts(batch), torch.arange(3), torch.zeros(1, *model.graph.valid.shape, dtype=torch.float64), constants)
+    biases = sum(torch.zeros(model.d_model).double() if block.b_O is None else block.b_O for block in model.blocks)
+    wanted = logits_of(model, constants[0].sum((0, 1)) + biases).expand(3, -1)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [1, T - 1])
+def test_constants_get_their_gradient_through_ablated_edges(model, positions):
+    """For masks of zeros and ones the rule leaves nothing out, so the brute force's gradient is the whole one."""
+    engine, batch = Engine(model), batch_of(model)
+    masks = random_masks(model, 2, p=0.6)
+    constants = constants_of(model, 2, positions).requires_grad_()
+    rows = torch.tensor([0, 1])
+    logits = engine.logits(engine.prompts(batch), rows, masks, constants)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+    (got,) = torch.autograd.grad((logits * weights).sum(), constants)
+    wanted = []
+    for row in range(2):
+        replacement = torch.cat((torch.zeros_like(constants[0, :, :1]), constants[row].expand(-1, T - 1, -1)), 1)
+        wanted.append(brute_force(model, batch.tokens[row], int(batch.lengths[row]), masks[row], replacement))
+    (gradient,) = torch.autograd.grad((torch.stack(wanted) * weights).sum(), constants)
+    if not model.final_norm.rms:  # the engine's constants have no mean over d, which LayerNorm removes
+        gradient = gradient - gradient.mean(-1, keepdim=True)
+    torch.testing.assert_close(got, gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_partly_ablated_edges_leave_constants_alone(gpt2):
+    engine, batch = Engine(gpt2), batch_of(gpt2)
+    masks = random_masks(gpt2, 3).clamp(min=0.01) * torch.tensor(gpt2.graph.valid)
+    constants = constants_of(gpt2).requires_grad_()
+    engine.logits(engine.prompts(batch), torch.arange(3), masks, constants).sum().backward()
+    assert constants.grad is not None and constants.grad.abs().max() == 0
+
+
+def test_activations_as_replacements(model):
+    engine, batch = Engine(model), batch_of(model)
+    values = engine.sources(batch_of(model, seed=9))
+    masks, rows = random_masks(model, 3), torch.tensor([2, 0, 1])
+    got = engine.logits(engine.prompts(batch), rows, masks, values, rows)
+    for row, prompt in enumerate(rows.tolist()):
+        replacement = torch.cat((torch.zeros_like(values[prompt, :, :1]), values[prompt]), 1)
+        wanted = brute_force(model, batch.tokens[prompt], int(batch.lengths[prompt]), masks[row], replacement)
+        torch.testing.assert_close(got[row], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_sources_are_what_the_brute_force_sums_up(model):
+    engine, batch = Engine(model), batch_of(model)
+    clean = clean_pass(model, batch.tokens, batch.lengths)
+    biases = sum(torch.zeros(model.d_model).double() if block.b_O is None else block.b_O for block in model.blocks)
+    total = engine.sources(batch).sum(1) + engine.weights.centre(biases)
+    torch.testing.assert_close(total, engine.weights.centre(clean.entering[-1][:, 1:]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"keep_inputs": False}, {"keep_inputs": False, "fused": True}], ids=["mixed again", "fused"])
+def test_ways_to_compute_agree(model, options):
+    batch, masks = batch_of(model), random_masks(model, 3)
+    found = []
+    for keep_inputs, fused in ((True, False), (options["keep_inputs"], options.get("fused", False))):
+        engine = Engine(model, fused=fused)
+        own, constants = masks.clone().requires_grad_(), constants_of(model).requires_grad_()
+        logits = engine.logits(engine.prompts(batch), torch.arange(3), own, constants, keep_inputs=keep_inputs)
+        logits.square().sum().backward()
+        found.append((logits.detach(), own.grad, constants.grad))
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-9, rtol=1e-9)
+
+
+def test_a_plan_leaves_out_only_what_is_not_used(model):
+    """Pruned sparse masks: same logits, and the same gradients where a mask is above 0."""
+    engine, batch = Engine(model), batch_of(model)
+    masks = random_masks(model, 2) * random_masks(model, 2, seed=4, p=0.15)
+    masks = masks * model.graph.prune(masks > 0)
+    found = []
+    for plan in (None, engine.weights.plan(masks)):
+        own, constants = masks.clone().requires_grad_(), constants_of(model).requires_grad_()
+        logits = engine.logits(engine.prompts(batch), torch.tensor([0, 1, 1, 2]), own, constants, plan=plan)
+        logits.square().sum().backward()
+        found.append((logits.detach(), own.grad * (masks > 0), constants.grad))
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-9, rtol=1e-9)
+    if not model.post_norm:
+        assert engine.weights.plan(masks).n_sources < model.graph.n_sources
+
+
+def test_rows_that_share_a_mask(gpt2):
+    engine, batch = Engine(gpt2), batch_of(gpt2)
+    masks, rows = random_masks(gpt2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+    shared, apart = masks.clone().requires_grad_(), masks.repeat_interleave(3, 0).requires_grad_()
+    results = [engine.logits(engine.prompts(batch), rows, own, constants_of(gpt2, 2)) for own in (shared, apart)]
+    torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
+    for result in results:
+        result.square().sum().backward()
+    torch.testing.assert_close(shared.grad, apart.grad.view(2, 3, *masks.shape[1:]).sum(1), atol=1e-9, rtol=1e-9)
+
+
+def test_a_prompt_of_one_token_is_refused(gpt2):
+    with pytest.raises(ValueError, match="nothing to ablate"):
+        Engine(gpt2).prompts(Batch(torch.zeros(1, 1, dtype=torch.long), torch.tensor([1])))
+
+
+def test_replacements_of_prompts_are_data(gpt2):
+    engine, batch = Engine(gpt2), batch_of(gpt2)
+    values = engine.sources(batch).requires_grad_()
+    rows = torch.arange(3)
+    logits = engine.logits(engine.prompts(batch), rows, random_masks(gpt2, 3), values, rows)
+    with pytest.raises(ValueError, match="only constants have a gradient"):
+        logits.sum().backward()

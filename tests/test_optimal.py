@@ -10,9 +10,9 @@ from oacore import constants
 from oacore.ablation import Batch, Component, Statistics, clean_log_probs, clean_pass, components_of, width
 from oacore.activations import Moments, _add_sources
 from oacore.config import OptimalFit
+from oacore.descent import prompts_of_step
 from oacore.errors import UserError
 from oacore.model import canonical
-from oacore.descent import prompts_of_step
 from oacore.optimal import better_start, fit, gradients, mean_losses, starting_means
 
 LIMIT = 4096
