@@ -3,7 +3,8 @@
     python kernels/bench/bench_planted.py [--circuits induction chain] [--seeds 0 1 2] [--ablation optimal] [--methods exact ugs]
 
 Learned masks are scored by the probability that they keep an edge, from one fit with one lambda for all circuits; ACDC by the number of
-thresholds that do. Methods that train nothing take the mean where the ablation type is optimal. `oacore.planted` says for which ablation types the truth holds.
+thresholds that do. Methods that train no constants take the mean where the ablation type is optimal. `oacore.planted` says for which
+ablation types the truth holds.
 """
 
 import argparse

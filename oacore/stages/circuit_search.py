@@ -109,20 +109,19 @@ def _judged(setting: Setting, settings: Circuits, method: CircuitMethod, ablatio
     masks, scores = [], []
     sizes = np.array(check_sizes(values, graph.n_edges)) if method not in ("acdc", "manual") else np.array([])
     for seed in settings.seeds:
-        replacements = setting.replacements(ablation, "train", setting.of_components(ablation))
-        chosen = _prompts(setting, settings, seed)
-        match method:
-            case "manual":
-                kept = fixed.manual_ioi(graph)[None]
-                found = kept.astype(float)
-            case "random":
-                kept = fixed.random_circuits(graph, sizes.tolist(), seed)
-                found = kept.astype(float)
-            case "acdc":
-                removed, rises = acdc.acdc(passes, replacements, values, chosen, settings.objective)
-                kept, found = _numpy(removed), _numpy(rises)
-            case _:
-                ranking = _numpy(_ranking(passes, replacements, method, chosen, settings))
+        if method == "manual":
+            kept = fixed.manual_ioi(graph)[None]
+            found = kept.astype(float)
+        elif method == "random":
+            kept = fixed.random_circuits(graph, sizes.tolist(), seed)
+            found = kept.astype(float)
+        else:
+            replacements = setting.replacements(ablation, "train", setting.of_components(ablation))
+            chosen = _prompts(setting, settings, seed)
+            if method == "acdc":
+                kept, found = acdc.acdc(passes, replacements, values, chosen, settings.objective)
+            else:
+                ranking = _ranking(passes, replacements, method, chosen, settings).cpu().numpy()
                 kept = by_size(graph, np.abs(ranking), sizes)
                 found = np.broadcast_to(ranking, kept.shape)
         masks.append(kept)
@@ -154,7 +153,3 @@ def _prompts(setting: Setting, settings: Circuits, seed: int) -> Tensor:
     """The training prompts that edges are judged on: the first of the seed's own order."""
     order = torch.randperm(len(setting.passes["train"].examples), generator=torch.Generator().manual_seed(seed))
     return order[: settings.n_prompts].to(setting.engine.model.device)
-
-
-def _numpy(values: Tensor | np.ndarray) -> np.ndarray:
-    return values.cpu().numpy() if isinstance(values, Tensor) else values

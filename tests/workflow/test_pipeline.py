@@ -22,7 +22,7 @@ from oacore.cache import Reader
 from oacore.config import Config, load_config
 from oacore.errors import UserError
 from oacore.forward import residual_after
-from oacore.layout import Layout
+from oacore.layout import Layout, circuit_file
 from oacore.model import load
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,95 @@ def test_outputs_are_exactly_those_promised(finished):
         assert found == {"gaps.csv", "summary.csv", "constants-optimal.safetensors", "constants-optimal_positional.safetensors"} | figures
         assert {path.name for path in Path(layout.task_dir(task)).iterdir()} - {"logs"} == {"prompts.h5", "activations.h5"}
     assert Path(layout.model_json).is_file() and Path(layout.report).is_file()
+    circuits = config.circuits
+    found = {path.name for path in Path(layout.circuits("ioi", "")).iterdir()}
+    folders = {f"{method}-{ablation}" for method in circuits.methods for ablation in circuits.ablations}
+    assert found == {"pareto.csv", "stability.csv", "edge_frequency.csv", "figures", "logs"} | folders
+    names = {f"{name}.{kind}" for name in circuits.figures() for kind in ("svg", "png")} | {
+        f"circuit_{name}.svg" for name in circuits.ablations
+    }
+    assert {path.name for path in Path(layout.circuits("ioi", "figures")).iterdir()} == names
+    for method in circuits.methods:
+        for ablation in circuits.ablations:
+            files = {circuit_file(knob, seed) for knob in circuits.knobs(method) for seed in circuits.seeds}
+            files |= {"search.safetensors", "timing.json", "pareto.csv"} | ({"constants.safetensors"} if ablation == "optimal" else set())
+            assert {path.name for path in Path(layout.circuits("ioi", f"{method}-{ablation}")).iterdir()} == files
+
+
+def test_pareto_table_is_complete(finished):
+    config, layout, _ = finished
+    pareto = pd.read_csv(layout.circuits("ioi", "pareto.csv"))
+    columns = "method,ablation,objective,knob,seed,edges,nodes,kl_nats,se_nats,logit_diff,fit_seconds,peak_mb"
+    assert ",".join(pareto.columns) == columns and not pareto.isna().any().any()
+    n_knobs = sum(len(config.circuits.knobs(method)) for method in config.circuits.methods)
+    assert len(pareto) == n_knobs * len(config.circuits.seeds) * len(config.circuits.ablations)
+    assert (pareto["objective"] == pareto["method"].map(lambda name: "logit_diff" if name == "eap" else "kl")).all()
+    stability = pd.read_csv(layout.circuits("ioi", "stability.csv"))
+    assert len(stability) == n_knobs * len(config.circuits.ablations) and (stability["n_circuits"] == len(config.circuits.seeds)).all()
+
+
+@pytest.mark.parametrize("ablation", ["optimal", "counterfactual"])
+def test_a_circuit_file_measured_by_the_brute_force(finished, ablation):
+    """The KL in pareto.csv again: the circuit from its MIB file, its constants from theirs, every destination gathered edge by edge."""
+    from test_masked_forward import brute_force
+
+    from oacore.circuits.circuit import load
+    from oacore.masked_forward import Engine
+    from oacore.metrics import kl_divergence
+
+    _, layout, _ = finished
+    model = load(layout.source, device="cpu").model
+    prompts = read_prompts(layout.prompts("ioi"), "test")
+    batch, other = batch_of(prompts), batch_of(prompts, counterfactual=True)
+    folder = Path(layout.circuits("ioi", f"ugs-{ablation}"))
+    row = pd.read_csv(folder / "pareto.csv").iloc[1]
+    circuit = load(folder / circuit_file(row["knob"], int(row["seed"])), model.graph)
+    assert circuit.n_edges == row["edges"]
+    T = batch.tokens.shape[1]
+    if ablation == "optimal":
+        found = {name: value[1] for name, value in load_file(folder / "constants.safetensors").items()}
+        parts = [found["input"]]
+        for layer, block in enumerate(model.blocks):
+            parts += [*(found["head"][layer] @ block.W_O), found["mlp"][layer]]
+        replacements = torch.stack(parts).expand(-1, T, -1)[None].expand(len(batch), -1, -1, -1)
+    else:
+        values = Engine(model).sources(other)
+        replacements = torch.cat((torch.zeros_like(values[:, :, :1]), values), 2)
+    mask = torch.from_numpy(circuit.mask).float()
+    target = read_clean_log_probs(layout.activations("ioi"), model, "test", slice(0, len(batch)))
+    losses = [
+        kl_divergence(target[n], brute_force(model, batch.tokens[n], int(batch.lengths[n]), mask, replacements[n]))
+        for n in range(len(batch))
+    ]
+    assert row["kl_nats"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-3, abs=1e-5)
+
+
+def test_mib_tools_on_a_finished_run(finished, tmp_path, capsys):
+    from oacore.__main__ import main
+
+    config, layout, _ = finished
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    circuit = layout.circuits("ioi", "eap_ig-counterfactual/40-s0.json")
+    assert main(["mib-score", "--config", str(path), "--circuit", circuit]) == 0
+    out = capsys.readouterr().out
+    assert 0.5 < float(re.search(r"^CPR (\S+)", out, re.M).group(1)) < 1.5
+    exported = tmp_path / "mib"
+    assert main(["mib-export", "--config", str(path), "--circuit", circuit, "--output", str(exported)]) == 2
+    assert "optimal ablation" in capsys.readouterr().err and not exported.exists()
+    circuit = layout.circuits("ioi", "ugs-optimal/0.001-s0.json")
+    assert main(["mib-export", "--config", str(path), "--circuit", circuit, "--output", str(exported)]) == 0
+    assert {file.name for file in exported.iterdir()} == {"importances.json", "constants.safetensors"}
+
+
+def test_a_circuit_of_another_model_is_refused(finished, tmp_path, shared_data, capsys):
+    from oacore.__main__ import main
+
+    config, _, _ = finished
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert main(["mib-score", "--config", str(path), "--task", "ioi", "--circuit", str(shared_data / "mib/ioi-eap-ig.json")]) == 2
+    assert "that of the model" in capsys.readouterr().err
 
 
 def test_demo_model_meets_its_requirements(finished):
@@ -206,11 +295,26 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
     assert stale({"limits": {"threads": 2}, "device": "auto"}) == {}
     assert stale({"ablation": tiny["ablation"] | {"methods": ["zero", "optimal"]}}) == {"gaps": 2, "figures": 2, "report": 1}
     fit_again = stale({"ablation": {"optimal": tiny["ablation"]["optimal"] | {"tolerance": 0.02}}})
-    assert fit_again == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1}
+    # Methods that judge edges without training constants take the components'.
+    judged = {"circuit_search": 4, "circuit_evaluation": 1, "circuit_figures": 1}
+    assert fit_again == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1} | judged
+    circuits = tiny["circuits"]
+    assert stale({"circuits": circuits | {"refit": circuits["refit"] | {"max_steps": 11}}}) == {
+        "circuit_evaluation": 1,
+        "circuit_figures": 1,
+        "report": 1,
+    }
+    assert stale({"circuits": circuits | {"thresholds": [0.06]}}) == {
+        "circuit_search": 2,
+        "circuit_evaluation": 2,
+        "circuit_figures": 1,
+        "report": 1,
+    }
     other_task = stale({"tasks": tiny["tasks"] | {"ioi": tiny["tasks"]["ioi"] | {"n_train": 65}}})
-    assert other_task == {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "report": 1}
+    every_circuit = {"circuit_search": 16, "circuit_evaluation": 2, "circuit_figures": 1}
+    assert other_task == {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "report": 1} | every_circuit
     other_run = stale({"run": "other"})
-    assert other_run == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1}
+    assert other_run == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1} | every_circuit
     assert stale({"dtype": "bf16"})["demo"] == 1
 
 
@@ -232,6 +336,12 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
             "gap_distributions.svg",
         ):
             assert Path(again.ablation(task, name)).read_bytes() == Path(layout.ablation(task, name)).read_bytes(), f"{task} {name}"
+    for method in config.circuits.methods:
+        for ablation in config.circuits.ablations:
+            for path in Path(layout.circuits("ioi", f"{method}-{ablation}")).iterdir():
+                if path.name not in ("timing.json", "pareto.csv"):  # which hold how long it took
+                    same = Path(again.circuits("ioi", f"{method}-{ablation}/{path.name}"))
+                    assert same.read_bytes() == path.read_bytes(), path
 
 
 @pytest.fixture
@@ -241,6 +351,7 @@ def fresh(finished, tmp_path):
     values = yaml.safe_load(TINY.read_text())
     values |= {"tasks": {"ioi": values["tasks"]["ioi"]}, "cache_dir": str(tmp_path / "cache"), "results_dir": str(tmp_path / "results")}
     values["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"]}
+    values["circuits"] |= {"methods": ["ugs"], "ablations": ["optimal"], "seeds": [0]}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     layout = Layout(load_config(path))

@@ -1,35 +1,3 @@
-CIRCUITS = run_config.circuits.model_dump() if run_config.circuits else {}
-
-
-def circuits(name):
-    """A file of a task's circuits; "{task}" and others make it a pattern."""
-    return layout.circuits("{task}", name)
-
-
-def circuit_files(method):
-    """What the evaluation writes for one method, with {task} and {ablation}."""
-    knobs = run_config.circuits.knobs(method)
-    names = [circuit_file(knob, seed) for knob in knobs for seed in CIRCUITS["seeds"]]
-    return [
-        circuits(f"{method}-{{ablation}}/{name}") for name in [*names, "pareto.csv"]
-    ]
-
-
-def search_settings(wildcards):
-    """The keys that the method's search reads."""
-    method = wildcards.method
-    keys = ["objective", "seeds"]
-    if method in LEARNED:
-        keys += ["sizes" if method == "topk" else "lambdas", "masks"]
-    elif method == "acdc":
-        keys += ["thresholds", "n_prompts"]
-    elif method not in ("random", "manual"):
-        keys += ["sizes", "n_prompts"] + ["ig_steps"] * (method == "eap_ig")
-    elif method == "random":
-        keys += ["sizes"]
-    return {key: CIRCUITS[key] for key in keys}
-
-
 if CIRCUITS:
 
     rule circuit_search:
@@ -71,9 +39,10 @@ if CIRCUITS:
             task_files("prompts.h5"),
             task_files("activations.h5"),
             expand(
-                circuits("{method}-{{ablation}}/{file}"),
+                circuits("{method}-{ablation}/{file}"),
                 method=CIRCUITS["methods"],
                 file=("search.safetensors", "timing.json"),
+                allow_missing=True,
             ),
         output:
             [name for method in CIRCUITS["methods"] for name in circuit_files(method)],

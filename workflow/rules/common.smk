@@ -22,3 +22,35 @@ def results(task, name):
 def task_files(name):
     """A shared file of the task that a rule's wildcard names."""
     return lambda wildcards: f"{layout.task_dir(wildcards.task)}/{name}"
+
+
+CIRCUITS = run_config.circuits.model_dump() if run_config.circuits else {}
+
+
+def circuits(name):
+    """A file of a task's circuits; "{task}" and others make it a pattern."""
+    return layout.circuits("{task}", name)
+
+
+def circuit_files(method):
+    """What the evaluation writes for one method, with {task} and {ablation}."""
+    knobs = run_config.circuits.knobs(method)
+    names = [circuit_file(knob, seed) for knob in knobs for seed in CIRCUITS["seeds"]]
+    return [
+        circuits(f"{method}-{{ablation}}/{name}") for name in [*names, "pareto.csv"]
+    ]
+
+
+def search_settings(wildcards):
+    """The keys that the method's search reads."""
+    method = wildcards.method
+    keys = ["objective", "seeds"]
+    if method in LEARNED:
+        keys += ["sizes" if method == "topk" else "lambdas", "masks"]
+    elif method == "acdc":
+        keys += ["thresholds", "n_prompts"]
+    elif method not in ("random", "manual"):
+        keys += ["sizes", "n_prompts"] + ["ig_steps"] * (method == "eap_ig")
+    elif method == "random":
+        keys += ["sizes"]
+    return {key: CIRCUITS[key] for key in keys}
