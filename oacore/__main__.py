@@ -57,9 +57,9 @@ def jobs(config: Config) -> Iterator[tuple[str, dict[str, str], str]]:
     for task in config.circuit_tasks():
         assert config.circuits is not None
         for ablation in config.circuits.ablations:
-            for method in config.circuits.methods:
-                what = {"task": task, "method": method, "ablation": ablation}
-                yield "circuit_search", what, layout.circuits(task, f"{method}-{ablation}/search.safetensors")
+            for searcher in config.circuits.methods:
+                what = {"task": task, "method": searcher, "ablation": ablation}
+                yield "circuit_search", what, layout.circuits(task, f"{searcher}-{ablation}/search.safetensors")
             last = layout.circuits(task, f"{config.circuits.methods[-1]}-{ablation}/pareto.csv")
             yield "circuit_evaluation", {"task": task, "ablation": ablation}, last
         yield "circuit_figures", {"task": task}, layout.circuits(task, f"figures/circuit_{config.circuits.ablations[-1]}.svg")

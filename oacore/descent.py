@@ -136,8 +136,8 @@ def _initial_state(start: Tensor, loss: Tensor, settings: OptimalFit) -> State:
 
 
 def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor) -> None:
-    old = (state[name][rows] for name in ("value", "first", "second"))
-    value, first, second = adam_step(*old, gradient, int(state["step"]), rate)
+    value, first, second = (state[name][rows] for name in ("value", "first", "second"))
+    value, first, second = adam_step(value, first, second, gradient, int(state["step"]), rate)
     state["first"][rows], state["second"][rows], state["value"][rows] = first, second, value
     state["sum"][rows] += value
 

@@ -126,7 +126,8 @@ class Weights:
         """The plan of the sources in `live`, bool [S] on the CPU; None keeps all."""
         graph, device = self.model.graph, self.model.device
         layers: list[Layer] = []
-        sources, destinations = [0], []
+        sources: list[int] = [0]
+        destinations: list[int] = []
         for number, folded in enumerate(self.blocks):
             heads = list(range(graph.n_heads)) if live is None else live[graph.heads(number)].nonzero().flatten().tolist()
             has_mlp = live is None or bool(live[graph.mlp_source(number)])

@@ -388,8 +388,8 @@ class _Pass:
                 at_last = final and read is tape.reads[0]
                 x = self._mix(tape.base, read.rows, n, at_last) if read.inputs is None else read.inputs
                 self._project_backward(layer, read, x, dy.contiguous())
-                together = len(x) > len(read.y)
-                if together:
+                together = d_mlp is not None and len(x) > len(read.y)
+                if together and d_mlp is not None:
                     x[-1:] = d_mlp
                 self._mix_backward(x, read.rows, n, at_last)
                 if not final and d_mlp is not None and not together:

@@ -57,9 +57,10 @@ def acdc(
         while (running := np.flatnonzero(place < len(order))).size:
             chains: list[tuple[int, list[int]]] = []  # a threshold, and the places of the edges guessed to go
             candidates = []
-            for c in running:
-                mask, guessed = masks[c].copy(), []
-                at = place[c]
+            for c in running.tolist():
+                mask = masks[c].copy()
+                guessed: list[int] = []
+                at = int(place[c])
                 while at < len(order) and len(guessed) < guesses:
                     j, s = order[at]
                     if mask[j, s]:
@@ -69,7 +70,7 @@ def acdc(
                         candidates.append(mask)
                         guessed.append(at)
                     at += 1
-                chains.append((int(c), guessed))
+                chains.append((c, guessed))
                 if not guessed:
                     bar.update(len(order) - place[c])
                     place[c] = len(order)

@@ -13,7 +13,6 @@ from torch import Tensor
 from oacore.circuits.patching import Constants, Passes, Replacements
 from oacore.config import OptimalFit
 from oacore.descent import Descent, descend, prompts_of_step
-from oacore.masked_forward import Engine
 
 
 class Measured(NamedTuple):
@@ -104,9 +103,3 @@ def _measure(passes: Passes, masks: Tensor, constants: Constants) -> Measured:
     chosen = torch.arange(len(passes.examples), device=masks.device)
     found = passes.measure(chosen, chosen.repeat(len(masks)), masks, written, owned=False)
     return Measured(*(part.view(len(masks), -1) for part in found))
-
-
-def node_masks(engine: Engine) -> Tensor:
-    """Masks of the clean model and of the empty circuit, [2, J, S]."""
-    clean = (~engine.no_edge).float()
-    return torch.stack((clean, torch.zeros_like(clean)))

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ NODE_WEIGHT = 2e-4  # largest weight of the node regulariser
 class Sampler(Protocol):
     """A distribution over masks with learned parameters."""
 
-    betas: tuple[float, float]
-    slower: dict[str, float]
+    betas: ClassVar[tuple[float, float]]
+    slower: ClassVar[dict[str, float]]  # ablation types that want smaller steps, and by what
 
     def start(self, n_fits: int, n_edges: int) -> State:
         """Initial parameters, [F, E] each."""

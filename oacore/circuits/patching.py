@@ -8,7 +8,7 @@ Symbols: N prompts of a split, n chosen prompts, B rows, M masks, F fits, S sour
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -40,20 +40,6 @@ class Examples:
     def __len__(self) -> int:
         return len(self.batch)
 
-    def head(self, n: int) -> "Examples":
-        """The first n prompts."""
-        short, other = self.batch.take(slice(0, n)), self.counterfactual.take(slice(0, n))
-        t = short.tokens.shape[1] - 1
-        rotary = None if self.prompts.rotary is None else tuple(table[:t] for table in self.prompts.rotary)
-        prompts = replace(
-            self.prompts,
-            input=self.prompts.input[:n, :t].contiguous(),
-            first=self.prompts.first[:n],
-            last=self.prompts.last[:n],
-            rotary=rotary,
-        )
-        return Examples(short, other, prompts, self.final[:n], self.answers[:n], self.wrong[:n])
-
 
 class Constants(NamedTuple):
     """Constants of every source where it lives: heads at z, before W_O (post-norm models: where they write); Q = 1, or P + 1 rows of a
@@ -62,9 +48,6 @@ class Constants(NamedTuple):
     input: Tensor  # [F, Q, d]
     head: Tensor  # [F, L, H, Q, k or d]
     mlp: Tensor  # [F, L, Q, d]
-
-    def of(self, fits: slice) -> "Constants":
-        return Constants(*(part[fits] for part in self))
 
     def repeat(self, n: int) -> "Constants":
         """One fit's constants n times."""

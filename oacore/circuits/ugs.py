@@ -68,7 +68,7 @@ class UniformSampler:
             spread = second["logit"].sqrt()
             mean = spread.mean(1, keepdim=True)
             window = window * torch.where(mean > 0, spread / mean, 1.0).clamp(0.5, 2.0)
-        return _Window.apply(theta, window, noise), theta  # type: ignore[no-untyped-call]
+        return _Window.apply(theta, window, noise), theta
 
     def score(self, parameters: State) -> Tensor:
         """What the threshold rule compares with 1/2: theta [F, E]."""
