@@ -4,7 +4,8 @@
     e.g.  4 4 128 32 512 16 12 5 7     12 12 768 64 50257 21 12 1 3
 
 Every edge mask in (0, 1); one constant per source; KL at the last token; gradients for masks and constants. Prints the median and minimum
-step time and the peak memory: resident on a CPU, allocated on a GPU. Compare in alternation.
+step time and the peak memory: resident on a CPU, allocated on a GPU, where a second line has the step as a
+CUDA graph. Compare in alternation.
 """
 
 import math
@@ -12,11 +13,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from oacore.ablation import Batch
-from oacore.masked_forward import Engine
+from oacore.masked_forward import Engine, Prompts
 from oacore.metrics import kl_divergence
 from oacore.model import Block, Model, Norm
 
@@ -82,20 +84,24 @@ def main() -> None:
     target = torch.randn(n_prompts, V, device=device).log_softmax(-1).repeat(samples, 1)
     rows = torch.arange(n_prompts, device=device).repeat(samples)
 
-    def step() -> None:
+    def inputs() -> tuple[Prompts, torch.Tensor, torch.Tensor]:
         tokens = torch.randint(0, V, (n_prompts, T), device=device)
         masks = torch.rand(samples * n_prompts, graph.n_destinations, graph.n_sources, device=device)
-        masks = masks.masked_fill_(engine.no_edge, 0).requires_grad_()
-        constants = (torch.randn(1, graph.n_sources, 1, D, device=device) * 0.1).requires_grad_()
+        constants = torch.randn(1, graph.n_sources, 1, D, device=device) * 0.1
         prompts = engine.prompts(Batch(tokens, torch.full((n_prompts,), T, device=device)))
+        return prompts, masks.masked_fill_(engine.no_edge, 0).requires_grad_(), constants.requires_grad_()
+
+    def step(prompts: Prompts, masks: torch.Tensor, constants: torch.Tensor) -> None:
         kl_divergence(target, engine.logits(prompts, rows, masks, constants)).mean().backward()
 
-    times = sorted([_seconds(step, device) for _ in range(reps + 1)][1:])  # the first warms up
+    name = f"our step L{L} H{H} d{D} T{T} {samples}x{n_prompts}"
+    times = sorted([_seconds(lambda: step(*inputs()), device) for _ in range(reps + 1)][1:])  # the first warms up
     peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(
-        f"our step L{L} H{H} d{D} T{T} {samples}x{n_prompts}: median {times[len(times) // 2] * 1e3:.0f} ms, "
-        f"min {times[0] * 1e3:.0f} ms, peak {peak:.2f} GB"
-    )
+    print(f"{name}: median {times[len(times) // 2] * 1e3:.0f} ms, min {times[0] * 1e3:.0f} ms, peak {peak:.2f} GB")
+    if device == "cuda":
+        replay = _captured(step, inputs())
+        times = sorted(_seconds(replay, device) for _ in range(reps))
+        print(f"{name} as a CUDA graph: median {times[len(times) // 2] * 1e3:.2f} ms, min {times[0] * 1e3:.2f} ms")
 
 
 def _seconds(step: Callable[[], None], device: str) -> float:
@@ -104,6 +110,22 @@ def _seconds(step: Callable[[], None], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def _captured(step: Callable[..., None], static: tuple[Any, ...]) -> Callable[[], None]:
+    """The step on fixed inputs as a CUDA graph; kernels are measured and picked in the runs before it is captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    for tensor in static[1:]:
+        tensor.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*static)
+    return graph.replay
 
 
 if __name__ == "__main__":
