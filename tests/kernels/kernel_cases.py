@@ -1,7 +1,9 @@
 """Problems for the kernel tests, their answers by brute force in float64, and the rule by which a kernel passes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from oakernels.runtime import INTERPRETED
 from torch import Tensor
@@ -12,6 +14,15 @@ BACKENDS = ("eager", "triton") if DEVICE.type == "cuda" or INTERPRETED else ("ea
 
 ARITHMETIC = [(torch.float32, "ieee"), (torch.bfloat16, "ieee"), *([(torch.float32, "tf32")] if DEVICE.type == "cuda" else [])]
 """(dtype, precision); on CPU, TF32 is no other than fp32."""
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every buffer that torch allocates uninitialised holds NaN: an element that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS without a workspace setting would raise otherwise
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True)

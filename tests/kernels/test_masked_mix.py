@@ -13,6 +13,7 @@ from kernel_cases import (
     brute_force_mix,
     error,
     poison,
+    poisoned_memory,  # noqa: F401 - a fixture for every test
     problem,
 )
 from oakernels import ABLATED, base_gradient, constant_gradient, masked_mix, mix, mix_and_scale, mix_backward

@@ -14,6 +14,7 @@ from kernel_cases import (
     brute_force_read,
     error,
     poison,
+    poisoned_memory,  # noqa: F401 - a fixture for every test
 )
 from oakernels import masked_read, mix, project_backward, read, read_backward
 
