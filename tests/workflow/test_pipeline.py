@@ -85,7 +85,7 @@ def test_a_circuit_file_measured_by_the_brute_force(finished, ablation):
     """The KL in pareto.csv again: the circuit from its MIB file, its constants from theirs, every destination gathered edge by edge."""
     from test_masked_forward import brute_force
 
-    from oacore.circuits.circuit import load
+    from oacore.circuits.circuit import load as load_circuit
     from oacore.masked_forward import Engine
     from oacore.metrics import kl_divergence
 
@@ -95,7 +95,7 @@ def test_a_circuit_file_measured_by_the_brute_force(finished, ablation):
     batch, other = batch_of(prompts), batch_of(prompts, counterfactual=True)
     folder = Path(layout.circuits("ioi", f"ugs-{ablation}"))
     row = pd.read_csv(folder / "pareto.csv").iloc[1]
-    circuit = load(folder / circuit_file(row["knob"], int(row["seed"])), model.graph)
+    circuit = load_circuit(folder / circuit_file(row["knob"], int(row["seed"])), model.graph)
     assert circuit.n_edges == row["edges"]
     T = batch.tokens.shape[1]
     if ablation == "optimal":
@@ -275,7 +275,8 @@ def test_report_is_one_offline_page_with_everything(finished):
     page = _Page()
     page.feed(text)
     assert not page.fetched and "script" not in page.tags
-    assert page.tags.count("figure") == len(config.tasks.selected()) * len(config.ablation.figures())
+    of_circuits = len(config.circuits.figures()) + len(config.circuits.ablations)  # fronts, and a drawing for each ablation type
+    assert page.tags.count("figure") == len(config.tasks.selected()) * len(config.ablation.figures()) + of_circuits
     for word in ("ioi", "facts", json.loads(Path(layout.model_json).read_text())["model_hash"][:16], "optimal_positional", "seed"):
         assert word in text.replace("<wbr>", "")
 
