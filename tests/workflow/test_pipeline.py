@@ -429,6 +429,7 @@ def test_bad_input_in_a_job_gives_one_error(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     path = tmp_path / "bad.yaml"
     text = yaml.safe_load(TINY.read_text()) | {"tasks": {"text": {"path": str(tmp_path / "empty.txt")}}}
+    del text["circuits"]  # of another task
     path.write_text(yaml.safe_dump(text))
     config = load_config(path).model_copy(update={"cache_dir": tmp_path / "cache"})
     assert isinstance(config, Config)
