@@ -118,3 +118,34 @@ def test_a_dumped_config_is_the_same_config(values):
 def test_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Config.model_validate(GOOD).seed = 1
+
+
+CIRCUITS = {"tasks": {"ioi": None}}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"circuits": {"methods": ["ugz"]}}, ["circuits.methods[0]", "'ugz'", "did you mean 'ugs'"]),
+        ({"circuits": {"tasks": ["facts"]}}, ["circuits.tasks", "facts", "ioi"]),
+        ({"circuits": {"methods": ["manual"]}}, ["'manual'", "GPT-2-small"]),
+        ({"circuits": {"lambdas": [0.001, 0.001]}}, ["lambdas", "repeats"]),
+        ({"circuits": {"lambdas": [-1]}}, ["circuits.lambdas[0]", "-1"]),
+        ({"circuits": {"sizes": [0]}}, ["circuits.sizes[0]", "0"]),
+        ({"circuits": {}, "ablation": {"methods": ["zero"]}}, ["'optimal'", "ablation.methods"]),
+        ({"circuits": {}, "tasks": {"ioi": None, "facts": None}}, ["'eap'", "facts", "no wrong answers"]),
+        ({"circuits": {"methods": ["ugs"], "objective": "logit_diff"}, "tasks": {"facts": None}}, ["logit_diff", "facts"]),
+    ],
+)
+def test_circuits_that_make_no_sense_are_refused_with_the_reason(change, parts):
+    with pytest.raises(UserError) as error:
+        parse_config(CIRCUITS | change)
+    for part in parts:
+        assert part in str(error.value), str(error.value)
+
+
+def test_an_empty_circuits_section_asks_for_the_defaults():
+    assert parse_config(CIRCUITS).circuits is None and parse_config(CIRCUITS).circuit_tasks() == ()
+    config = parse_config(CIRCUITS | {"circuits": None})
+    assert config.circuits is not None and config.circuit_tasks() == ("ioi",)
+    assert config.circuits.objective_of("eap") == "logit_diff" and config.circuits.objective_of("ugs") == "kl"

@@ -13,12 +13,11 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from oacore.ablation import Batch
-from oacore.masked_forward import Engine, Prompts
+from oacore.masked_forward import Engine
 from oacore.metrics import kl_divergence
 from oacore.model import Block, Model, Norm
 
@@ -84,14 +83,16 @@ def main() -> None:
     target = torch.randn(n_prompts, V, device=device).log_softmax(-1).repeat(samples, 1)
     rows = torch.arange(n_prompts, device=device).repeat(samples)
 
-    def inputs() -> tuple[Prompts, torch.Tensor, torch.Tensor]:
-        tokens = torch.randint(0, V, (n_prompts, T), device=device)
+    # Prepared once for all steps, as a fit does.
+    tokens = torch.randint(0, V, (n_prompts, T), device=device)
+    prompts = engine.prompts(Batch(tokens, torch.full((n_prompts,), T, device=device)))
+
+    def inputs() -> tuple[torch.Tensor, torch.Tensor]:
         masks = torch.rand(samples * n_prompts, graph.n_destinations, graph.n_sources, device=device)
         constants = torch.randn(1, graph.n_sources, 1, D, device=device) * 0.1
-        prompts = engine.prompts(Batch(tokens, torch.full((n_prompts,), T, device=device)))
-        return prompts, masks.masked_fill_(engine.no_edge, 0).requires_grad_(), constants.requires_grad_()
+        return masks.masked_fill_(engine.no_edge, 0).requires_grad_(), constants.requires_grad_()
 
-    def step(prompts: Prompts, masks: torch.Tensor, constants: torch.Tensor) -> None:
+    def step(masks: torch.Tensor, constants: torch.Tensor) -> None:
         kl_divergence(target, engine.logits(prompts, rows, masks, constants)).mean().backward()
 
     name = f"our step L{L} H{H} d{D} T{T} {samples}x{n_prompts}"
@@ -112,7 +113,7 @@ def _seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def _captured(step: Callable[..., None], static: tuple[Any, ...]) -> Callable[[], None]:
+def _captured(step: Callable[..., None], static: tuple[torch.Tensor, ...]) -> Callable[[], None]:
     """The step on fixed inputs as a CUDA graph; kernels are measured and picked in the runs before it is captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -120,7 +121,7 @@ def _captured(step: Callable[..., None], static: tuple[Any, ...]) -> Callable[[]
         for _ in range(3):
             step(*static)
     torch.cuda.current_stream().wait_stream(side)
-    for tensor in static[1:]:
+    for tensor in static:
         tensor.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
