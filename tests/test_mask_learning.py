@@ -1,5 +1,7 @@
 """Mask learning: the samplers' distributions and gradients, sweeps against single fits, resumption, limits."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -29,8 +31,8 @@ SETTINGS = MaskFit(n_steps=4, n_samples=2, n_prompts=3, record_every=2)
 class Setting:
     """A random model, its statistics and prompts."""
 
-    def __init__(self, name="gpt2", n=8):
-        self.model = canonical(random_hf(name))
+    def __init__(self, name="gpt2", n=8, scale=0.15):
+        self.model = canonical(random_hf(name, scale))
         self.engine = Engine(self.model)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(1, self.model.d_vocab, (2, n, 9), generator=generator)
@@ -333,3 +335,27 @@ def test_logit_difference_by_hand():
     answers, wrong = torch.tensor([[0, 1], [3, -1]]), torch.tensor([[2, -1], [-1, -1]])
     found = logit_difference(logits, answers, wrong)
     assert found[0].item() == pytest.approx(np.log(3 / 3)) and found[1].isnan()
+
+
+def test_partly_ablated_edges_would_bias_the_constants(monkeypatch):
+    """The paper's reason for the rule: a constant that is optimal for an ablated edge is not where half-ablated ones pull it to."""
+    setting = Setting(scale=0.6)  # sharp predictions, far from the linear regime in which nothing is biased
+    graph, everything = setting.engine.graph, torch.arange(8)
+    s, j = graph.edge("m1->logits")
+    ablated = torch.tensor(graph.valid).float()[None].clone()
+    ablated[0, j, s] = 0
+    half = ablated.clone()
+    half[0, j, s] = 0.5
+    start = setting.replacements("optimal").start
+    settings = Refit(max_steps=600, check_every=20, batch_size=8, tolerance=1e-4, n_decays=6)
+    fitted, _ = refit_constants(setting.passes(), setting.passes(), start, setting.scales, ablated, settings, names=["edge"])
+    written = fitted.writes(setting.engine, setting.examples.prompts.n_tokens)
+
+    def pull(masks):
+        found = setting.passes().gradients("kl", everything, everything, masks, written, owned=False, constants=True)
+        return float(found.constants[0, s].norm())
+
+    at_optimum = pull(ablated)
+    assert pull(half) == 0, "with the rule, half-ablated edges leave constants alone"
+    monkeypatch.setattr(sys.modules["oakernels.masked_mix"], "ABLATED", 2.0)  # the package has a function of that name
+    assert pull(half) > 10 * at_optimum, "without it they pull them away from the optimum"
