@@ -1,4 +1,4 @@
-"""Optimal ablation: model -> prompts -> activations -> optimal constants -> gaps -> figures -> report."""
+"""Optimal ablation: model -> prompts -> activations -> constants, gaps, circuits, tracing -> report."""
 
 import sys
 
@@ -40,6 +40,7 @@ include: "workflow/rules/prompts.smk"
 include: "workflow/rules/activations.smk"
 include: "workflow/rules/ablation.smk"
 include: "workflow/rules/circuits.smk"
+include: "workflow/rules/tracing.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oacore import __version__
-from oacore.config import Config, load_config, parse_config
+from oacore.config import OPTIONAL_SECTIONS, Config, load_config, parse_config
 from oacore.errors import UserError
 from oacore.layout import Layout
 
@@ -26,6 +26,9 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "circuit_search": ("find circuits", ("task", "method", "ablation")),
     "circuit_evaluation": ("judge circuits on held-out prompts", ("task", "ablation")),
     "circuit_figures": ("draw the circuits and their Pareto fronts", ("task",)),
+    "tracing_fit": ("fit optimal constants for causal tracing", ()),
+    "tracing": ("trace facts", ()),
+    "tracing_figures": ("draw where facts are recalled", ()),
     "report": ("write the HTML report", ()),
 }
 
@@ -63,6 +66,11 @@ def jobs(config: Config) -> Iterator[tuple[str, dict[str, str], str]]:
             last = layout.circuits(task, f"{config.circuits.methods[-1]}-{ablation}/pareto.csv")
             yield "circuit_evaluation", {"task": task, "ablation": ablation}, last
         yield "circuit_figures", {"task": task}, layout.circuits(task, f"figures/circuit_{config.circuits.ablations[-1]}.svg")
+    if config.tracing is not None:
+        if config.tracing.fitted:
+            yield "tracing_fit", {}, layout.tracing("constants.safetensors")
+        yield "tracing", {}, layout.tracing("aie.csv")
+        yield "tracing_figures", {}, layout.tracing(f"figures/{config.tracing.figures()[-1]}.svg")
     yield "report", {}, layout.report
 
 
@@ -125,7 +133,8 @@ def _run(stage: str, config: Config, given: dict[str, str | None]) -> None:
         return
     all_of_stage = [what for name, what, _ in jobs(config) if name == stage]
     if not all_of_stage:
-        raise UserError(f"{stage}: the config has nothing for this stage{' (no circuits: section)' if stage.startswith('circuit') else ''}")
+        section = next((name for name in OPTIONAL_SECTIONS if stage.startswith(name.rstrip("s"))), None)
+        raise UserError(f"{stage}: the config has nothing for this stage{f' (no {section}: section)' if section else ''}")
     for name in STAGES[stage][1]:
         if (value := given[name]) is not None:
             allowed = list(dict.fromkeys(what[name] for what in all_of_stage))

@@ -20,7 +20,7 @@ from oacore.model import Model
 from oacore.progress import progress
 from oacore.tasks.prompts import Prompts
 
-ARRAYS = ("tokens", "lengths", "counterfactual", "answers", "wrong_answers", "subject")
+ARRAYS = ("tokens", "lengths", "counterfactual", "answers", "wrong_answers", "subject", "continuation")
 KINDS = ("input", "head", "mlp")  # the sources of the residual graph
 
 

@@ -45,9 +45,14 @@ FITTED: tuple[Method, ...] = ("optimal", "optimal_positional")
 EdgeAblation = Literal[
     "zero", "mean", "mean_positional", "cf_mean", "resample", "counterfactual", "optimal", "optimal_positional"
 ]  # of edges in circuits
+Site = Literal["attention", "mlp", "block"]
+Position = Literal["last", "last_subject", "all_subject"]
+Corruption = Literal["oat", "oat_shared", "gaussian", "gaussian_scalar", "mean", "token_replacement"]
+AnswerKind = Literal["first_token", "joint"]
 CircuitMethod = Literal["ugs", "hcgs", "topk", "eap", "eap_ig", "acdc", "exact", "random", "manual"]
 Objective = Literal["kl", "logit_diff"]
 LEARNED: tuple[CircuitMethod, ...] = ("ugs", "hcgs", "topk")
+OPTIONAL_SECTIONS = ("circuits", "tracing")  # whose presence asks for an experiment
 RANKED: tuple[CircuitMethod, ...] = ("eap", "eap_ig", "exact")  # scores first, circuits of any size from them
 
 
@@ -110,6 +115,9 @@ class Facts(Task):
     path: Path | None = Field(
         None,
         description="CSV or JSON lines file with subject, prompt, answer; only `model: demo` has facts of its own and may leave it out",
+    )
+    unseen: Literal["subjects", "subjects_and_relations"] = Field(
+        "subjects", description="what no two splits share; relations too leaves fewer facts, and needs three of them in the file"
     )
 
 
@@ -199,6 +207,73 @@ class Refit(OptimalFit):
     n_decays: int = Field(2, ge=0, description="drops of the learning rate (by 4) before a circuit's constants count as converged")
 
 
+class TracingFit(OptimalFit):
+    """Fitting of the constants of causal tracing: the loss is the answer's probability that is lost."""
+
+    learning_rate: float = Field(0.1, gt=0, description="Adam step, in standard deviations of the subjects' token embeddings")
+    batch_size: int = Field(20, ge=1, description="facts a step, shared by all places")
+    max_steps: int = Field(1000, ge=1, description="cap for places whose constants do not converge; the paper's number of steps")
+    n_decays: int = Field(2, ge=0, description="drops of the learning rate (by 4) before a place's constant counts as converged")
+
+
+class Tracing(Settings):
+    """Causal tracing of the facts task: where is a fact recalled? The section's presence asks for it."""
+
+    corruptions: tuple[Corruption, ...] = Field(
+        get_args(Corruption), min_length=1, description="what replaces the subject's token embeddings"
+    )
+    noise_scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 3.0, 5.0), min_length=1, description="gaussian, gaussian_scalar: standard deviations of the noise, one corruption for each"
+    )
+    n_draws: int = Field(5, ge=1, description="gaussian, gaussian_scalar: draws of the noise per fact")
+    sites: tuple[Site, ...] = Field(("attention", "mlp"), min_length=1, description="what is restored")
+    positions: tuple[Position, ...] = Field(get_args(Position), min_length=1, description="where it is restored")
+    windows: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 5, 9), min_length=1, description="how many layers are restored, around each; odd, clipped at the ends of the model"
+    )
+    answer: AnswerKind = Field(
+        "first_token", description="whose probability counts: the answer's first token's, or the joint one of all its tokens"
+    )
+    pictures: int | tuple[str, ...] = Field(
+        3, description="test facts drawn token by token: how many, or a list of prompts or parts of them"
+    )
+    fit: TracingFit = TracingFit()
+
+    @model_validator(mode="after")
+    def _has_no_even_window_and_no_repeats(self) -> "Tracing":
+        if even := [width for width in self.windows if width % 2 == 0]:
+            raise ValueError(f"windows: {', '.join(map(str, even))}; allowed: odd numbers, a layer and as many on either side")
+        for name in ("corruptions", "noise_scales", "sites", "positions", "windows"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name}: {', '.join(map(str, getattr(self, name)))} repeats a value")
+        if isinstance(self.pictures, int) and self.pictures < 0:
+            raise ValueError(f"pictures: {self.pictures}; allowed: 0 or more, or a list of prompts")
+        return self
+
+    @property
+    def fitted(self) -> bool:
+        """Whether constants are to be fitted."""
+        return bool({"oat", "oat_shared"} & set(self.corruptions))
+
+    def corruption_names(self) -> tuple[str, ...]:
+        """The corruptions as tables call them: noise once for each scale."""
+        return tuple(
+            name
+            for kind in self.corruptions
+            for name in ([f"{kind}-{scale:g}" for scale in self.noise_scales] if kind.startswith("gaussian") else [kind])
+        )
+
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures that these settings give (`oacore.tracing_plots.tracing_figures` draws them)."""
+        scales = [name for name in self.corruption_names() if name.startswith("gaussian")]
+        n_pictures = self.pictures if isinstance(self.pictures, int) else len(self.pictures)
+        return (
+            *(f"aie_{site}" for site in self.sites),
+            *(["noise_scales"] if len(scales) > 1 else []),
+            *(f"fact_{number}" for number in range(n_pictures)),
+        )
+
+
 class Circuits(Settings):
     """Circuit discovery: every method, ablation type, knob and seed is one circuit. The section's presence asks for it."""
 
@@ -273,16 +348,19 @@ class Config(Settings):
     tasks: Tasks = Field(description="what the model is asked to do; an empty section takes the defaults")
     ablation: Ablation = Ablation()
     circuits: Circuits | None = None
+    tracing: Tracing | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_circuits_mean_defaults(cls, value: Any) -> Any:
-        return value | {"circuits": {}} if isinstance(value, dict) and "circuits" in value and value["circuits"] is None else value
+    def _empty_sections_mean_defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return value | {name: {} for name in OPTIONAL_SECTIONS if name in value and value[name] is None}
 
     @model_serializer(mode="wrap")
     def _only_asked_for(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # No circuits must not come back as an empty section, which asks for them.
-        return {name: value for name, value in serialise(self).items() if name != "circuits" or value is not None}
+        # A section that was not asked for must not come back as an empty one, which asks for it.
+        return {name: value for name, value in serialise(self).items() if name not in OPTIONAL_SECTIONS or value is not None}
 
     def circuit_tasks(self) -> tuple[str, ...]:
         """The tasks to find circuits for."""
@@ -319,6 +397,12 @@ class Config(Settings):
                         f"circuits.ablations: {ablation!r} with {', '.join(judged)} takes the components' fitted constants; "
                         f"ablation.methods must list {ablation}, and ablation.components head and mlp"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _tracing_needs_facts(self) -> "Config":
+        if self.tracing is not None and self.tasks.facts is None:
+            raise ValueError("tracing: it traces the facts task, which the config does not select; allowed: with tasks.facts")
         return self
 
     @model_validator(mode="after")

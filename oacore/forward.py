@@ -23,10 +23,20 @@ def normalise(norm: Norm, x: Tensor) -> Tensor:
 
 def embed(model: Model, tokens: Tensor) -> Tensor:
     """Token plus position embedding: tokens [B, T] -> the residual entering block 0 [B, T, d]."""
-    residual = model.W_E[tokens]
+    return add_positions(model, embed_tokens(model, tokens))
+
+
+def embed_tokens(model: Model, tokens: Tensor) -> Tensor:
+    """Token embedding [..., d] as it enters the residual, without positions."""
+    embedded = model.W_E[tokens]
     if model.embed_scale != 1.0:
-        residual = residual * torch.tensor(model.embed_scale, dtype=residual.dtype, device=residual.device)
-    return residual if model.W_pos is None else residual + model.W_pos[: tokens.shape[1]]
+        embedded = embedded * torch.tensor(model.embed_scale, dtype=embedded.dtype, device=embedded.device)
+    return embedded
+
+
+def add_positions(model: Model, embedded: Tensor) -> Tensor:
+    """The residual entering block 0, of token embeddings [..., T, d]."""
+    return embedded if model.W_pos is None else embedded + model.W_pos[: embedded.shape[-2]]
 
 
 def heads(model: Model, layer: int, residual: Tensor, last: Tensor | None = None) -> Tensor:
@@ -173,9 +183,10 @@ def final_norm(model: Model, residual: Tensor) -> Tensor:
 
 
 def unembed(model: Model, normed: Tensor) -> Tensor:
-    """Logits [..., V] in fp32 of what `final_norm` returns [..., d]."""
+    """Logits [..., V] in fp32 (fp64 of an fp64 model) of what `final_norm` returns [..., d]."""
     logits = normed @ model.W_U.T
-    logits = (logits if model.b_U is None else logits + model.b_U).float()
+    logits = logits if model.b_U is None else logits + model.b_U
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if model.logit_softcap is None else torch.tanh(logits / model.logit_softcap) * model.logit_softcap
 
 

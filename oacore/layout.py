@@ -111,5 +111,8 @@ class Layout:
     def circuits(self, task: str, file: str) -> str:
         return f"{self.results_dir}/{task}/circuits/{file}"
 
+    def tracing(self, file: str) -> str:
+        return f"{self.results_dir}/facts/tracing/{file}"
+
     def constants(self, task: str, method: str) -> str:
         return self.ablation(task, f"constants-{method}.safetensors")

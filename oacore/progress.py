@@ -25,13 +25,14 @@ class _Lines:
 
 
 def progress(items: Iterable[Any] | None = None, *, what: str, unit: str, total: int | None = None, initial: int = 0) -> Any:
-    """tqdm over `items` (or by hand up to `total`) that prints a line every few seconds and one at the end."""
+    """tqdm over `items` (or by hand up to `total`) that prints a line every few seconds and one at the end, or none for `what=""`."""
     return tqdm(
         items,
         desc=what,
         unit=unit,
         total=total,
         initial=initial,
+        disable=not what,
         file=_Lines(),
         mininterval=SECONDS_BETWEEN_LINES,
         maxinterval=2 * SECONDS_BETWEEN_LINES,

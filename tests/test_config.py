@@ -149,3 +149,38 @@ def test_an_empty_circuits_section_asks_for_the_defaults():
     config = parse_config(CIRCUITS | {"circuits": None})
     assert config.circuits is not None and config.circuit_tasks() == ("ioi",)
     assert config.circuits.objective_of("eap") == "logit_diff" and config.circuits.objective_of("ugs") == "kl"
+
+
+TRACED = {"model": "demo", "tasks": {"facts": None}}
+
+
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        ({"tracing": {}, "tasks": {"ioi": None}}, ["tracing", "tasks.facts"]),
+        ({"tracing": {"windows": [1, 4]}}, ["tracing", "windows: 4", "odd"]),
+        ({"tracing": {"windows": [3, 3]}}, ["windows", "repeats"]),
+        ({"tracing": {"corruptions": ["gausian"]}}, ["tracing.corruptions[0]", "did you mean 'gaussian'"]),
+        ({"tracing": {"noise_scales": [0]}}, ["tracing.noise_scales[0]", "0"]),
+        ({"tracing": {"answer": "all"}}, ["tracing.answer", "'all'", "joint"]),
+        ({"tracing": {"pictures": -1}}, ["pictures: -1"]),
+        ({"tracing": {"fit": {"learning_rat": 1}}}, ["tracing.fit.learning_rat", "did you mean 'learning_rate'"]),
+        ({"tracing": {"positions": []}}, ["tracing.positions"]),
+    ],
+)
+def test_tracing_that_makes_no_sense_is_refused_with_the_reason(change, parts):
+    with pytest.raises(UserError) as error:
+        parse_config(TRACED | change)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_tracing_names_what_it_makes():
+    assert parse_config(TRACED).tracing is None
+    tracing = parse_config(TRACED | {"tracing": None}).tracing
+    assert tracing.fitted and tracing.corruption_names()[:5] == ("oat", "oat_shared", "gaussian-1", "gaussian-3", "gaussian-5")
+    assert tracing.figures() == ("aie_attention", "aie_mlp", "noise_scales", "fact_0", "fact_1", "fact_2")
+    settings = {"corruptions": ["gaussian", "mean"], "noise_scales": [0.5], "pictures": ["Oslo", "Paris"], "sites": ["block"]}
+    tracing = parse_config(TRACED | {"tracing": settings}).tracing
+    assert not tracing.fitted and tracing.corruption_names() == ("gaussian-0.5", "mean")
+    assert tracing.figures() == ("aie_block", "fact_0", "fact_1")

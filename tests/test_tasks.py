@@ -64,7 +64,7 @@ def tokenizer(request):
 
 
 def settings(n=200, **more):
-    return SimpleNamespace(n_train=n, n_validation=n, n_test=n, **more)
+    return SimpleNamespace(n_train=n, n_validation=n, n_test=n, **{"unseen": "subjects"} | more)
 
 
 def ids(row):
@@ -425,7 +425,7 @@ def test_facts_prefer_the_same_relation_and_another_answer(gpt2, facts_file):
 
     for split in SPLITS:
         prompts = generate("facts", settings(None, path=facts_file), gpt2, 0, split)
-        members = facts.subjects(every, 0, split)
+        members = {fact.subject for fact, its in zip(every, facts.split_facts(every, 0, "subjects"), strict=True) if its == split}
         for text, wrong in zip(prompts.text, prompts.wrong_answers[:, 0], strict=True):
             own = fact_of[text]
             rivals = [f for f in every if f.subject in members and f.relation == own.relation and f.answer != own.answer]
@@ -443,10 +443,11 @@ def test_facts_without_relations_have_no_wrong_answers(gpt2, facts_file, tmp_pat
 def test_one_usable_fact_is_too_few(gpt2, tmp_path, monkeypatch):
     path = tmp_path / "facts.csv"
     path.write_text("subject,prompt,answer\nOslo,Oslo is in,Norway\nParis,They saw Paris in,France\n")
-    monkeypatch.setattr(facts, "subjects", lambda facts, seed, split: {"Oslo", "Paris"})
+    monkeypatch.setattr(facts, "split_facts", lambda facts, seed, unseen: ["test"] * len(facts))
     # First in a sentence, "Oslo" is two tokens and "Paris" one; later both are one: only the second fact has a counterfactual.
     with pytest.raises(
-        UserError, match=r"gives 1 usable facts in the test split \(n_rows 2, n_wrong 0, n_no_counterfactual 1, n_usable 1\)"
+        UserError,
+        match=r"gives 1 usable facts in the test split \(n_rows 2, n_wrong 0, n_no_counterfactual 1, n_usable 1, n_straddling 0\)",
     ):
         generate("facts", settings(None, path=path), gpt2, 0, "test")
 
@@ -456,6 +457,42 @@ def test_facts_splits_are_by_subject(gpt2, facts_file):
     subjects = [{rows[text] for text in generate("facts", settings(None, path=facts_file), gpt2, 1, s).text} for s in SPLITS]
     assert not subjects[0] & subjects[1] and not subjects[0] & subjects[2] and not subjects[1] & subjects[2]
     assert 20 < len(subjects[0]) <= 27 and len(subjects[1]) <= 9 and len(subjects[2]) <= 9  # of 45: 60 %, 20 %, 20 %
+
+
+def test_facts_deal_every_relation_to_every_split(facts_file):
+    every = read(facts_file)
+    for seed in range(3):
+        split_of = facts.split_facts(every, seed, "subjects")
+        for relation in {fact.relation for fact in every}:
+            own = {its for fact, its in zip(every, split_of, strict=True) if fact.relation == relation}
+            assert own == set(SPLITS), f"{relation} is missing in {set(SPLITS) - own}"
+    assert facts.split_facts(every, 0, "subjects") != facts.split_facts(every, 1, "subjects")
+
+
+def test_facts_with_unseen_relations_share_neither_subjects_nor_relations(gpt2, facts_file, tmp_path):
+    every = read(facts_file)
+    split_of = facts.split_facts(every, 0, "subjects_and_relations")
+    parts = [[fact for fact, its in zip(every, split_of, strict=True) if its == split] for split in SPLITS]
+    for field in ("subject", "relation"):
+        a, b, c = ({getattr(fact, field) for fact in part} for part in parts)
+        assert a and not (a & b or a & c or b & c), field
+    left = [fact for fact, its in zip(every, split_of, strict=True) if not its]
+    assert len(left) + sum(map(len, parts)) == len(every) and left
+    prompts = generate("facts", settings(None, path=facts_file, unseen="subjects_and_relations"), gpt2, 0, "train")
+    assert prompts.meta["n_straddling"] == len(left) and prompts.meta["n_rows"] == len(parts[0])
+    path = tmp_path / "plain.csv"
+    path.write_text("subject,prompt,answer\nParis,Paris is in,France\nRome,Rome is in,Italy\n")
+    with pytest.raises(UserError, match=r"tasks.facts.unseen: 'subjects_and_relations', but the file has 0 relations and facts without"):
+        generate("facts", settings(None, path=path, unseen="subjects_and_relations"), gpt2, 0, "train")
+
+
+def test_facts_keep_the_whole_answer(gpt2, facts_file):
+    rows = {row["prompt"]: row for row in map(json.loads, facts_file.read_text().splitlines())}
+    prompts = generate("facts", settings(None, path=facts_file), gpt2, 0, "train")
+    for text, first, whole in zip(prompts.text, prompts.answers, prompts.continuation, strict=True):
+        assert gpt2.decode(ids(whole)) == " " + rows[text]["answer"] and first[0] == whole[0]
+    ioi_prompts = generate("ioi", settings(20), gpt2, 0, "test")
+    assert (ioi_prompts.continuation[:, 0] == ioi_prompts.answers[:, 0]).all()
 
 
 def test_facts_span_with_a_sentencepiece_tokenizer(stories, facts_file):
@@ -529,7 +566,7 @@ def test_facts_file_errors(tmp_path, gpt2, words):
         read(broken)
     few = tmp_path / "few.csv"
     few.write_text("subject,prompt,answer\nParis,Paris is in,France\nRome,Rome is in,Italy\n")
-    with pytest.raises(UserError, match=r"gives 0 usable facts in the test split \(n_rows 0"):
+    with pytest.raises(UserError, match=r"gives 0 usable facts in the test split \(n_rows 1"):
         generate("facts", settings(None, path=few), gpt2, 0, "test")
     few.write_text("subject,prompt,answer\n" + "".join(f"war,the war from {y} to,zebra\n" for y in range(10, 40)))
     with pytest.raises(UserError, match="no token for the answer 'zebra'"):

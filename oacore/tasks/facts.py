@@ -32,12 +32,12 @@ class Fact(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """One fact in tokens: ids with BOS, the subject's half-open span of positions, the answer's first id."""
+    """One fact in tokens: ids with BOS, the subject's half-open span of positions, the ids of the whole answer."""
 
     fact: Fact
     ids: list[int]
     span: tuple[int, int]
-    answer: int
+    answer: list[int]
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -87,12 +87,36 @@ def read(path: Path) -> list[Fact]:
     return list(facts.values())
 
 
-def subjects(facts: list[Fact], seed: int, split: str) -> set[str]:
-    """The subjects of one split: 60/20/20 of the shuffled subjects, so that no subject is in two splits of the same seed."""
-    every = list(dict.fromkeys(fact.subject for fact in facts))
-    ends = [0, round(0.6 * len(every)), round(0.8 * len(every)), len(every)]
-    chosen = np.random.default_rng(seed).permutation(len(every))[ends[SPLITS.index(split)] : ends[SPLITS.index(split) + 1]]
-    return {every[i] for i in chosen}
+def split_facts(facts: list[Fact], seed: int, unseen: str) -> list[str]:
+    """The split of each fact: 60/20/20 of the subjects, no subject in two splits, and every relation in each as far as it goes.
+
+    With `unseen` "subjects_and_relations" the relations are dealt out too, and facts whose subject and relation fell into different splits
+    belong to none: "".
+    Raises UserError where relations are asked for and there are fewer than 3.
+    """
+    relations: dict[str, set[str]] = {}
+    for fact in facts:
+        relations.setdefault(fact.subject, set()).add(fact.relation)
+    of_subject = _deal({subject: tuple(sorted(names)) for subject, names in relations.items()}, seed)
+    if unseen == "subjects":
+        return [of_subject[fact.subject] for fact in facts]
+    names = {fact.relation for fact in facts}
+    if len(names) < len(SPLITS) or "" in names:
+        raise UserError(
+            f"tasks.facts.unseen: 'subjects_and_relations', but the file has {len(names - {''})} relations"
+            f"{' and facts without one' if '' in names else ''}; allowed: subjects, or at least {len(SPLITS)} relations, one for each fact"
+        )
+    of_relation = _deal(dict.fromkeys(sorted(names), ()), seed)
+    return [split if (split := of_subject[fact.subject]) == of_relation[fact.relation] else "" for fact in facts]
+
+
+def _deal(strata: dict[str, tuple[str, ...]], seed: int) -> dict[str, str]:
+    """Keys to splits, 60/20/20 in random order, stratum by stratum."""
+    keys = list(strata)
+    shuffled = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
+    train, validation, test = SPLITS
+    hand = (train, test, validation, train, train)  # three keys are enough for all splits
+    return {key: hand[i % len(hand)] for i, key in enumerate(sorted(shuffled, key=strata.__getitem__))}
 
 
 def encode_fact(tokenizer: Any, fact: Fact) -> Encoded:
@@ -105,7 +129,7 @@ def encode_fact(tokenizer: Any, fact: Fact) -> Encoded:
     answer = following(tokenizer, fact.prompt, f" {fact.answer}")
     if not answer:
         raise UserError(f"{KEY}: the tokenizer has no token for the answer '{fact.answer}' after '{fact.prompt}'; every word must be known")
-    return Encoded(fact, ids, (inside[0], inside[-1] + 1), answer[0])
+    return Encoded(fact, ids, (inside[0], inside[-1] + 1), answer)
 
 
 def find_counterfactual(tokenizer: Any, own: Encoded, others: list[Encoded]) -> tuple[list[int], Encoded] | None:
@@ -124,23 +148,23 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
     Counterfactual: the same prompt about another subject of the split with as many tokens, of the same relation and with another
     answer where there is one. Answers [N, 1]: first token of " " + answer; wrong answers [N, 1]: that of the other subject where it
     has the same relation and another answer, else -1. With `complete`, only facts whose predicted token is the answer are kept.
-    Splits are by subject and depend on the seed. meta: n_rows (facts of the split in the file) = n_wrong (the model's answer is
-    another) + n_no_counterfactual + n_usable.
+    Splits are by subject and depend on the seed (`split_facts`). meta: n_rows (facts of the split in the file) = n_wrong (the model's
+    answer is another) + n_no_counterfactual + n_usable; n_straddling of the file belong to no split.
     Raises UserError for an unreadable file, bad rows, unknown words, and fewer than 2 usable facts.
     """
     most, rng = limit(settings, "facts", split), stream(seed, split)
     path = Path(settings.path)
     facts = read(path)
-    members = subjects(facts, seed, split)
-    mine = [encode_fact(tokenizer, fact) for fact in facts if fact.subject in members]
+    split_of = split_facts(facts, seed, settings.unseen)
+    mine = [encode_fact(tokenizer, fact) for fact, its in zip(facts, split_of, strict=True) if its == split]
     known = [mine[i] for i in rng.permutation(len(mine))]
     if complete is not None and known:
         fill = known[0].ids[0]
         predicted = complete(pad([own.ids for own in known], fill), np.array([len(own.ids) for own in known], np.int32))
-        known = [own for own, id_ in zip(known, predicted, strict=True) if own.answer == id_]
+        known = [own for own, id_ in zip(known, predicted, strict=True) if own.answer[0] == id_]
 
     def contrasts(own: Encoded, other: Encoded) -> bool:
-        return own.fact.relation == other.fact.relation != "" and own.answer != other.answer
+        return own.fact.relation == other.fact.relation != "" and own.answer[0] != other.answer[0]
 
     usable, counterfactuals, wrong = [], [], []
     for own in known:
@@ -150,12 +174,13 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
         if found is not None:
             usable.append(own)
             counterfactuals.append(found[0])
-            wrong.append([found[1].answer if contrasts(own, found[1]) else -1])
+            wrong.append([found[1].answer[0] if contrasts(own, found[1]) else -1])
     meta: dict[str, str | int] = {
         "n_rows": len(mine),
         "n_wrong": len(mine) - len(known),
         "n_no_counterfactual": len(known) - len(usable),
         "n_usable": len(usable),
+        "n_straddling": split_of.count(""),
     }
     if len(usable) < 2:
         counts = ", ".join(f"{key} {value}" for key, value in meta.items())
@@ -163,4 +188,5 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
     usable, counterfactuals, wrong = usable[:most], counterfactuals[:most], wrong[:most]
     texts, ids = [own.fact.prompt for own in usable], [own.ids for own in usable]
     spans = [own.span for own in usable]
-    return build("facts", split, texts, ids, counterfactuals, [[own.answer] for own in usable], wrong, spans, meta)
+    answers = [own.answer for own in usable]
+    return build("facts", split, texts, ids, counterfactuals, [ids[:1] for ids in answers], wrong, spans, meta, answers)

@@ -32,12 +32,13 @@ class Prompts:
     answers: Ints  # [N, A], ids of the correct next tokens, padded with -1
     wrong_answers: Ints  # [N, W], ids of the wrong answers, padded with -1
     subject: Ints  # [N, 2], half-open span of token positions; (-1, -1) where the task has no subject
+    continuation: Ints  # [N, M], ids of the whole right answer (its first where there are several), padded with -1
     meta: dict[str, str | int] = field(default_factory=dict)  # counts for the report
 
     def digest(self) -> str:
         """Hex SHA-256 of all arrays and their shapes: equal exactly where the model sees and is asked the same."""
         sha = hashlib.sha256()
-        for array in (self.tokens, self.lengths, self.counterfactual, self.answers, self.wrong_answers, self.subject):
+        for array in (self.tokens, self.lengths, self.counterfactual, self.answers, self.wrong_answers, self.subject, self.continuation):
             sha.update(f"{array.shape}".encode() + array.astype("<i4").tobytes())
         return sha.hexdigest()
 
@@ -150,6 +151,7 @@ def build(
     wrong_answers: Sequence[Sequence[int]],
     subject: Sequence[tuple[int, int]] | None = None,
     meta: dict[str, str | int] | None = None,
+    continuation: Sequence[Sequence[int]] | None = None,
 ) -> Prompts:
     """Stacks N encoded prompts (BOS included); raises ValueError where a counterfactual differs in length from its prompt."""
     lengths = np.array([len(ids) for ids in prompts], np.int32)
@@ -167,6 +169,7 @@ def build(
         answers=pad(answers, -1),
         wrong_answers=pad(wrong_answers, -1),
         subject=spans,
+        continuation=pad(continuation or [ids[:1] for ids in answers], -1),
         meta=meta or {},
     )
 

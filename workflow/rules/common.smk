@@ -54,3 +54,6 @@ def search_settings(wildcards):
     elif method == "random":
         keys += ["sizes"]
     return {key: CIRCUITS[key] for key in keys}
+
+
+TRACING = run_config.tracing.model_dump() if run_config.tracing else {}

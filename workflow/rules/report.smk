@@ -21,6 +21,18 @@ rule report:
                 *(f"circuit_{name}" for name in run_config.circuits.ablations),
             )
         ],
+        (
+            [
+                layout.tracing(name)
+                for name in (
+                    "aie.csv",
+                    "facts.json",
+                    *(f"figures/{name}.svg" for name in run_config.tracing.figures()),
+                )
+            ]
+            if TRACING
+            else []
+        ),
     output:
         layout.report,
     log:

@@ -1,0 +1,121 @@
+"""Trace facts: average indirect effects on held-out subjects, and a few facts token by token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from oacore.checkpoint import atomic_path
+from oacore.config import Config
+from oacore.corruption import Corrupt, corruption, trace_own, trace_shared
+from oacore.errors import UserError
+from oacore.progress import progress
+from oacore.stages.common import write_json
+from oacore.stages.tracing_setting import Setting
+from oacore.tracing import NOWHERE, Place, Recall, Traced, aie_table, place
+
+USUAL_NOISE = 3.0  # standard deviations, of ROME and the paper
+
+
+def run(config: Config) -> None:
+    """Write aie.csv, pictures.csv and facts.json."""
+    setting = Setting.open(config)
+    places, recall, n_layers = setting.places, setting.recall["test"], setting.loaded.model.n_layers
+    chosen = _chosen(setting)
+    subjects = _subjects(setting)
+    tables = []
+    for name in setting.tracing.corruption_names():
+        traced = _traced(setting, name, places)
+        tables.append(aie_table(name, traced, places, subjects, setting.settings, n_layers))
+    write_json(setting.layout.tracing("facts.json"), {"counts": setting.counts, "n_subjects": len(set(subjects.tolist()))})
+    _write(setting.layout.tracing("pictures.csv"), _pictures(setting, chosen))
+    _write(setting.layout.tracing("aie.csv"), pd.concat(tables, ignore_index=True))
+    print(f"tracing: {len(recall)} facts about {len(set(subjects.tolist()))} subjects, {len(places)} places, {len(tables)} corruptions")
+
+
+def _write(path: str, table: pd.DataFrame) -> None:
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def _traced(setting: Setting, name: str, places: list[Place]) -> Traced:
+    """All places under one corruption."""
+    model, recall, limit = setting.loaded.model, setting.recall["test"], setting.config.limits.tokens_per_batch
+    if name == "oat":
+        return trace_own(model, recall, places, setting.constants([*places, NOWHERE]), limit, name)
+    constant = setting.constants([NOWHERE])[0] if name == "oat_shared" else None
+    corrupt, n_draws = corruption(model, name, setting.statistics, constant, setting.config.seed, setting.tracing.n_draws)
+    return trace_shared(model, recall, places, corrupt, n_draws, limit, name)
+
+
+def _subjects(setting: Setting) -> np.ndarray:
+    """A number [N] for each test fact's subject, by its tokens."""
+    recall = setting.recall["test"]
+    seen: dict[tuple[int, ...], int] = {}
+    spans = [tuple(tokens[first:end].tolist()) for tokens, (first, end) in zip(recall.tokens, recall.subject.tolist(), strict=True)]
+    return np.array([seen.setdefault(span, len(seen)) for span in spans])
+
+
+def _chosen(setting: Setting) -> list[int]:
+    """Rows of the test facts to draw.
+
+    Raises:
+        UserError: a wanted prompt is not among the facts, or there are fewer facts than pictures.
+    """
+    texts, wanted = [setting.test.text[row] for row in setting.test_rows], setting.tracing.pictures
+    if isinstance(wanted, int):
+        first = list(dict.fromkeys(_subjects(setting).tolist()))  # of each subject the first fact
+        subjects = _subjects(setting).tolist()
+        rows = [subjects.index(number) for number in first]
+        rows += [row for row in range(len(texts)) if row not in set(rows)]
+        if len(rows) < wanted:
+            raise UserError(f"tracing.pictures: {wanted}; allowed: up to the {len(rows)} test facts")
+        return rows[:wanted]
+    found = []
+    for part in wanted:
+        row = next((row for row, text in enumerate(texts) if part in text), None)
+        if row is None:
+            raise UserError(
+                f"tracing.pictures: no test fact that the model completes contains {part!r}; allowed: parts of its {len(texts)} prompts: "
+                + "; ".join(repr(text) for text in texts[:5])
+            )
+        found.append(row)
+    return found
+
+
+def _picture_corruptions(setting: Setting) -> list[str]:
+    """Optimal ablation's shared constant and noise of about three standard deviations, where there are any."""
+    names = setting.tracing.corruption_names()
+    noise = sorted((name for name in names if name.startswith("gaussian-")), key=lambda name: abs(float(name.split("-")[1]) - USUAL_NOISE))
+    found = ["oat_shared"] * setting.tracing.fitted + noise[:1]
+    return found or [names[0]]
+
+
+def _pictures(setting: Setting, chosen: list[int]) -> pd.DataFrame:
+    """Probability of the answer with each token's output of each layer restored, fact by fact."""
+    model, limit, n_layers = setting.loaded.model, setting.config.limits.tokens_per_batch, setting.loaded.model.n_layers
+    tokenizer, width = setting.loaded.tokenizer, setting.tracing.windows[len(setting.tracing.windows) // 2]
+    columns = ["fact", "prompt", "answer", "corruption", "site", "window", "layer", "position", "token", "in_subject"]
+    rows: list[tuple[Any, ...]] = []
+    for number, row in enumerate(progress(chosen, what="pictures", unit="facts")):
+        recall = setting.recall["test"].take(slice(row, row + 1))
+        length, inside = int(recall.last[0]) + 1, recall.in_subject[0].tolist()
+        tokens = [tokenizer.decode([token]) for token in recall.tokens[0, :length].tolist()]
+        answer = tokenizer.decode([token for token in recall.answer[0].tolist() if token >= 0])
+        cells = [(site, layer, position) for site in setting.tracing.sites for layer in range(n_layers) for position in range(length)]
+        places = [place(site, position, layer, width, n_layers) for site, layer, position in cells]
+        for name in _picture_corruptions(setting):
+            constant = setting.constants([NOWHERE])[0] if name == "oat_shared" else None
+            corrupt, n_draws = corruption(model, name, setting.statistics, constant, setting.config.seed, setting.tracing.n_draws)
+
+            def of_fact(_: Sequence[int], part: Recall, draw: int, corrupt: Corrupt = corrupt, row: int = row) -> Tensor:
+                return corrupt([row], part, draw)  # the same noise as in the table
+
+            traced = trace_shared(model, recall, places, of_fact, n_draws, limit, what="")
+            both = (float(traced.clean[0]), float(traced.corrupted[0]))
+            for (site, layer, position), p_restored in zip(cells, traced.restored[:, 0].tolist(), strict=True):
+                about = (number, setting.test.text[setting.test_rows[row]], answer, name, site, width, layer, position)
+                rows.append((*about, tokens[position], inside[position], *both, p_restored))
+    return pd.DataFrame(rows, columns=[*columns, "p_clean", "p_corrupted", "p_restored"])

@@ -1,0 +1,89 @@
+"""What the tracing stages share: the facts of every split before one model, and the places to trace."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from oacore import corruption
+from oacore.activations import read_prompts
+from oacore.config import Config, Position, Site, Tracing
+from oacore.corruption import SubjectStatistics, subject_statistics
+from oacore.errors import UserError
+from oacore.layout import SPLITS, Layout
+from oacore.model import Loaded
+from oacore.stages.common import gated_model, need, stamp
+from oacore.tasks.prompts import Prompts
+from oacore.tracing import Place, Recall, completes, place, recall_of
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The facts that the model completes, and what is asked about them."""
+
+    config: Config
+    layout: Layout
+    tracing: Tracing
+    loaded: Loaded
+    recall: dict[str, Recall]  # by split
+    test: Prompts
+    test_rows: np.ndarray  # [N] of the prompts that `recall["test"]` holds
+    statistics: SubjectStatistics
+    counts: dict[str, dict[str, Any]]  # by split, for the report
+    identity: dict[str, Any]
+
+    @classmethod
+    def open(cls, config: Config) -> "Setting":
+        assert config.tracing is not None
+        layout, answer = Layout(config), config.tracing.answer
+        loaded = gated_model(config, layout)
+        model, identity = loaded.model, stamp(config, layout, "facts")
+        path, expect = need(layout.prompts("facts"), "prompts"), {"model_hash": identity["model_hash"]}
+        splits = {split: read_prompts(path, split, expect) for split in SPLITS}
+        recall: dict[str, Recall] = {}
+        counts: dict[str, dict[str, Any]] = {}
+        test_rows = np.arange(0)
+        for split, prompts in splits.items():
+            every = recall_of(prompts, answer, model.device)
+            if int(every.lengths.max()) > model.max_length:
+                raise UserError(
+                    f"tracing.answer: 'joint' makes a fact {int(every.lengths.max())} tokens long; allowed: {model.max_length}, the "
+                    "model's context"
+                )
+            # The prompts stage kept facts whose first answer token the model gets right; with several, all of them must be.
+            right = (
+                completes(model, every, config.limits.tokens_per_batch) if answer == "joint" else torch.ones(len(every), dtype=torch.bool)
+            )
+            counts[split] = {**prompts.meta, "n_wrong_later": int((~right).sum()), "n_traced": int(right.sum())}
+            if counts[split]["n_traced"] < 2:
+                raise UserError(f"tracing.answer: the model completes {counts[split]['n_traced']} {split} facts; at least 2 are needed")
+            rows = right.nonzero()[:, 0].cpu()
+            recall[split] = every.take(rows.to(model.device))
+            test_rows = rows.numpy() if split == "test" else test_rows
+        identity |= {"prompts_hash": {split: prompts.digest() for split, prompts in splits.items()}, "answer": answer}
+        statistics = subject_statistics(model, recall["train"])
+        return cls(config, layout, config.tracing, loaded, recall, splits["test"], test_rows, statistics, counts, identity)
+
+    @property
+    def settings(self) -> list[tuple[Site, Position, int]]:
+        """(site, position, window) of every curve."""
+        asked = self.tracing
+        return [(site, position, width) for site in asked.sites for position in asked.positions for width in asked.windows]
+
+    @property
+    def places(self) -> list[Place]:
+        """Every place of every curve once."""
+        n_layers = self.loaded.model.n_layers
+        found = [place(*setting[:2], layer, setting[2], n_layers) for setting in self.settings for layer in range(n_layers)]
+        return list(dict.fromkeys(found))
+
+    def constants(self, places: list[Place]) -> torch.Tensor:
+        """The fitted constants [n, d] of the places.
+
+        Raises:
+            UserError: they are missing, damaged, or of another model or other facts.
+        """
+        expect = {name: self.identity[name] for name in ("model_hash", "prompts_hash", "answer")}
+        path = need(self.layout.tracing("constants.safetensors"), "tracing_fit")
+        return corruption.load(path, places, expect).to(self.loaded.model.device)
