@@ -10,6 +10,7 @@ from oacore.codehash import codehash
 from oacore.config import FITTED, LEARNED, RANKED, parse_config
 from oacore.errors import UserError
 from oacore.layout import Layout, circuit_file, model_settings, task_settings
+from oacore.tasks import check_files
 
 # Only without --configfile: Snakemake would merge the two, and the demo's keys would become part of every run.
 if not workflow.config_settings.configfiles:
@@ -19,6 +20,7 @@ if not workflow.config_settings.configfiles:
 
 try:
     run_config = parse_config(config)
+    check_files(run_config.tasks.selected())
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -13,6 +13,7 @@ from oacore import __version__
 from oacore.config import OPTIONAL_SECTIONS, Config, load_config, parse_config
 from oacore.errors import UserError
 from oacore.layout import Layout
+from oacore.tasks import check_files
 
 # In the order in which they run; what each is run for beside the config.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -107,7 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
         if given.stage in TOOLS:
             _run_tool(given)
             return 0
-        _run(given.stage, load_config(given.config), {name: getattr(given, name) for name in ("task", "method", "ablation")})
+        config = load_config(given.config)
+        check_files(config.tasks.selected())
+        _run(given.stage, config, {name: getattr(given, name) for name in ("task", "method", "ablation")})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ Everything else is the distractors of `oacore.planted`. A few neurons of every M
 zero: silent on every prompt, and for any mixture of embeddings, but isotropic noise sets off some, and then they spill into all of the
 stream. Hence noise smears: any one of the MLPs up to the mover's layer may be what spoils the recall, so that restoring it brings the
 answer back where the embeddings' codes survived the noise; and restoring the recall layer leaves what the others spoil. A constant
-carries nothing about the subject to any other layer, and one within the span of the embeddings sets off no alarm. Without the spill noise
+carries nothing about the subject to any other layer, and one within the span of the embeddings sets off no alarm. Without the spill, noise
 hardly smears: restoring another layer does not repair the codes that the lookup reads.
 
 Symbols: d model width, H heads, c code width, f MLP width, N prompts, T tokens.

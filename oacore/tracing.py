@@ -84,6 +84,13 @@ class Recall:
         """[B, T] bool."""
         return self.at_positions("all_subject")
 
+    @property
+    def subject_numbers(self) -> np.ndarray:
+        """[B] the same for facts about the same subject, by its tokens."""
+        seen: dict[tuple[int, ...], int] = {}
+        spans = [tuple(tokens[first:end]) for tokens, (first, end) in zip(self.tokens.tolist(), self.subject.tolist(), strict=True)]
+        return np.array([seen.setdefault(span, len(seen)) for span in spans])
+
     def at_positions(self, position: Position | int) -> Tensor:
         """Which tokens a kind of position means: [B, T] bool."""
         index = torch.arange(self.tokens.shape[1], device=self.tokens.device)

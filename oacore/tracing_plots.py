@@ -268,7 +268,7 @@ def heat_map(picture: pd.DataFrame) -> Figure:
             label.set_fontweight("bold" if inside else "normal")
         ax.set_ylabel(f"{corruption}\np = {three_digits(float(of_row['p_corrupted'].iloc[0]))}", fontsize=9.5)
         ax.yaxis.label.set_color(ACCENT if corruption.startswith("oat") else INK)
-    panels[0, 0].set_xticks(_every(n_layers, 12 if n_layers <= 12 else 9))
+    panels[0, 0].set_xticks(_every(n_layers, 9))
     answer, window = _token(picture["answer"].iloc[0]), int(picture["window"].iloc[0])
     _title(figure, f"What brings back “{answer}” (clean p = {three_digits(p_clean)})")
     figure.supxlabel("restored layer" if window == 1 else f"layer in the middle of the {window} restored ones", fontsize=10)

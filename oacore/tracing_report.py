@@ -28,7 +28,8 @@ CORRUPTION_NOTES = {
     "token_replacement": "The subject's tokens become those of another subject of the same length.",
     "gaussian": "Adds normal noise to the subject tokens' embeddings, of {scale} times each coordinate's standard deviation over the "
     "subject tokens of the training facts; averaged over draws.",
-    "gaussian_scalar": "The same with one standard deviation for all coordinates, as in ROME, times {scale}.",
+    "gaussian_scalar": "Adds normal noise to the subject tokens' embeddings, of {scale} times one standard deviation for all coordinates "
+    "together, as in ROME; averaged over draws.",
 }
 MEASURES = {
     "AIE": "Average indirect effect of restoring a place: the mean over held-out facts of p(answer) in the run that is corrupted but for "
@@ -102,17 +103,17 @@ def peak_sentence(peaks: pd.DataFrame, site: str) -> str:
     best = [(name, rows.loc[rows["aie"][rows["corruption"] == name].idxmax()]) for name in chosen]
     window = int(rows["window"].iloc[0])
     width = "one layer" if window == 1 else f"a window of {window} layers"
-    text = f"Restoring the {SITES.get(site, site)} of {width}, the AIE is largest {_where(*best[0])}"
+    text = f"The largest AIE of restoring the {SITES.get(site, site)} of {width} is, {_where(*best[0])}"
     return "; ".join([text, *(_where(*item) for item in best[1:])]) + "."
 
 
 def _where(corruption: str, peak: pd.Series) -> str:
-    """`with oat at layer 3 of the last token (0.120 ± 0.010, 61 % of that curve's positive effect)`."""
+    """`with oat, at layer 3, last token (0.120 ± 0.010, 61.0 % of the positive effect along the layers)`."""
     share = float(peak["concentration"])
     what = "" if pd.isna(share) else f", {three_digits(100 * share)}\u00a0% of the positive effect along the layers"
     value = human(Estimate(float(peak["aie"]), float(peak["se"])))
     position = POSITIONS.get(str(peak["position"]), str(peak["position"]))
-    return f"with {corruption} at layer {int(peak['peak_layer'])}, {position} ({value}{what})"
+    return f"with {corruption}, at layer {int(peak['peak_layer'])}, {position} ({value}{what})"
 
 
 def _intro(aie: pd.DataFrame, peaks: pd.DataFrame) -> str:

@@ -155,7 +155,7 @@ TRACED = {"model": "demo", "tasks": {"facts": None}}
 
 
 @pytest.mark.parametrize(
-    "change, parts",
+    ("change", "parts"),
     [
         ({"tracing": {}, "tasks": {"ioi": None}}, ["tracing", "tasks.facts"]),
         ({"tracing": {"windows": [1, 4]}}, ["tracing", "windows: 4", "odd"]),

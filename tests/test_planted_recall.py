@@ -6,7 +6,7 @@ import torch
 from oacore.forward import add_positions, attention_write, combine_heads, embed_tokens, heads, logits_of, mlp
 from oacore.planted_recall import N_LAYERS, recall
 
-SEEDS, N_DRAWS, SCALE = range(3), 5, 3
+SEEDS, N_DRAWS, SCALE = range(3), 4, 3
 
 
 @pytest.fixture(scope="module", params=SEEDS)
@@ -152,7 +152,7 @@ def test_fitted_constants_point_at_the_recall_layer_alone():
         if layer == planted.recall_layer:
             assert aie > 0.9
         else:  # the fit finds all that a constant can do, to say one answer to everybody: it needs no restored MLP for that
-            assert abs(aie) < 0.05 and 0.1 < corrupted < 0.2 and corrupted > 2 * run(planted, mean)[0].mean()
+            assert abs(aie) < 0.02 and 0.1 < corrupted < 0.2 and corrupted > 2 * run(planted, mean)[0].mean()
 
 
 def test_a_seed_fixes_everything_and_seeds_place_the_recall_elsewhere():

@@ -292,23 +292,24 @@ def test_intro_says_where_the_effects_peak():
         "1,200 held-out facts, 7 corruptions. The mean probability of the answer is 0.700 in the clean run, and 0 with oat and 0.0300 with "
         "gaussian-3 in the corrupted one."
     )
-    assert [sentence.split(" of one layer")[0] for sentence in sentences] == ["Restoring the attention output", "Restoring the MLP output"]
+    starts = [f"The largest AIE of restoring the {tracing_plots.SITES[site]} of one layer is, with oat" for site in SITES]
+    assert [sentence.split(", at")[0] for sentence in sentences] == starts
     for site, sentence in zip(SITES, sentences, strict=True):
         for name in ("oat", "gaussian-3"):
             rows = curve(table, corruption=name, site=site, window=1)
             peak = rows.sort_values("aie").iloc[-1]
             along = curve(rows, position=peak["position"])["aie"]
             share = plots.three_digits(100 * peak["aie"] / along[along > 0].sum())
-            where = f"with {name} at layer {peak['layer']}, {tracing_plots.POSITIONS[peak['position']]}"
+            where = f"with {name}, at layer {peak['layer']}, {tracing_plots.POSITIONS[peak['position']]}"
             assert f"{where} ({peak['aie']:.4f} ± {peak['se']:.4f}, {share}\u00a0% of the positive effect" in sentence
 
 
 def test_intro_does_without_optimal_ablation_or_noise():
     text = tracing_report.tracing_section(fabricate(("mean", "oat_shared"), ("block",), windows=(9,)).assign(n=1), {}).intro
     assert text.startswith("1 held-out fact, 2 corruptions.") and "0.0100 with oat_shared in the corrupted" in text
-    assert "Restoring the block output of a window of 9 layers, the AIE is largest with oat_shared at layer 2, last token (" in text
+    assert "The largest AIE of restoring the block output of a window of 9 layers is, with oat_shared, at layer 2, last token (" in text
     none = fabricate(("gaussian-3",), ("mlp",), ("last",), (1,)).assign(aie=-0.1)
-    assert tracing_report.tracing_section(none, {}).intro.endswith("with gaussian-3 at layer 0, last token (−0.100 ± 0.001).")
+    assert tracing_report.tracing_section(none, {}).intro.endswith("with gaussian-3, at layer 0, last token (−0.100 ± 0.001).")
 
 
 def test_section_shows_probabilities_figures_and_peaks(drawn):
@@ -348,7 +349,9 @@ def test_every_corruption_has_a_note_with_its_own_scale():
     names = Tracing(noise_scales=(0.5, 3)).corruption_names()
     measures, notes = tracing_report.tracing_methods_section(names).parts
     assert list(notes.items) == corruptions_in_order(names) and all(notes.items.values()) and len(set(notes.items.values())) == len(names)
-    assert "of 0.5 times each coordinate's" in notes.items["gaussian-0.5"] and notes.items["gaussian_scalar-3"].endswith("times 3.")
+    assert "of 0.5 times each coordinate's" in notes.items["gaussian-0.5"] and notes.items["gaussian_scalar-3"].startswith(
+        "Adds normal noise to the subject tokens' embeddings, of 3 times one"
+    )
     assert set(measures.items) == {"AIE", "restored place", "normalised AIE", "share at peak"}
 
 

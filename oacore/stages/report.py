@@ -1,15 +1,17 @@
 """Put all results of a run into one HTML page."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from oacore import circuit_report, report
+from oacore import circuit_report, report, tracing_report
 from oacore.activations import read_facts
-from oacore.config import Circuits, Config
+from oacore.config import Circuits, Config, Tracing
 from oacore.layout import Layout
 from oacore.stages.common import model_facts, need
+from oacore.stages.tracing_figures import read_pictures
 
 
 def run(config: Config) -> None:
@@ -28,6 +30,8 @@ def run(config: Config) -> None:
         sections.append(report.ablation_section(task, gaps, summary, figures, about_prompts["example"]))
         if task in config.circuit_tasks():
             sections.append(_circuits(layout, config.circuits, task))
+        if task == "facts" and config.tracing is not None:
+            sections.append(_tracing(layout, config.tracing))
     sizes, parity = facts["sizes"], facts["parity"]
     about: dict[str, dict[str, Any]] = {
         "Model": {
@@ -47,6 +51,8 @@ def run(config: Config) -> None:
     appendix = [report.methods_section(config.ablation.methods)]
     if config.circuits is not None:
         appendix.append(circuit_report.circuit_methods_section(config.circuits.methods, config.circuits.ablations))
+    if config.tracing is not None:
+        appendix.append(tracing_report.tracing_methods_section(config.tracing.corruption_names()))
     appendix += [report.provenance_section(config.model_dump(mode="json"))]
     report.write(layout.report, "Optimal ablation", about, sections, appendix)
     print(f"report: {Path(layout.report).resolve()}")
@@ -65,3 +71,17 @@ def _circuits(layout: Layout, settings: Circuits | None, task: str) -> report.Se
     }
     figures = {name: text(name) for name in settings.figures()}
     return circuit_report.circuit_section(task, pareto, figures, drawings, stability if len(stability) else None)
+
+
+def _tracing(layout: Layout, settings: Tracing) -> report.Section:
+    figures = {name: need(layout.tracing(f"figures/{name}.svg"), "tracing_figures").read_text("utf-8") for name in settings.figures()}
+    facts = json.loads(need(layout.tracing("facts.json"), "tracing").read_text("utf-8"))
+    counts = {
+        f"{split} facts": f"{c['n_traced']} traced, about the subjects of this split alone; of {c['n_rows']} in the file the model gets "
+        f"{c['n_wrong'] + c['n_wrong_later']} wrong, {c['n_no_counterfactual']} have no other subject of the same length"
+        for split, c in facts["counts"].items()
+    }
+    aie = pd.read_csv(need(layout.tracing("aie.csv"), "tracing"))
+    counts["test subjects"] = f"{facts['n_subjects']}, over which standard errors are taken"
+    counts["probability of"] = {"first_token": "the answer's first token", "joint": "all of the answer's tokens together"}[settings.answer]
+    return tracing_report.tracing_section(aie, figures, counts, read_pictures(layout))

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -24,7 +23,7 @@ def run(config: Config) -> None:
     setting = Setting.open(config)
     places, recall, n_layers = setting.places, setting.recall["test"], setting.loaded.model.n_layers
     chosen = _chosen(setting)
-    subjects = _subjects(setting)
+    subjects = recall.subject_numbers
     tables = []
     for name in setting.tracing.corruption_names():
         traced = _traced(setting, name, places)
@@ -50,14 +49,6 @@ def _traced(setting: Setting, name: str, places: list[Place]) -> Traced:
     return trace_shared(model, recall, places, corrupt, n_draws, limit, name)
 
 
-def _subjects(setting: Setting) -> np.ndarray:
-    """A number [N] for each test fact's subject, by its tokens."""
-    recall = setting.recall["test"]
-    seen: dict[tuple[int, ...], int] = {}
-    spans = [tuple(tokens[first:end].tolist()) for tokens, (first, end) in zip(recall.tokens, recall.subject.tolist(), strict=True)]
-    return np.array([seen.setdefault(span, len(seen)) for span in spans])
-
-
 def _chosen(setting: Setting) -> list[int]:
     """Rows of the test facts to draw.
 
@@ -66,9 +57,8 @@ def _chosen(setting: Setting) -> list[int]:
     """
     texts, wanted = [setting.test.text[row] for row in setting.test_rows], setting.tracing.pictures
     if isinstance(wanted, int):
-        first = list(dict.fromkeys(_subjects(setting).tolist()))  # of each subject the first fact
-        subjects = _subjects(setting).tolist()
-        rows = [subjects.index(number) for number in first]
+        subjects = setting.recall["test"].subject_numbers.tolist()
+        rows = [subjects.index(number) for number in dict.fromkeys(subjects)]  # of each subject the first fact
         rows += [row for row in range(len(texts)) if row not in set(rows)]
         if len(rows) < wanted:
             raise UserError(f"tracing.pictures: {wanted}; allowed: up to the {len(rows)} test facts")

@@ -12,6 +12,10 @@ from oacore.tracing_plots import tracing_figures
 def run(config: Config) -> None:
     """Write every figure as SVG and PNG."""
     layout = Layout(config)
-    aie, pictures = (pd.read_csv(need(layout.tracing(name), "tracing"), keep_default_na=False) for name in ("aie.csv", "pictures.csv"))
-    for name, figure in tracing_figures(aie, pictures).items():
+    for name, figure in tracing_figures(pd.read_csv(need(layout.tracing("aie.csv"), "tracing")), read_pictures(layout)).items():
         plots.save(figure, layout.tracing(f"figures/{name}"))
+
+
+def read_pictures(layout: Layout) -> pd.DataFrame:
+    """pictures.csv, whose tokens may read "NA" or "null"."""
+    return pd.read_csv(need(layout.tracing("pictures.csv"), "tracing"), keep_default_na=False)

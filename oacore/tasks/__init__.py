@@ -8,9 +8,20 @@ from oacore.tasks import facts, greater_than, ioi, text
 from oacore.tasks.facts import Complete
 from oacore.tasks.prompts import SPLITS, Prompts
 
-__all__ = ["SPLITS", "TASKS", "Complete", "Prompts", "generate"]
+__all__ = ["SPLITS", "TASKS", "Complete", "Prompts", "check_files", "generate"]
 
 TASKS: dict[str, ModuleType] = {"ioi": ioi, "greater_than": greater_than, "facts": facts, "text": text}
+
+
+def check_files(tasks: dict[str, Any]) -> None:
+    """Read what can be wrong in the tasks' files without a tokenizer, so that it is said before any work.
+
+    Raises:
+        UserError: bad rows of facts, with their line numbers.
+    """
+    own = tasks.get("facts")
+    if own is not None and own.path is not None:
+        facts.read(own.path.expanduser())
 
 
 def generate(name: str, settings: Any, tokenizer: Any, seed: int, split: str, complete: Complete | None = None) -> Prompts:

@@ -67,6 +67,93 @@ def test_outputs_are_exactly_those_promised(finished):
             files |= {"search.safetensors", "timing.json", "pareto.csv"} | ({"constants.safetensors"} if ablation == "optimal" else set())
             assert {path.name for path in Path(layout.circuits("ioi", f"{method}-{ablation}")).iterdir()} == files
 
+    found = {path.name for path in Path(layout.tracing("")).iterdir()} - {"logs", "figures"}
+    assert found == {"aie.csv", "pictures.csv", "facts.json", "constants.safetensors"}
+    names = {f"{name}.{kind}" for name in config.tracing.figures() for kind in ("svg", "png")}
+    assert {path.name for path in Path(layout.tracing("figures")).iterdir()} == names
+
+
+def test_aie_table_is_complete(finished):
+    config, layout, _ = finished
+    table, tracing = pd.read_csv(layout.tracing("aie.csv")), config.tracing
+    columns = "corruption,site,position,window,layer,aie,se,p_clean,p_corrupted,p_restored,n,aie_normalised,se_normalised"
+    assert ",".join(table.columns) == columns and not table.isna().any().any()
+    keys = ["corruption", "site", "position", "window", "layer"]
+    n_places = len(tracing.sites) * len(tracing.positions) * len(tracing.windows) * 4
+    assert len(table) == len(tracing.corruption_names()) * n_places and not table.duplicated(keys).any()
+    assert (table["aie"] - (table["p_restored"] - table["p_corrupted"])).abs().max() < 1e-6
+    assert (table["n"] == 32).all() and (table["p_clean"] > 0.5).all()
+    # What the last block writes at the last token is all that the prediction depends on, whatever the corruption.
+    last = table[(table["site"] == "block") & (table["position"] == "last") & (table["layer"] == 3)]
+    assert len(last) and (last["p_restored"] - last["p_clean"]).abs().max() < 1e-6
+    assert (last["aie_normalised"] - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("corruption", "site", "position"), [("mean", "mlp", "last_subject"), ("oat", "attention", "last")])
+def test_an_effect_with_plain_hugging_face(finished, corruption, site, position):
+    """A number in aie.csv again, by forward hooks on Hugging Face's own model; OAT's constants from their file."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    _, layout, _ = finished
+    hf = AutoModelForCausalLM.from_pretrained(layout.demo_model).eval()
+    train, test = (read_prompts(layout.prompts("facts"), split) for split in ("train", "test"))
+    position_of = {"last": test.lengths - 1, "last_subject": test.subject[:, 1] - 1}[position]
+    tokens, rows, answers = torch.from_numpy(test.tokens).long(), torch.arange(len(test.text)), torch.from_numpy(test.answers[:, 0]).long()
+    inside = (torch.arange(tokens.shape[1]) >= torch.from_numpy(test.subject[:, :1])) & (
+        torch.arange(tokens.shape[1]) < torch.from_numpy(test.subject[:, 1:])
+    )
+    with safe_open(layout.tracing("constants.safetensors"), "pt") as file:
+        fitted = dict(zip(json.loads(file.metadata()["oacore"])["places"], file.get_tensor("constants"), strict=True))
+    spans = [ids[a:b] for ids, (a, b) in zip(train.tokens, train.subject, strict=True)]
+    mean = hf.transformer.wte.weight[torch.cat([torch.from_numpy(span).long() for span in spans])].mean(0)
+    layer = 1
+    module = hf.transformer.h[layer].mlp if site == "mlp" else hf.transformer.h[layer].attn
+    kept = {}
+
+    def run(constant=None, *, restore=False):
+        def corrupt(_, __, output):
+            return output if constant is None else torch.where(inside[..., None], constant, output)
+
+        def at_site(_, __, output):
+            value = output if site == "mlp" else output[0]
+            if constant is None:
+                kept["clean"] = value.clone()
+            elif restore:
+                value = value.clone()
+                value[rows, position_of] = kept["clean"][rows, position_of]
+            return value if site == "mlp" else (value, *output[1:])
+
+        hooks = [hf.transformer.wte.register_forward_hook(corrupt), module.register_forward_hook(at_site)]
+        with torch.no_grad():
+            logits = hf(tokens).logits
+        for hook in hooks:
+            hook.remove()
+        return logits[rows, torch.from_numpy(test.lengths).long() - 1].softmax(-1)[rows, answers]
+
+    own = fitted[f"{site}.{position}.{layer}-{layer}"] if corruption == "oat" else mean
+    clean, corrupted = run(), run(fitted["corrupted"] if corruption == "oat" else mean)
+    restored = run(own, restore=True)
+    table = pd.read_csv(layout.tracing("aie.csv"))
+    keys = {"corruption": corruption, "site": site, "position": position, "window": 1, "layer": layer}
+    row = table[(table[list(keys)] == pd.Series(keys)).all(axis=1)].iloc[0]
+    for name, value in (("p_clean", clean), ("p_corrupted", corrupted), ("p_restored", restored)):
+        assert row[name] == pytest.approx(float(value.mean()), abs=1e-5), name
+
+
+def test_pictures_agree_with_themselves(finished):
+    _, layout, _ = finished
+    table = pd.read_csv(layout.tracing("pictures.csv"), keep_default_na=False)
+    assert set(table["fact"]) == {0, 1} and set(table["corruption"]) == {"oat_shared", "gaussian-3"}
+    for _, picture in table.groupby("fact"):
+        assert picture["in_subject"].any() and picture["prompt"].nunique() == picture["answer"].nunique() == 1
+        words = picture[picture["in_subject"]].drop_duplicates("position")["token"]
+        assert " ".join(words) in picture["prompt"].iloc[0]
+        before = picture[(picture["position"] < picture[picture["in_subject"]]["position"].min())]
+        assert (before["p_restored"] - before["p_corrupted"]).abs().max() < 1e-6, "causal attention: nothing before the subject changes"
+        last = picture[(picture["site"] == "block") & (picture["position"] == picture["position"].max()) & (picture["layer"] >= 2)]
+        assert (last["p_restored"] - last["p_clean"]).abs().max() < 1e-6
+
 
 def test_pareto_table_is_complete(finished):
     config, layout, _ = finished
@@ -276,7 +363,8 @@ def test_report_is_one_offline_page_with_everything(finished):
     page.feed(text)
     assert not page.fetched and "script" not in page.tags
     of_circuits = len(config.circuits.figures()) + len(config.circuits.ablations)  # fronts, and a drawing for each ablation type
-    assert page.tags.count("figure") == len(config.tasks.selected()) * len(config.ablation.figures()) + of_circuits
+    of_tracing = len(config.tracing.figures())
+    assert page.tags.count("figure") == len(config.tasks.selected()) * len(config.ablation.figures()) + of_circuits + of_tracing
     for word in ("ioi", "facts", json.loads(Path(layout.model_json).read_text())["model_hash"][:16], "optimal_positional", "seed"):
         assert word in text.replace("<wbr>", "")
 
@@ -311,11 +399,16 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
         "circuit_figures": 1,
         "report": 1,
     }
+    tracing = tiny["tracing"]
+    assert stale({"tracing": tracing | {"n_draws": 3}}) == {"tracing": 1, "tracing_figures": 1, "report": 1}
+    every_trace = {"tracing_fit": 1, "tracing": 1, "tracing_figures": 1}
+    assert stale({"tracing": tracing | {"fit": tracing["fit"] | {"max_steps": 21}}}) == every_trace | {"report": 1}
+    assert stale({"tracing": tracing | {"corruptions": ["gaussian"]}}) == {"tracing": 1, "tracing_figures": 1, "report": 1}
     other_task = stale({"tasks": tiny["tasks"] | {"ioi": tiny["tasks"]["ioi"] | {"n_train": 65}}})
     every_circuit = {"circuit_search": 16, "circuit_evaluation": 2, "circuit_figures": 1}
     assert other_task == {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "report": 1} | every_circuit
     other_run = stale({"run": "other"})
-    assert other_run == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1} | every_circuit
+    assert other_run == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1} | every_circuit | every_trace
     assert stale({"dtype": "bf16"})["demo"] == 1
 
 
@@ -337,6 +430,9 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
             "gap_distributions.svg",
         ):
             assert Path(again.ablation(task, name)).read_bytes() == Path(layout.ablation(task, name)).read_bytes(), f"{task} {name}"
+    for path in Path(layout.tracing("")).iterdir():
+        if path.is_file():
+            assert Path(again.tracing(path.name)).read_bytes() == path.read_bytes(), path
     for method in config.circuits.methods:
         for ablation in config.circuits.ablations:
             for path in Path(layout.circuits("ioi", f"{method}-{ablation}")).iterdir():
@@ -353,6 +449,7 @@ def fresh(finished, tmp_path):
     values |= {"tasks": {"ioi": values["tasks"]["ioi"]}, "cache_dir": str(tmp_path / "cache"), "results_dir": str(tmp_path / "results")}
     values["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"]}
     values["circuits"] |= {"methods": ["ugs"], "ablations": ["optimal"], "seeds": [0]}
+    del values["tracing"]  # of another task
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     layout = Layout(load_config(path))
@@ -425,11 +522,23 @@ def test_bad_config_stops_before_any_job(tmp_path, change, parts):
     assert not (tmp_path / "cache").exists()
 
 
+def test_bad_facts_stop_before_any_job(tmp_path):
+    (tmp_path / "facts.csv").write_text("subject,prompt,answer\nParis,Paris is in,France\nRome,It is in,Italy\n")
+    path = tmp_path / "bad.yaml"
+    values = yaml.safe_load(TINY.read_text()) | {"tasks": {"facts": {"path": str(tmp_path / "facts.csv")}}}
+    del values["circuits"]  # of another task
+    path.write_text(yaml.safe_dump(values))
+    result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "tasks.facts.path" in result.stderr and "line 3: the prompt 'It is in' does not contain the subject 'Rome'" in result.stderr
+    assert not (tmp_path / "cache").exists()
+
+
 def test_bad_input_in_a_job_gives_one_error(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     path = tmp_path / "bad.yaml"
     text = yaml.safe_load(TINY.read_text()) | {"tasks": {"text": {"path": str(tmp_path / "empty.txt")}}}
-    del text["circuits"]  # of another task
+    del text["circuits"], text["tracing"]  # of other tasks
     path.write_text(yaml.safe_dump(text))
     config = load_config(path).model_copy(update={"cache_dir": tmp_path / "cache"})
     assert isinstance(config, Config)
@@ -447,8 +556,8 @@ def test_gpt2_config_dry_runs():
 
 def test_command_line_lists_its_stages():
     result = subprocess.run([sys.executable, "-m", "oacore", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    rules = re.findall(r"^rule (\w+):", "\n".join(file.read_text() for file in (ROOT / "workflow/rules").glob("*.smk")), re.M)
-    assert set(rules) == {"demo", "model", "prompts", "activations", "optimal", "gaps", "figures", "report"}
+    rules = re.findall(r"^ *rule (\w+):", "\n".join(file.read_text() for file in (ROOT / "workflow/rules").glob("*.smk")), re.M)
+    assert {"demo", "model", "prompts", "activations", "optimal", "gaps", "figures", "circuit_search", "tracing", "report"} < set(rules)
     assert all(f"  {rule} " in result.stdout for rule in rules)
 
 

@@ -27,6 +27,7 @@ rule report:
                 for name in (
                     "aie.csv",
                     "facts.json",
+                    "pictures.csv",
                     *(f"figures/{name}.svg" for name in run_config.tracing.figures()),
                 )
             ]
