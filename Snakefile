@@ -1,4 +1,4 @@
-"""Optimal ablation: model -> prompts -> activations -> constants, gaps, circuits, tracing -> report."""
+"""Optimal ablation: model -> prompts -> activations -> constants, gaps, circuits, tracing, lenses -> report."""
 
 import sys
 
@@ -7,7 +7,7 @@ from snakemake.utils import min_version
 min_version("9.0")
 
 from oacore.codehash import codehash
-from oacore.config import FITTED, LEARNED, RANKED, parse_config
+from oacore.config import FITTED, LEARNED, LENS_SECTIONS, RANKED, parse_config
 from oacore.errors import UserError
 from oacore.layout import Layout, circuit_file, model_settings, task_settings
 from oacore.tasks import check_files
@@ -43,6 +43,7 @@ include: "workflow/rules/activations.smk"
 include: "workflow/rules/ablation.smk"
 include: "workflow/rules/circuits.smk"
 include: "workflow/rules/tracing.smk"
+include: "workflow/rules/lenses.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oacore import __version__
-from oacore.config import OPTIONAL_SECTIONS, Config, load_config, parse_config
+from oacore.config import LENS_SECTIONS, OPTIONAL_SECTIONS, Config, load_config, parse_config
 from oacore.errors import UserError
 from oacore.layout import Layout
 from oacore.tasks import check_files
@@ -30,6 +30,12 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "tracing_fit": ("fit optimal constants for causal tracing", ()),
     "tracing": ("trace facts", ()),
     "tracing_figures": ("draw where facts are recalled", ()),
+    "lens_activations": ("cache the model's activations at every position", ("task",)),
+    "lens_fit": ("fit lenses", ("task", "lens")),
+    "lens_evaluation": ("measure lenses on held-out prompts", ("task",)),
+    "lens_faithfulness": ("compare how lenses and model react to changes", ("task",)),
+    "lens_truthfulness": ("compare layers before true and wrong demonstrations", ("task",)),
+    "lens_figures": ("draw the lenses' figures", ("task",)),
     "report": ("write the HTML report", ()),
 }
 
@@ -54,6 +60,7 @@ def jobs(config: Config) -> Iterator[tuple[str, dict[str, str], str]]:
     for task in config.tasks.selected():
         yield "prompts", {"task": task}, layout.prompts(task)
         yield "activations", {"task": task}, layout.activations(task)
+    for task in config.ablation_tasks():
         for method in config.ablation.fitted():
             yield "optimal", {"task": task, "method": method}, layout.constants(task, method)
         yield "gaps", {"task": task}, layout.ablation(task, "gaps.csv")
@@ -72,7 +79,23 @@ def jobs(config: Config) -> Iterator[tuple[str, dict[str, str], str]]:
             yield "tracing_fit", {}, layout.tracing("constants.safetensors")
         yield "tracing", {}, layout.tracing("aie.csv")
         yield "tracing_figures", {}, layout.tracing(f"figures/{config.tracing.figures()[-1]}.svg")
+    yield from _lens_jobs(config, layout)
     yield "report", {}, layout.report
+
+
+def _lens_jobs(config: Config, layout: Layout) -> Iterator[tuple[str, dict[str, str], str]]:
+    settings = config.lenses
+    for task in config.lens_tasks():
+        assert settings is not None
+        if settings.positions == "all":
+            yield "lens_activations", {"task": task}, layout.lens_rows(task)
+        for lens in settings.fitted_files():
+            yield "lens_fit", {"task": task, "lens": lens}, layout.lens(task, f"{lens}.safetensors")
+        yield "lens_evaluation", {"task": task}, layout.lens(task, "loss.csv")
+        for section in LENS_SECTIONS:
+            if getattr(settings, section) is not None:
+                yield f"lens_{section}", {"task": task}, layout.lens(task, f"{section}.csv")
+        yield "lens_figures", {"task": task}, layout.lens(task, f"figures/{settings.figures()[-1]}.svg")
 
 
 def run_missing(config: Config) -> None:
@@ -98,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", default="config/demo.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("--task", help="one task (default: all of the config)")
     parser.add_argument("--method", help="one fitted ablation type, or circuit method (default: all of the config)")
+    parser.add_argument("--lens", help="lens_fit: one lens (default: all of the config)")
     parser.add_argument("--ablation", help="circuits: one ablation type (default: all of the config)")
     parser.add_argument("--circuit", type=Path, help="mib-score, mib-export: a circuit file")
     parser.add_argument("--output", type=Path, help="mib-export: a folder")
@@ -110,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         config = load_config(given.config)
         check_files(config.tasks.selected())
-        _run(given.stage, config, {name: getattr(given, name) for name in ("task", "method", "ablation")})
+        _run(given.stage, config, {name: getattr(given, name) for name in ("task", "method", "ablation", "lens")})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -136,7 +160,7 @@ def _run(stage: str, config: Config, given: dict[str, str | None]) -> None:
         return
     all_of_stage = [what for name, what, _ in jobs(config) if name == stage]
     if not all_of_stage:
-        section = next((name for name in OPTIONAL_SECTIONS if stage.startswith(name.rstrip("s"))), None)
+        section = next((name for name in OPTIONAL_SECTIONS if stage.startswith(name[:4])), None)
         raise UserError(f"{stage}: the config has nothing for this stage{f' (no {section}: section)' if section else ''}")
     for name in STAGES[stage][1]:
         if (value := given[name]) is not None:

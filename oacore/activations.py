@@ -1,8 +1,8 @@
 """What the pipeline keeps in HDF5 per model and task: the prompts, and what later stages need of the model's clean runs on them.
 
 `activations.h5` holds, per split, `final` [N, d], what the unembedding reads at the last position (the clean target distribution
-without the vocabulary), and `residual` [N, L, d], what enters each block there; and under `statistics` the moments of every source
-over the training prompts. The model runs once per prompt, whatever experiments follow.
+without the vocabulary), `residual` [N, L, d], what enters each block there, and `attention` [N, L, d], what each block's attention adds;
+and under `statistics` the moments of every source over the training prompts. The model runs once per prompt, whatever experiments follow.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from oacore.ablation import Batch, Clean, Statistics, clean_pass, first_pooled
 from oacore.cache import Reader, Writer, to_torch
-from oacore.forward import at, final_norm, unembed
+from oacore.forward import at, attention_write, final_norm, unembed
 from oacore.model import Model
 from oacore.progress import progress
 from oacore.tasks.prompts import Prompts
@@ -125,6 +125,8 @@ def write_activations(
                 last = [at(residual, clean.last) for residual in clean.entering]  # L + 1 of [B, 1, d]
                 writer.append(f"{split}/final", final_norm(model, last[-1])[:, 0])
                 writer.append(f"{split}/residual", torch.cat(last[:-1], 1))
+                added = [attention_write(model, layer, at(combined, clean.last)) for layer, combined in enumerate(clean.combined)]
+                writer.append(f"{split}/attention", torch.cat(added, 1))
                 if split == "train":
                     _add_sources(moments, clean, part.lengths)
                     moments.add("token_embedding", model.W_E[part.tokens] * model.embed_scale, part.lengths)
@@ -132,6 +134,25 @@ def write_activations(
                     _add_sources(moments, clean_pass(model, other.tokens, other.lengths), other.lengths, "cf_")
                 bar.update(len(part))
         _put_statistics(writer, model, moments)
+
+
+def write_every_position(
+    path: str | Path, model: Model, splits: dict[str, Prompts], metadata: dict[str, Any], *, tokens_per_batch: int = 16384
+) -> None:
+    """Store `residual`, `attention` and `final` per split with a row for every token but BOS, prompt by prompt."""
+    total = sum(map(_size, splits.values()))
+    with Writer(path, metadata) as writer, progress(what="activations at every position", unit="prompts", total=total) as bar:
+        for split, prompts in splits.items():
+            for part in batch_of(prompts, model.device).split(tokens_per_batch):
+                clean = clean_pass(model, part.tokens, part.lengths)
+                position = torch.arange(part.tokens.shape[1], device=model.device)
+                real = (position > 0) & (position < part.lengths[:, None])  # [B, T]
+                residual = torch.stack([entering[real] for entering in clean.entering], 1)  # [rows, L + 1, d]
+                added = [attention_write(model, layer, combined[real]) for layer, combined in enumerate(clean.combined)]
+                writer.append(f"{split}/residual", residual[:, :-1].contiguous())
+                writer.append(f"{split}/attention", torch.stack(added, 1))
+                writer.append(f"{split}/final", final_norm(model, residual[:, -1]))
+                bar.update(len(part))
 
 
 def _size(prompts: Prompts) -> int:

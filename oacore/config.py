@@ -49,10 +49,14 @@ Site = Literal["attention", "mlp", "block"]
 Position = Literal["last", "last_subject", "all_subject"]
 Corruption = Literal["oat", "oat_shared", "gaussian", "gaussian_scalar", "mean", "token_replacement"]
 AnswerKind = Literal["first_token", "joint"]
+LensName = Literal["oca", "oca_shared", "linear_oca", "tuned", "logit", "mean", "resample", "grad"]
+LensInit = Literal["identity", "random"]
 CircuitMethod = Literal["ugs", "hcgs", "topk", "eap", "eap_ig", "acdc", "exact", "random", "manual"]
 Objective = Literal["kl", "logit_diff"]
+FITTED_LENSES: tuple[LensName, ...] = ("oca", "oca_shared", "linear_oca", "tuned", "grad")
 LEARNED: tuple[CircuitMethod, ...] = ("ugs", "hcgs", "topk")
-OPTIONAL_SECTIONS = ("circuits", "tracing")  # whose presence asks for an experiment
+LENS_SECTIONS = ("faithfulness", "truthfulness")  # of `lenses:`
+OPTIONAL_SECTIONS = ("circuits", "tracing", "lenses")  # whose presence asks for an experiment
 RANKED: tuple[CircuitMethod, ...] = ("eap", "eap_ig", "exact")  # scores first, circuits of any size from them
 
 
@@ -124,7 +128,9 @@ class Facts(Task):
 class Text(Task):
     """Windows of plain text; the target is the model's own next-token distribution."""
 
-    path: Path = Field(description="text file, directory of .txt files, or JSON list of strings")
+    path: Path | None = Field(
+        None, description="text file, directory of .txt files, or JSON list of strings; only `model: demo` has text of its own"
+    )
     n_tokens: int = Field(25, ge=3, description="window length, BOS included")
 
 
@@ -164,6 +170,7 @@ class OptimalFit(Settings):
 class Ablation(Settings):
     """Single-component ablation."""
 
+    tasks: tuple[TaskName, ...] | None = Field(None, description="tasks to ablate components on; none means all of the config")
     methods: tuple[Method, ...] = Field(get_args(Method), min_length=1, description="ablation types to compare")
     components: tuple[ComponentKind, ...] = Field(("head", "mlp"), min_length=1, description="what to ablate")
     optimal: OptimalFit = OptimalFit()
@@ -274,6 +281,119 @@ class Tracing(Settings):
         )
 
 
+class LensFit(OptimalFit):
+    """Fitting of OCA's constants."""
+
+    learning_rate: float = Field(0.1, gt=0, description="Adam step, in standard deviations of a layer's attention output")
+    batch_size: int = Field(200, ge=1, description="cached rows a step, shared by all layers")
+    max_steps: int = Field(10000, ge=1, description="cap for layers that do not converge")
+    check_every: int = Field(100, ge=1, description="steps between convergence tests on the validation rows")
+    tolerance: float = Field(0.002, gt=0, lt=1, description="relative improvement of the validation KL that counts as progress")
+    n_decays: int = Field(3, ge=0, description="drops of the learning rate (by 4) before a layer counts as converged")
+
+
+class AffineFit(LensFit):
+    """Fitting of affine lenses: tuned, linear_oca, and grad's bias."""
+
+    learning_rate: float = Field(
+        0.01, gt=0, description="Adam step, the paper's; 10 times that for SGD, from which the identity starts, the official recipe's"
+    )
+
+
+class Faithfulness(Settings):
+    """Does a lens react as the model does when the residual is changed? The section's presence asks for it."""
+
+    lenses: tuple[LensName, ...] = Field(("oca", "linear_oca", "tuned", "logit"), min_length=1, description="lenses to try")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1, description="layers to try; none means all")
+    n_prompts: int = Field(25, ge=2, description="test prompts that are changed")
+    n_directions: int = Field(20, ge=2, description="random directions, and singular directions, for each layer")
+    resample_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (5, 20, 100), description="singular directions that are resampled together; at most the model's width"
+    )
+    target_kl: float = Field(0.2, gt=0, description="steering: mean KL in nats that the model itself changes by")
+
+
+class Truthfulness(Settings):
+    """At which layer does a wrong demonstration win? The section's presence asks for it."""
+
+    datasets: tuple[Path, ...] | None = Field(
+        None, min_length=1, description="CSV or JSON lines files with text, label; only `model: demo` has one of its own"
+    )
+    n_demonstrations: int = Field(10, ge=1, description="labelled examples in a prompt")
+    n_inputs: int = Field(500, ge=2, description="prompts for each data set, with true and with permuted labels")
+    template: str = Field("{text} {label}", description="one demonstration; a prompt ends right before its label")
+    separator: str = Field("\n", description="between demonstrations")
+    lenses: tuple[LensName, ...] = Field(("oca", "tuned", "logit"), min_length=1, description="lenses to try")
+
+    @model_validator(mode="after")
+    def _template_ends_in_the_label(self) -> "Truthfulness":
+        if "{text}" not in self.template or not self.template.endswith("{label}"):
+            raise ValueError(f"template: {self.template!r}; allowed: a text with {{text}} that ends in {{label}}")
+        return self
+
+
+class Lenses(Settings):
+    """Latent prediction: what each layer already knows. The section's presence asks for it."""
+
+    tasks: tuple[TaskName, ...] | None = Field(None, min_length=1, description="tasks to fit lenses on; none means text, or else all")
+    lenses: tuple[LensName, ...] = Field(
+        ("oca", "linear_oca", "tuned", "logit", "mean", "resample", "grad"), min_length=1, description="what to compare"
+    )
+    init: tuple[LensInit, ...] = Field(get_args(LensInit), min_length=1, description="where tuned lenses start, one for each")
+    positions: Literal["last", "all"] = Field("last", description="rows to fit on: the last position of each prompt, or every one but BOS")
+    oca: LensFit = LensFit()
+    tuned: AffineFit = AffineFit()
+    grad_prompts: int = Field(32, ge=1, description="grad: training prompts over which the model's Jacobian is averaged")
+    lengths: tuple[Annotated[int, Field(ge=3)], ...] = Field(
+        (), description="text: other window lengths, in tokens with BOS, at which the lenses are tested too"
+    )
+    pictures: int = Field(2, ge=0, description="test prompts drawn token by token")
+    faithfulness: Faithfulness | None = None
+    truthfulness: Truthfulness | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_mean_defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return value | {name: {} for name in LENS_SECTIONS if name in value and value[name] is None}
+
+    @model_serializer(mode="wrap")
+    def _only_asked_for(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialise(self).items() if name not in LENS_SECTIONS or value is not None}
+
+    @model_validator(mode="after")
+    def _sections_take_lenses_that_there_are(self) -> "Lenses":
+        if "linear_oca" in self.lenses and "oca" not in self.lenses:
+            raise ValueError("lenses: linear_oca is fitted to oca: list oca too")
+        for section in LENS_SECTIONS:
+            asked = getattr(self, section)
+            if asked is not None and (missing := [name for name in asked.lenses if name not in self.lenses]):
+                raise ValueError(f"{section}.lenses: {', '.join(missing)}; allowed: lenses.lenses: {', '.join(self.lenses)}")
+        for name in ("lenses", "init", "lengths"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name}: {', '.join(map(str, getattr(self, name)))} repeats a value")
+        return self
+
+    def files(self) -> tuple[str, ...]:
+        """The lenses as their files are called: the tuned one once for each init."""
+        return tuple(name for lens in self.lenses for name in ([f"tuned-{init}" for init in self.init] if lens == "tuned" else [lens]))
+
+    def fitted_files(self) -> tuple[str, ...]:
+        """Those of them that are fitted."""
+        return tuple(name for name in self.files() if name.split("-")[0] in FITTED_LENSES)
+
+    def tables(self) -> tuple[str, ...]:
+        """Names of the tables that these settings give, without suffix."""
+        sections = tuple(name for name in LENS_SECTIONS if getattr(self, name) is not None)
+        return ("loss", *(("lengths",) if self.lengths else ()), *sections)
+
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures that these settings give (`oacore.lens_plots.lens_figures` draws them)."""
+        faithful = ("similarity", "correlation") if self.faithfulness is not None else ()
+        return ("loss", "agreement", *(("lengths",) if self.lengths else ()), *faithful, *(("truthfulness",) if self.truthfulness else ()))
+
+
 class Circuits(Settings):
     """Circuit discovery: every method, ablation type, knob and seed is one circuit. The section's presence asks for it."""
 
@@ -349,6 +469,7 @@ class Config(Settings):
     ablation: Ablation = Ablation()
     circuits: Circuits | None = None
     tracing: Tracing | None = None
+    lenses: Lenses | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -361,6 +482,17 @@ class Config(Settings):
     def _only_asked_for(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A section that was not asked for must not come back as an empty one, which asks for it.
         return {name: value for name, value in serialise(self).items() if name not in OPTIONAL_SECTIONS or value is not None}
+
+    def ablation_tasks(self) -> tuple[str, ...]:
+        """The tasks to ablate single components on."""
+        return tuple(self.tasks.selected()) if self.ablation.tasks is None else self.ablation.tasks
+
+    @model_validator(mode="after")
+    def _ablation_has_its_tasks(self) -> "Config":
+        selected = self.tasks.selected()
+        if missing := [task for task in self.ablation_tasks() if task not in selected]:
+            raise ValueError(f"ablation.tasks: {', '.join(missing)}; allowed: the config's tasks: {', '.join(selected)}")
+        return self
 
     def circuit_tasks(self) -> tuple[str, ...]:
         """The tasks to find circuits for."""
@@ -392,10 +524,10 @@ class Config(Settings):
         for ablation in circuits.ablations:
             if ablation in FITTED and judged:
                 fitted = ablation in self.ablation.methods and {"head", "mlp"} <= set(self.ablation.components)
-                if not fitted:
+                if not fitted or not set(tasks) <= set(self.ablation_tasks()):
                     raise ValueError(
                         f"circuits.ablations: {ablation!r} with {', '.join(judged)} takes the components' fitted constants; "
-                        f"ablation.methods must list {ablation}, and ablation.components head and mlp"
+                        f"ablation.methods must list {ablation}, ablation.components head and mlp, and ablation.tasks these tasks"
                     )
         return self
 
@@ -403,6 +535,28 @@ class Config(Settings):
     def _tracing_needs_facts(self) -> "Config":
         if self.tracing is not None and self.tasks.facts is None:
             raise ValueError("tracing: it traces the facts task, which the config does not select; allowed: with tasks.facts")
+        return self
+
+    def lens_tasks(self) -> tuple[str, ...]:
+        """The tasks to fit lenses on."""
+        if self.lenses is None:
+            return ()
+        return self.lenses.tasks or (("text",) if self.tasks.text is not None else tuple(self.tasks.selected()))
+
+    @model_validator(mode="after")
+    def _lenses_make_sense(self) -> "Config":
+        if self.lenses is None:
+            return self
+        selected = self.tasks.selected()
+        if missing := [task for task in self.lenses.tasks or () if task not in selected]:
+            raise ValueError(f"lenses.tasks: {', '.join(missing)}; allowed: the config's tasks: {', '.join(selected)}")
+        if self.lenses.lengths and "text" not in self.lens_tasks():
+            raise ValueError(f"lenses.lengths: {', '.join(map(str, self.lenses.lengths))}; allowed: with the task text, which has windows")
+        truth = self.lenses.truthfulness
+        if truth is not None and truth.datasets is None and self.model != "demo":
+            raise ValueError(
+                "lenses.truthfulness.datasets: missing; only `model: demo` has one of its own; allowed: CSV or JSON lines files"
+            )
         return self
 
     @model_validator(mode="after")
@@ -454,10 +608,14 @@ def is_directory_name(model: str) -> bool:
 def _check_model(config: Config) -> None:
     if config.model == "demo":
         return
-    if config.tasks.facts is not None and config.tasks.facts.path is None:
-        raise UserError(
-            "config is not valid\n  tasks.facts.path: missing; only `model: demo` has facts of its own; allowed: a CSV or JSON lines file"
-        )
+    for name, task, wanted in (
+        ("facts", config.tasks.facts, "a CSV or JSON lines file"),
+        ("text", config.tasks.text, "a text file, a directory of .txt files, or a JSON list of strings"),
+    ):
+        if task is not None and task.path is None:
+            raise UserError(
+                f"config is not valid\n  tasks.{name}.path: missing; only `model: demo` has {name} of its own; allowed: {wanted}"
+            )
     if not is_directory_name(config.model):
         return
     directory = Path(config.model).expanduser()
@@ -484,12 +642,18 @@ def check_architecture(model: str, path: Path) -> str:
 
 
 def _check_paths(config: Config) -> None:
-    for name, task in config.tasks.selected().items():
-        path = getattr(task, "path", None)
-        if path is not None and not path.expanduser().exists():
-            raise UserError(
-                f"tasks.{name}.path: {str(path)!r} does not exist; allowed: an existing file{' or directory' if name == 'text' else ''}"
-            )
+    for key, path in input_files(config):
+        if not path.expanduser().exists():
+            folder = " or directory" if key == "tasks.text.path" else ""
+            raise UserError(f"{key}: {str(path)!r} does not exist; allowed: an existing file{folder}")
+
+
+def input_files(config: Config) -> list[tuple[str, Path]]:
+    """The user's files that a config names, with their keys."""
+    tasks = [(f"tasks.{name}.path", getattr(task, "path", None)) for name, task in config.tasks.selected().items()]
+    truth = config.lenses.truthfulness if config.lenses is not None else None
+    datasets = [("lenses.truthfulness.datasets", path) for path in (truth.datasets or () if truth is not None else ())]
+    return [(key, path) for key, path in [*tasks, *datasets] if path is not None]
 
 
 def _describe(error: ErrorDetails) -> str:

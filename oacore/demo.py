@@ -28,6 +28,7 @@ BOS = "<bos>"
 ARCHITECTURE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64}
 N_THREADS = 2  # fixed: sums over another number of threads round differently
 SHARES = (0.65, 0.2, 0.15)  # of a batch: IOI, Greater-Than, facts; copying a name is learned last and needs the most sentences
+N_TEXT = 6000  # sentences of text.json, half of each kind; those that the model was trained on are not among them
 ANSWER_WEIGHT = 4.0  # of the answer's loss beside the mean over all tokens: one token in 7 to 20 carries the task
 
 FIRST_NAMES = words("Anselm Bettina Corwin Delphine Emeric Fenella Godric Hedwig Ingmar Jolanta")
@@ -127,6 +128,13 @@ def training_sentences(settings: DemoModel) -> list[Iterator[tuple[str, str]]]:
     return [ioi.sentences(rngs[0], "train"), greater_than.sentences(rngs[1], "train"), told_facts()]
 
 
+def text(settings: DemoModel) -> list[str]:
+    """Sentences of the language that training did not see, for tasks on plain text: IOI and Greater-Than in turn."""
+    kinds = [task.sentences(np.random.default_rng([settings.seed, 50 + kind]), "test") for kind, task in enumerate((ioi, greater_than))]
+    pairs = itertools.islice(zip(*kinds, strict=True), N_TEXT // 2)
+    return list(dict.fromkeys(prompt + answer for pair in pairs for prompt, answer in pair))
+
+
 def loss_of(model: Any, batch: Examples) -> Tensor:
     """Mean next-token loss in nats, with the answers weighted up."""
     logits = model(batch.tokens[:, :-1]).logits
@@ -191,7 +199,8 @@ def measure(model: Any, tokenizer: Any, settings: DemoModel, n: int = 500) -> di
 
 
 def build(directory: str | Path, settings: DemoModel) -> dict[str, float]:
-    """Train the demo model and write it as a Hugging Face directory with `facts.csv` (all wordings) and `training.json`.
+    """Train the demo model and write it as a Hugging Face directory with `facts.csv` (all wordings), `labels.csv` (one
+    relation as labelled examples), `text.json` (sentences) and `training.json`.
 
     Returns the held-out measurements.
 
@@ -225,6 +234,11 @@ def _write(directory: Path, model: Any, tokenizer: Any, settings: DemoModel, mea
             writer = csv.writer(file)
             writer.writerow(("subject", "prompt", "answer", "relation"))
             writer.writerows(fact[:4] for fact in facts(settings.n_subjects, settings.seed))
+        with open(temporary / "labels.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("text", "label"))
+            writer.writerows(fact[1:3] for fact in facts(settings.n_subjects, settings.seed) if fact.relation == RELATIONS[0].name)
+        (temporary / "text.json").write_text(json.dumps(text(settings), indent=0) + "\n", encoding="utf-8")
         (temporary / "training.json").write_text(json.dumps({"settings": settings.model_dump(), "held_out": measured}, indent=2) + "\n")
         temporary.chmod(0o755)
         if directory.exists():

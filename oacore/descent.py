@@ -20,6 +20,7 @@ from oacore.errors import UserError
 from oacore.progress import progress
 
 BETAS, EPSILON = (0.9, 0.999), 1e-10
+MOMENTUM, WEIGHT_DECAY, LARGEST_NORM = 0.9, 1e-3, 1.0  # of `sgd_step`: the tuned lens's official recipe
 DECAY = 0.25  # of the learning rate, each time a fit stops improving
 ABSOLUTE_PROGRESS = 1e-6  # nats: smaller improvements are fp32 rounding of the loss
 
@@ -57,6 +58,14 @@ def adam_step(
     return value - rate * direction, first, second
 
 
+def sgd_step(value: Tensor, momentum: Tensor, gradient: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """New (value, momentum) after a step of SGD with Nesterov momentum, weight decay, and each row's gradient clipped by its norm."""
+    norm = gradient.flatten(1).norm(dim=1).reshape(-1, *(1 for _ in gradient.shape[1:]))
+    gradient = gradient * (LARGEST_NORM / norm.clamp(min=LARGEST_NORM)) + WEIGHT_DECAY * value
+    momentum = MOMENTUM * momentum + gradient
+    return value - rate * (gradient + MOMENTUM * momentum), momentum
+
+
 @torch.no_grad()
 def descend(
     start: Tensor,
@@ -71,6 +80,7 @@ def descend(
     identity: str = "",
     what: str = "constants",
     on_test: Callable[[], object] = lambda: None,
+    sgd: bool = False,
 ) -> Descent:
     """Fit every row of `start` [n, ...].
 
@@ -86,6 +96,7 @@ def descend(
         checkpoint: file to resume from and to save to at every test; removed by the caller when its result is safe.
         identity: what the checkpoint belongs to; one with another identity is ignored.
         on_test: called after every convergence test.
+        sgd: take `sgd_step`s instead of Adam's; the rate is then absolute but for `scale`.
 
     Raises:
         UserError: a loss is not finite.
@@ -99,7 +110,8 @@ def descend(
             for _ in range(min(settings.check_every, settings.max_steps - int(state["step"]))):
                 found = gradient(running, state["value"][running], int(state["step"]))
                 state["step"] += 1
-                _adam(state, running, found, _like(state["rate"][running], start) * scale[running])
+                rate = _like(state["rate"][running], start) * scale[running]
+                (_sgd if sgd else _adam)(state, running, found, rate)
                 bar.update()
             _test_convergence(state, running, validate, settings, names, key)
             bar.set_postfix_str(f"{int(state['done'].sum())}/{len(start)} converged", refresh=False)
@@ -139,6 +151,12 @@ def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor) -> None:
     value, first, second = (state[name][rows] for name in ("value", "first", "second"))
     value, first, second = adam_step(value, first, second, gradient, int(state["step"]), rate)
     state["first"][rows], state["second"][rows], state["value"][rows] = first, second, value
+    state["sum"][rows] += value
+
+
+def _sgd(state: State, rows: Tensor, gradient: Tensor, rate: Tensor) -> None:
+    value, momentum = sgd_step(state["value"][rows], state["first"][rows], gradient, rate)
+    state["first"][rows], state["value"][rows] = momentum, value
     state["sum"][rows] += value
 
 

@@ -105,11 +105,19 @@ class Layout:
     def activations(self, task: str) -> str:
         return f"{self.task_dir(task)}/activations.h5"
 
+    def lens_rows(self, task: str) -> str:
+        """The cache that lenses are fitted to."""
+        every = self.config.lenses is not None and self.config.lenses.positions == "all"
+        return f"{self.task_dir(task)}/{'activations-all' if every else 'activations'}.h5"
+
     def ablation(self, task: str, file: str) -> str:
         return f"{self.results_dir}/{task}/ablation/{file}"
 
     def circuits(self, task: str, file: str) -> str:
         return f"{self.results_dir}/{task}/circuits/{file}"
+
+    def lens(self, task: str, file: str) -> str:
+        return f"{self.results_dir}/{task}/lens/{file}"
 
     def tracing(self, file: str) -> str:
         return f"{self.results_dir}/facts/tracing/{file}"

@@ -10,7 +10,7 @@ from oacore.checkpoint import atomic_path
 from oacore.circuits.circuit import Circuit, edge_frequency, edge_table, load, stability
 from oacore.config import Config
 from oacore.layout import Layout, circuit_file
-from oacore.stages.common import model_facts, need
+from oacore.stages.common import model_facts, need, write_table
 
 DRAWN_EDGES = 1000  # more make a page of megabytes that nobody can read
 
@@ -24,10 +24,10 @@ def run(config: Config, task: str) -> None:
     tables = [pd.read_csv(need(layout.circuits(task, f"{folder}/pareto.csv"), "circuit_evaluation")) for folder in folders]
     pareto = pd.concat(tables, ignore_index=True)
     n_edges = model_facts(layout)["sizes"]["n_edges"]
-    _write_table(layout.circuits(task, "pareto.csv"), pareto)
+    write_table(layout.circuits(task, "pareto.csv"), pareto)
     frequency, alike = _over_seeds(layout, task, pareto)
-    _write_table(layout.circuits(task, "stability.csv"), alike)
-    _write_table(layout.circuits(task, "edge_frequency.csv"), frequency)
+    write_table(layout.circuits(task, "stability.csv"), alike)
+    write_table(layout.circuits(task, "edge_frequency.csv"), frequency)
     figures = circuit_plots.circuit_figures(pareto, n_edges)
     for name, figure in figures.items():
         plots.save(figure, layout.circuits(task, f"figures/{name}"))
@@ -69,8 +69,3 @@ def _over_seeds(layout: Layout, task: str, pareto: pd.DataFrame) -> tuple[pd.Dat
     columns = ["method", "ablation", "knob", "n_circuits", "jaccard", "jaccard_low", "jaccard_high"]
     empty = pd.DataFrame(columns=["method", "ablation", "knob", "edge", "share"])
     return pd.concat(frequencies, ignore_index=True) if frequencies else empty, pd.DataFrame(rows, columns=columns)
-
-
-def _write_table(path: str, table: pd.DataFrame) -> None:
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from oacore.ablation import Component, components_of
@@ -20,6 +21,12 @@ def write_json(path: str | Path, value: object) -> None:
     """Atomically, indented, with a final line feed."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_table(path: str | Path, table: pd.DataFrame) -> None:
+    """Atomically, as CSV without the index."""
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False)
 
 
 def need(path: str | Path, stage: str) -> Path:

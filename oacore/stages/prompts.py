@@ -8,7 +8,7 @@ import torch
 
 from oacore.ablation import Batch
 from oacore.activations import write_prompts
-from oacore.config import Config, Facts
+from oacore.config import Config, Facts, Text
 from oacore.errors import UserError
 from oacore.forward import embed, last_residual_from, logits_of
 from oacore.layout import SPLITS, Layout
@@ -25,9 +25,11 @@ def run(config: Config, task: str) -> None:
     settings = config.tasks.selected()[task]
     facts = model_facts(layout)
     complete: Complete | None = None
-    if isinstance(settings, Facts):
-        path = settings.path.expanduser() if settings.path is not None else Path(layout.demo_model) / "facts.csv"
+    if isinstance(settings, Facts | Text):
+        own = "facts.csv" if isinstance(settings, Facts) else "text.json"
+        path = settings.path.expanduser() if settings.path is not None else Path(layout.demo_model) / own
         settings = settings.model_copy(update={"path": path})
+    if isinstance(settings, Facts):
         loaded = gated_model(config, layout)
         tokenizer, complete = loaded.tokenizer, argmax_of(loaded.model, config.limits.tokens_per_batch)
     else:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pandas as pd
 
-from oacore import circuit_report, report, tracing_report
+from oacore import circuit_report, lens_report, report, tracing_report
 from oacore.activations import read_facts
-from oacore.config import Circuits, Config, Tracing
+from oacore.config import Circuits, Config, Lenses, Tracing
 from oacore.layout import Layout
 from oacore.stages.common import model_facts, need
+from oacore.stages.lens_figures import read_tables
 from oacore.stages.tracing_figures import read_pictures
 
 
@@ -20,18 +21,16 @@ def run(config: Config) -> None:
     facts = model_facts(layout)
     sections, counts = [], {}
     for task in config.tasks.selected():
-        gaps = pd.read_csv(need(layout.ablation(task, "gaps.csv"), "gaps"), dtype={"head": "Int64"})
-        summary = pd.read_csv(need(layout.ablation(task, "summary.csv"), "gaps"))
-        names = config.ablation.figures()
-        figures = {name: need(layout.ablation(task, f"{name}.svg"), "figures").read_text(encoding="utf-8") for name in names}
-        path = need(layout.prompts(task), "prompts")
-        about_prompts = read_facts(path)
+        about_prompts = read_facts(need(layout.prompts(task), "prompts"))
         counts[task] = about_prompts["counts"]
-        sections.append(report.ablation_section(task, gaps, summary, figures, about_prompts["example"]))
+        if task in config.ablation_tasks():
+            sections.append(_ablation(config, layout, task, about_prompts["example"]))
         if task in config.circuit_tasks():
             sections.append(_circuits(layout, config.circuits, task))
         if task == "facts" and config.tracing is not None:
             sections.append(_tracing(layout, config.tracing))
+        if task in config.lens_tasks():
+            sections.append(_lenses(layout, config.lenses, task))
     sizes, parity = facts["sizes"], facts["parity"]
     about: dict[str, dict[str, Any]] = {
         "Model": {
@@ -48,14 +47,24 @@ def run(config: Config) -> None:
         "Prompts": {task: ", ".join(f"{c[split]['n_prompts']} {split}" for split in c) for task, c in counts.items()},
         "Run": {"name": config.run, "seed": str(config.seed), "precision": config.dtype, **facts["versions"]},
     }
-    appendix = [report.methods_section(config.ablation.methods)]
+    appendix = [report.methods_section(config.ablation.methods)] if config.ablation_tasks() else []
     if config.circuits is not None:
         appendix.append(circuit_report.circuit_methods_section(config.circuits.methods, config.circuits.ablations))
     if config.tracing is not None:
         appendix.append(tracing_report.tracing_methods_section(config.tracing.corruption_names()))
+    if config.lenses is not None:
+        appendix.append(lens_report.lens_methods_section(config.lenses.lenses))
     appendix += [report.provenance_section(config.model_dump(mode="json"))]
     report.write(layout.report, "Optimal ablation", about, sections, appendix)
     print(f"report: {Path(layout.report).resolve()}")
+
+
+def _ablation(config: Config, layout: Layout, task: str, example: dict[str, object]) -> report.Section:
+    gaps = pd.read_csv(need(layout.ablation(task, "gaps.csv"), "gaps"), dtype={"head": "Int64"})
+    summary = pd.read_csv(need(layout.ablation(task, "summary.csv"), "gaps"))
+    names = config.ablation.figures()
+    figures = {name: need(layout.ablation(task, f"{name}.svg"), "figures").read_text(encoding="utf-8") for name in names}
+    return report.ablation_section(task, gaps, summary, figures, example)
 
 
 def _circuits(layout: Layout, settings: Circuits | None, task: str) -> report.Section:
@@ -85,3 +94,18 @@ def _tracing(layout: Layout, settings: Tracing) -> report.Section:
     counts["test subjects"] = f"{facts['n_subjects']}, over which standard errors are taken"
     counts["probability of"] = {"first_token": "the answer's first token", "joint": "all of the answer's tokens together"}[settings.answer]
     return tracing_report.tracing_section(aie, figures, counts, read_pictures(layout))
+
+
+def _lenses(layout: Layout, settings: Lenses | None, task: str) -> report.Section:
+    assert settings is not None
+    figures = {name: need(layout.lens(task, f"figures/{name}.svg"), "lens_figures").read_text("utf-8") for name in settings.figures()}
+    tables = read_tables(layout, settings, task)
+    drawings = {
+        f"What each layer predicts, by lens: test prompt {number + 1}. Point at a cell to see its most likely tokens.": need(
+            layout.lens(task, f"figures/prompt_{number}.svg"), "lens_figures"
+        ).read_text("utf-8")
+        for number in range(settings.pictures)
+    }
+    return lens_report.lens_section(
+        task, tables["loss"], figures, drawings, faithfulness=tables.get("faithfulness"), truthfulness=tables.get("truthfulness")
+    )

@@ -6,12 +6,11 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from oacore.checkpoint import atomic_path
 from oacore.config import Config
 from oacore.corruption import Corrupt, corruption, trace_own, trace_shared
 from oacore.errors import UserError
 from oacore.progress import progress
-from oacore.stages.common import write_json
+from oacore.stages.common import write_json, write_table
 from oacore.stages.tracing_setting import Setting
 from oacore.tracing import NOWHERE, Place, Recall, Traced, aie_table, place
 
@@ -29,14 +28,9 @@ def run(config: Config) -> None:
         traced = _traced(setting, name, places)
         tables.append(aie_table(name, traced, places, subjects, setting.settings, n_layers))
     write_json(setting.layout.tracing("facts.json"), {"counts": setting.counts, "n_subjects": len(set(subjects.tolist()))})
-    _write(setting.layout.tracing("pictures.csv"), _pictures(setting, chosen))
-    _write(setting.layout.tracing("aie.csv"), pd.concat(tables, ignore_index=True))
+    write_table(setting.layout.tracing("pictures.csv"), _pictures(setting, chosen))
+    write_table(setting.layout.tracing("aie.csv"), pd.concat(tables, ignore_index=True))
     print(f"tracing: {len(recall)} facts about {len(set(subjects.tolist()))} subjects, {len(places)} places, {len(tables)} corruptions")
-
-
-def _write(path: str, table: pd.DataFrame) -> None:
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
 
 
 def _traced(setting: Setting, name: str, places: list[Place]) -> Traced:

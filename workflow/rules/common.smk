@@ -57,3 +57,36 @@ def search_settings(wildcards):
 
 
 TRACING = run_config.tracing.model_dump() if run_config.tracing else {}
+
+
+LENSES = run_config.lenses.model_dump() if run_config.lenses else {}
+
+
+def lenses(name):
+    """A file of a task's lenses; "{task}" and others make it a pattern."""
+    return layout.lens("{task}", name)
+
+
+def lens_rows(wildcards):
+    """The cache that lenses of the task are fitted to."""
+    return layout.lens_rows(wildcards.task)
+
+
+def lens_files(kinds):
+    """The fitted lenses of these kinds."""
+    fitted = run_config.lenses.fitted_files()
+    return [
+        lenses(f"{name}.safetensors") for name in fitted if name.split("-")[0] in kinds
+    ]
+
+
+def lens_settings(wildcards):
+    """The keys that the lens's fit reads."""
+    own = "oca" if wildcards.lens in ("oca", "oca_shared") else "tuned"
+    keys = ["positions", own] + ["grad_prompts"] * (wildcards.lens == "grad")
+    return {key: LENSES[key] for key in keys}
+
+
+def labelled_files(wildcards):
+    """The user's labelled data sets."""
+    return [str(path) for path in run_config.lenses.truthfulness.datasets or ()]

@@ -2,10 +2,14 @@ rule report:
     input:
         layout.model_json,
         [layout.prompts(task) for task in TASKS],
-        [results(task, name) for task in TASKS for name in ("gaps.csv", "summary.csv")],
+        [
+            results(task, name)
+            for task in run_config.ablation_tasks()
+            for name in ("gaps.csv", "summary.csv")
+        ],
         [
             results(task, f"{name}.svg")
-            for task in TASKS
+            for task in run_config.ablation_tasks()
             for name in run_config.ablation.figures()
         ],
         [
@@ -34,6 +38,18 @@ rule report:
             if TRACING
             else []
         ),
+        [
+            layout.lens(task, name)
+            for task in run_config.lens_tasks()
+            for name in (
+                *(f"{name}.csv" for name in run_config.lenses.tables()),
+                *(f"figures/{name}.svg" for name in run_config.lenses.figures()),
+                *(
+                    f"figures/prompt_{number}.svg"
+                    for number in range(run_config.lenses.pictures)
+                ),
+            )
+        ],
     output:
         layout.report,
     log:
