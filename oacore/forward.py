@@ -14,11 +14,11 @@ from oacore.model import ACTIVATIONS, Block, Model, Norm
 
 
 def normalise(norm: Norm, x: Tensor) -> Tensor:
-    """LayerNorm or RMSNorm of x [..., d], computed in fp32 as Hugging Face does."""
+    """LayerNorm or RMSNorm of x [..., d], the latter computed in fp32 at least, as Hugging Face does."""
     if not norm.rms:
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.to(wide.dtype)).to(x.dtype)
 
 
 def embed(model: Model, tokens: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def message(values):
         ({"tasks": "ioi"}, ["tasks: 'ioi'", "a mapping with the keys ioi"]),
         ({}, ["tasks: missing"]),
         ([1], ["config: [1] is not a mapping"]),
-        ({"tasks": {"text": {}}}, ["tasks.text.path: missing", "text file"]),
+        ({"model": "gpt2", "tasks": {"text": {}}}, ["tasks.text.path: missing", "text file"]),
         ({"tasks": {"text": {"path": "no/such.txt"}}}, ["tasks.text.path: 'no/such.txt' does not exist"]),
         ({**GOOD, "model": "./nowhere"}, ["model: './nowhere' is not a directory"]),
         ({"model": "gpt2", "tasks": {"facts": None}}, ["tasks.facts.path: missing", "CSV"]),
@@ -184,3 +184,40 @@ def test_tracing_names_what_it_makes():
     tracing = parse_config(TRACED | {"tracing": settings}).tracing
     assert not tracing.fitted and tracing.corruption_names() == ("gaussian-0.5", "mean")
     assert tracing.figures() == ("aie_block", "fact_0", "fact_1")
+
+
+LENSED = {"model": "demo", "tasks": {"ioi": None, "text": None}}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"lenses": {"lenses": ["linear_oca"]}}, ["lenses", "list oca too"]),
+        ({"lenses": {"lenses": ["tunned"]}}, ["lenses.lenses[0]", "did you mean 'tuned'"]),
+        ({"lenses": {"faithfulness": {"lenses": ["oca_shared"]}}}, ["faithfulness.lenses: oca_shared", "lenses.lenses"]),
+        ({"lenses": {"tasks": ["facts"]}}, ["lenses.tasks: facts", "ioi, text"]),
+        ({"lenses": {"tasks": ["ioi"], "lengths": [5]}}, ["lenses.lengths", "text"]),
+        ({"lenses": {"init": ["identity", "identity"]}}, ["init", "repeats"]),
+        ({"lenses": {"truthfulness": {"template": "{text}: {label}."}}}, ["template", "ends in {label}"]),
+        ({"model": "gpt2", "tasks": {"ioi": None}, "lenses": {"truthfulness": None}}, ["lenses.truthfulness.datasets: missing"]),
+        ({"lenses": {"truthfulness": {"datasets": ["no-such.csv"]}}}, ["lenses.truthfulness.datasets", "does not exist"]),
+        ({"ablation": {"tasks": ["facts"]}}, ["ablation.tasks: facts", "ioi, text"]),
+    ],
+)
+def test_lenses_that_make_no_sense_are_refused_with_the_reason(change, parts):
+    with pytest.raises(UserError) as error:
+        parse_config(LENSED | change)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_lenses_name_what_they_make():
+    assert parse_config(LENSED).lens_tasks() == ()
+    config = parse_config(LENSED | {"lenses": None})
+    assert config.lens_tasks() == ("text",) and config.lenses.tables() == ("loss",) and config.lenses.figures() == ("loss", "agreement")
+    assert config.lenses.files() == ("oca", "linear_oca", "tuned-identity", "tuned-random", "logit", "mean", "resample", "grad")
+    assert config.lenses.fitted_files() == ("oca", "linear_oca", "tuned-identity", "tuned-random", "grad")
+    assert parse_config({"model": "demo", "tasks": {"ioi": None}, "lenses": None}).lens_tasks() == ("ioi",)
+    every = parse_config(LENSED | {"lenses": {"lengths": [5], "faithfulness": None, "truthfulness": None}}).lenses
+    assert every.tables() == ("loss", "lengths", "faithfulness", "truthfulness")
+    assert every.figures() == ("loss", "agreement", "lengths", "similarity", "correlation", "truthfulness")

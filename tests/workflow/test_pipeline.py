@@ -42,13 +42,13 @@ def roots(cache, results):
 def finished(tiny_run):
     """Config, layout and gap tables of the finished tiny run."""
     config, layout = tiny_run
-    return config, layout, {task: pd.read_csv(layout.ablation(task, "gaps.csv")) for task in config.tasks.selected()}
+    return config, layout, {task: pd.read_csv(layout.ablation(task, "gaps.csv")) for task in config.ablation_tasks()}
 
 
 def test_outputs_are_exactly_those_promised(finished):
     config, layout, _ = finished
     figures = {f"{name}.{kind}" for name in config.ablation.figures() for kind in ("svg", "png")}
-    for task in config.tasks.selected():
+    for task in config.ablation_tasks():
         found = {path.name for path in Path(layout.ablation(task, "")).iterdir()} - {"logs"}
         assert found == {"gaps.csv", "summary.csv", "constants-optimal.safetensors", "constants-optimal_positional.safetensors"} | figures
         assert {path.name for path in Path(layout.task_dir(task)).iterdir()} - {"logs"} == {"prompts.h5", "activations.h5"}
@@ -365,7 +365,9 @@ def test_report_is_one_offline_page_with_everything(finished):
     assert not page.fetched and "script" not in page.tags
     of_circuits = len(config.circuits.figures()) + len(config.circuits.ablations)  # fronts, and a drawing for each ablation type
     of_tracing = len(config.tracing.figures())
-    assert page.tags.count("figure") == len(config.tasks.selected()) * len(config.ablation.figures()) + of_circuits + of_tracing
+    of_lenses = len(config.lenses.figures()) + config.lenses.pictures
+    of_ablation = len(config.ablation_tasks()) * len(config.ablation.figures())
+    assert page.tags.count("figure") == of_ablation + of_circuits + of_tracing + of_lenses
     for word in ("ioi", "facts", json.loads(Path(layout.model_json).read_text())["model_hash"][:16], "optimal_positional", "seed"):
         assert word in text.replace("<wbr>", "")
 
@@ -402,6 +404,12 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
     }
     tracing = tiny["tracing"]
     assert stale({"tracing": tracing | {"n_draws": 3}}) == {"tracing": 1, "tracing_figures": 1, "report": 1}
+    tiny_lenses = tiny["lenses"]
+    assert stale({"lenses": tiny_lenses | {"pictures": 0}}) == {"lens_evaluation": 1, "lens_figures": 1, "report": 1}
+    of_oca = {"lens_fit": 3, "lens_evaluation": 1, "lens_faithfulness": 1, "lens_truthfulness": 1, "lens_figures": 1, "report": 1}
+    assert stale({"lenses": tiny_lenses | {"oca": tiny_lenses["oca"] | {"max_steps": 61}}}) == of_oca  # oca, oca_shared, linear_oca
+    faithful = tiny_lenses["faithfulness"] | {"n_directions": 4}
+    assert stale({"lenses": tiny_lenses | {"faithfulness": faithful}}) == {"lens_faithfulness": 1, "lens_figures": 1, "report": 1}
     every_trace = {"tracing_fit": 1, "tracing": 1, "tracing_figures": 1}
     assert stale({"tracing": tracing | {"fit": tracing["fit"] | {"max_steps": 21}}}) == every_trace | {"report": 1}
     assert stale({"tracing": tracing | {"corruptions": ["gaussian"]}}) == {"tracing": 1, "tracing_figures": 1, "report": 1}
@@ -409,7 +417,7 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
     every_circuit = {"circuit_search": 16, "circuit_evaluation": 2, "circuit_figures": 1}
     assert other_task == {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "report": 1} | every_circuit
     other_run = stale({"run": "other"})
-    assert other_run == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1} | every_circuit | every_trace
+    assert other_run == {"optimal": 4, "gaps": 2, "figures": 2} | every_circuit | every_trace | of_oca | {"lens_fit": 6}
     assert stale({"dtype": "bf16"})["demo"] == 1
 
 
@@ -422,7 +430,7 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "oacore", "all", "--config", path], cwd=ROOT, check=True, capture_output=True, env=environment)
     again = Layout(load_config(path))
-    for task in config.tasks.selected():
+    for task in config.ablation_tasks():
         for name in (
             "constants-optimal.safetensors",
             "constants-optimal_positional.safetensors",
@@ -431,9 +439,11 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
             "gap_distributions.svg",
         ):
             assert Path(again.ablation(task, name)).read_bytes() == Path(layout.ablation(task, name)).read_bytes(), f"{task} {name}"
-    for path in Path(layout.tracing("")).iterdir():
-        if path.is_file():
-            assert Path(again.tracing(path.name)).read_bytes() == path.read_bytes(), path
+    for folder in (layout.tracing(""), layout.lens("text", "")):
+        for path in Path(folder).iterdir():
+            if path.is_file():
+                same = Path(str(path).replace(layout.results_dir, again.results_dir))
+                assert same.read_bytes() == path.read_bytes(), path
     for method in config.circuits.methods:
         for ablation in config.circuits.ablations:
             for path in Path(layout.circuits("ioi", f"{method}-{ablation}")).iterdir():
@@ -448,9 +458,9 @@ def fresh(finished, tmp_path):
     _, theirs, _ = finished
     values = yaml.safe_load(TINY.read_text())
     values |= {"tasks": {"ioi": values["tasks"]["ioi"]}, "cache_dir": str(tmp_path / "cache"), "results_dir": str(tmp_path / "results")}
-    values["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"]}
+    values["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"], "tasks": ["ioi"]}
     values["circuits"] |= {"methods": ["ugs"], "ablations": ["optimal"], "seeds": [0]}
-    del values["tracing"]  # of another task
+    del values["tracing"], values["lenses"]  # of other tasks
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     layout = Layout(load_config(path))
@@ -516,7 +526,8 @@ def test_ctrl_c_in_a_fit_and_the_next_run_goes_on(fresh, tmp_path):
 def test_bad_config_stops_before_any_job(tmp_path, change, parts):
     path = tmp_path / "bad.yaml"
     values = yaml.safe_load(TINY.read_text())
-    del values["tracing"]  # of a task that is not in every change
+    del values["tracing"], values["lenses"]  # of tasks that are not in every change
+    values["ablation"]["tasks"] = None
     path.write_text(yaml.safe_dump(values | change))
     result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
     assert result.returncode != 0
@@ -529,7 +540,7 @@ def test_bad_facts_stop_before_any_job(tmp_path):
     (tmp_path / "facts.csv").write_text("subject,prompt,answer\nParis,Paris is in,France\nRome,It is in,Italy\n")
     path = tmp_path / "bad.yaml"
     values = yaml.safe_load(TINY.read_text()) | {"tasks": {"facts": {"path": str(tmp_path / "facts.csv")}}}
-    del values["circuits"]  # of another task
+    del values["circuits"], values["lenses"], values["ablation"]["tasks"]  # of other tasks
     path.write_text(yaml.safe_dump(values))
     result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
     assert result.returncode != 0 and "Traceback" not in result.stderr
@@ -541,7 +552,7 @@ def test_bad_input_in_a_job_gives_one_error(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     path = tmp_path / "bad.yaml"
     text = yaml.safe_load(TINY.read_text()) | {"tasks": {"text": {"path": str(tmp_path / "empty.txt")}}}
-    del text["circuits"], text["tracing"]  # of other tasks
+    del text["circuits"], text["tracing"], text["ablation"]["tasks"]  # of other tasks
     path.write_text(yaml.safe_dump(text))
     config = load_config(path).model_copy(update={"cache_dir": tmp_path / "cache"})
     assert isinstance(config, Config)
