@@ -22,7 +22,7 @@ FLOORS = (
     ("forward", "report", "folded", "descent", "circuit_plots", "circuit_drawing", "tracing_plots", "lens_drawing", "lens_plots"),
     ("ablation", "parity", "circuit_report", "tracing_report", "lens_report"),
     ("activations", "optimal", "gaps", "masked_forward", "tracing"),
-    ("constants", "circuits", "planted", "corruption"),
+    ("constants", "circuits", "planted", "corruption", "lens", "faithfulness", "truthfulness"),
     ("planted_recall",),
     ("stages",),
     ("__main__",),

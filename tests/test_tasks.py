@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from oacore.errors import UserError
 from oacore.tasks import SPLITS, TASKS, facts, generate, greater_than, ioi
 from oacore.tasks.facts import read
-from oacore.tasks.prompts import build, encode, following, split_of, stream
+from oacore.tasks.prompts import build, encode, following, split_of, stream, token_text
 from oacore.tasks.text import passages as read_passages
 
 ROOT = Path(__file__).parents[1]
@@ -457,6 +457,14 @@ def test_facts_splits_are_by_subject(gpt2, facts_file):
     subjects = [{rows[text] for text in generate("facts", settings(None, path=facts_file), gpt2, 1, s).text} for s in SPLITS]
     assert not subjects[0] & subjects[1] and not subjects[0] & subjects[2] and not subjects[1] & subjects[2]
     assert 20 < len(subjects[0]) <= 27 and len(subjects[1]) <= 9 and len(subjects[2]) <= 9  # of 45: 60 %, 20 %, 20 %
+
+
+def test_tokens_keep_their_leading_space(stories, gpt2, words):
+    ids_of = lambda tokenizer: tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]  # noqa: E731
+    for tokenizer in (stories, gpt2):
+        texts = [token_text(tokenizer, id_) for id_ in ids_of(tokenizer)]
+        assert "".join(texts).strip() == "Once upon a time" and texts[1].startswith(" ")
+    assert token_text(words, words.convert_tokens_to_ids("war")) == "war"
 
 
 def test_facts_deal_every_relation_to_every_split(facts_file):

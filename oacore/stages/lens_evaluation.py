@@ -17,6 +17,7 @@ from oacore.progress import progress
 from oacore.stages.common import write_table
 from oacore.stages.lens_setting import Setting
 from oacore.tasks import generate
+from oacore.tasks.prompts import token_text
 
 BATCH_ROWS = 512
 DRAWN = ("oca", "logit", "tuned")
@@ -90,13 +91,13 @@ def _pictures(setting: Setting) -> pd.DataFrame:
     ]
     for number in range(min(config.lenses.pictures, len(batch))):
         tokens = batch.tokens[number : number + 1, : int(batch.lengths[number])]
-        shown = [loaded.tokenizer.decode([token]) for token in tokens[0].tolist()]
+        shown = [token_text(loaded.tokenizer, token) for token in tokens[0].tolist()]
         for lens in lenses:
             for layer in range(model.n_layers + 1):
                 probs = lens.logits(residual_after(model, tokens, layer)[0], layer).softmax(-1)  # [T, V]
                 top = probs.topk(min(TOP, probs.shape[-1]))
                 for position, (values, ids) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
                     about: tuple[Any, ...] = (number, lens.name, lens.init, layer, position, shown[position])
-                    words = [loaded.tokenizer.decode([token]) for token in ids]
+                    words = [token_text(loaded.tokenizer, token) for token in ids]
                     rows += [(*about, rank + 1, word, value) for rank, (word, value) in enumerate(zip(words, values, strict=True))]
     return pd.DataFrame(rows, columns=["prompt", "lens", "init", "layer", "position", "token", "rank", "predicted", "probability"])

@@ -12,6 +12,7 @@ from oacore.errors import UserError
 from oacore.progress import progress
 from oacore.stages.common import write_json, write_table
 from oacore.stages.tracing_setting import Setting
+from oacore.tasks.prompts import token_text
 from oacore.tracing import NOWHERE, Place, Recall, Traced, aie_table, place
 
 USUAL_NOISE = 3.0  # standard deviations, of ROME and the paper
@@ -86,7 +87,7 @@ def _pictures(setting: Setting, chosen: list[int]) -> pd.DataFrame:
     for number, row in enumerate(progress(chosen, what="pictures", unit="facts")):
         recall = setting.recall["test"].take(slice(row, row + 1))
         length, inside = int(recall.last[0]) + 1, recall.in_subject[0].tolist()
-        tokens = [tokenizer.decode([token]) for token in recall.tokens[0, :length].tolist()]
+        tokens = [token_text(tokenizer, token) for token in recall.tokens[0, :length].tolist()]
         answer = tokenizer.decode([token for token in recall.answer[0].tolist() if token >= 0])
         cells = [(site, layer, position) for site in setting.tracing.sites for layer in range(n_layers) for position in range(length)]
         places = [place(site, position, layer, width, n_layers) for site, layer, position in cells]

@@ -105,6 +105,12 @@ def ids_and_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[in
     return out["input_ids"], out["offset_mapping"]
 
 
+def token_text(tokenizer: Any, id_: int) -> str:
+    """A token as it stands in a text, with its leading space: SentencePiece tokenizers decode a single token without it."""
+    piece, text = tokenizer.convert_ids_to_tokens(id_), str(tokenizer.decode([id_]))
+    return f" {text.lstrip()}" if isinstance(piece, str) and piece.startswith("\u2581") else text
+
+
 def bos_id(tokenizer: Any) -> int:
     """The id at position 0: BOS, or EOS where the tokenizer has no BOS; raises UserError where it has neither."""
     for id_ in (tokenizer.bos_token_id, tokenizer.eos_token_id):
