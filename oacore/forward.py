@@ -160,6 +160,24 @@ def run_block(model: Model, layer: int, residual: Tensor, last: Tensor | None = 
     return add_attention(model, layer, residual if last is None else at(residual, last), combined)
 
 
+def run_block_at(model: Model, layer: int, residual: Tensor, keys: Tensor, values: Tensor, last: Tensor) -> Tensor:
+    """One block for one position of each row, whose earlier positions are known by their keys and values.
+
+    Args:
+        residual: [B, 1, d], entering the block at positions `last` [B].
+        keys, values: [B, T, KV, k] as `key_value` gives them; their rows at `last` are replaced in place by this residual's.
+    """
+    block = model.blocks[layer]
+    x = normalise(block.attention_norm, residual)
+    q, k, v = (_project(x, weight, bias) for weight, bias in ((block.W_Q, block.b_Q), (block.W_K, block.b_K), (block.W_V, block.b_V)))
+    if model.rotary is not None:
+        cos, sin = (table[last][:, None, None] for table in rotary_tables(model, keys.flatten(2)))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    rows = torch.arange(len(last), device=last.device)
+    keys[rows, last], values[rows, last] = k[:, 0], v[:, 0]
+    return add_attention(model, layer, residual, combine_heads(model, layer, _attend(block, q, keys, values, last)))
+
+
 def residual_after(model: Model, tokens: Tensor, n_layers: int | None = None) -> Tensor:
     """The residual [B, T, d] after the first `n_layers` blocks (default: all), before the final norm."""
     residual = embed(model, tokens)
