@@ -26,6 +26,7 @@ from oacore.progress import progress
 
 RIDGE = 3e-4  # of the mean variance, on the covariance's diagonal
 SMALLEST_KL, SMALLEST_CHANGE = 1e-12, 1e-7  # nats, KL and its root mean square log-ratio; what is smaller is rounding
+SMALLEST_MOVE = 1e-5  # of a residual's norm
 N_JACOBIAN = 64  # training rows over which a lens is linearised
 BISECTIONS = 14  # of the steering magnitude between 1e-3 and 1e3 whitened units: to within 0.1 %
 N_BOOTSTRAP = 1000
@@ -156,29 +157,29 @@ class Reactions:
     similarity: np.ndarray  # [P, B]
     log_kl_model: np.ndarray  # [P, B]
     log_kl_lens: np.ndarray  # [P, B]
+    changed: np.ndarray  # bool [P, B]; others don't count: a prompt whose partner has the same residual is not perturbed by it
 
     def row(self, seed: int) -> dict[str, float]:
         """Mean similarity and correlation with 95 % intervals, by bootstrap over perturbations."""
-        x, y, n = self.log_kl_model, self.log_kl_lens, self.similarity.shape[1]
-        sums = np.stack([v.sum(1) for v in (self.similarity, x, y, x * x, y * y, x * y)])  # [6, P]
+        x, y, counted = self.log_kl_model, self.log_kl_lens, self.changed.astype(float)
+        sums = np.stack([(v * counted).sum(1) for v in (counted, self.similarity, x, y, x * x, y * y, x * y)])  # [7, P]
         draws = np.random.default_rng(seed).integers(0, sums.shape[1], (N_BOOTSTRAP, sums.shape[1]))
 
         def statistics(chosen: np.ndarray) -> np.ndarray:
-            s, sx, sy, sxx, syy, sxy = sums[:, chosen].mean(-1) / n  # moments per row
-            spread = np.sqrt(np.clip(sxx - sx**2, 0, None) * np.clip(syy - sy**2, 0, None))
-            return np.array([s, np.where(spread > 0, (sxy - sx * sy) / np.where(spread > 0, spread, 1), np.nan)])
+            n, *moments = sums[:, chosen].sum(-1)
+            with np.errstate(invalid="ignore", divide="ignore"):  # nothing counted, or nothing that varies: NaN
+                s, sx, sy, sxx, syy, sxy = np.array(moments) / n
+                spread = np.sqrt(np.clip(sxx - sx**2, 0, None) * np.clip(syy - sy**2, 0, None))
+                return np.array([s, np.where(spread > 1e-12, (sxy - sx * sy) / spread, np.nan)])
 
-        similarity, correlation = statistics(np.arange(sums.shape[1]))
-        spread = np.nanquantile(statistics(draws), (0.025, 0.975), axis=1) if np.isfinite(correlation) else np.full((2, 2), np.nan)
-        return {
-            "similarity": float(similarity),
-            "similarity_low": float(spread[0, 0]),
-            "similarity_high": float(spread[1, 0]),
-            "correlation": float(correlation),
-            "correlation_low": float(spread[0, 1]),
-            "correlation_high": float(spread[1, 1]),
-            "n": int(self.similarity.size),
-        }
+        values = statistics(np.arange(sums.shape[1]))
+        several = statistics(draws)
+        found: dict[str, float] = {}
+        for name, value, draw in zip(("similarity", "correlation"), values, several, strict=True):
+            known = draw[np.isfinite(draw)]
+            low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
+            found |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
+        return found | {"n": int(counted.sum())}
 
 
 class _Layer:
@@ -215,8 +216,10 @@ class _Layer:
                 lens_after = lens.logits(changed[part], self.layer).double().log_softmax(-1)
                 similarity = aitchison_similarity(self.before, after, before, lens_after)
                 mine.append(torch.stack((similarity, own, kl_divergence(before, lens_after))))
+        moved = (changed - self.residual).norm(dim=-1) > SMALLEST_MOVE * self.residual.norm(dim=-1)  # [P, B]
         tables = [torch.cat(mine, 1).cpu().numpy() for mine in found]
-        return [Reactions(table[0], *np.log(np.clip(table[1:], SMALLEST_KL, None))) for table in tables]
+        logs = [np.log(np.clip(table[1:], SMALLEST_KL, None)) for table in tables]
+        return [Reactions(table[0], log[0], log[1], moved.cpu().numpy()) for table, log in zip(tables, logs, strict=True)]
 
 
 @torch.no_grad()

@@ -228,11 +228,24 @@ def test_table_is_complete_and_seeded_and_does_not_depend_on_parts():
 def test_intervals_by_hand():
     draw = np.random.default_rng(0)
     x = draw.standard_normal((40, 3))
-    y = 0.5 * x + draw.standard_normal((40, 3))
-    row = Reactions(np.tanh(x), x, y).row(0)
-    assert row["similarity"] == pytest.approx(np.tanh(x).mean()) and row["correlation"] == pytest.approx(
-        np.corrcoef(x.ravel(), y.ravel())[0, 1]
-    )
+    y, counted = 0.5 * x + draw.standard_normal((40, 3)), draw.random((40, 3)) < 0.8
+    every = np.ones((40, 3), bool)
+    row = Reactions(np.tanh(x), x, y, counted).row(0)
+    assert row["similarity"] == pytest.approx(np.tanh(x)[counted].mean()) and row["n"] == counted.sum()
+    assert row["correlation"] == pytest.approx(np.corrcoef(x[counted], y[counted])[0, 1])
+    row = Reactions(np.tanh(x), x, y, every).row(0)
     spread = np.tanh(x).mean(1).std() / 40**0.5
     assert row["similarity_high"] - row["similarity_low"] == pytest.approx(2 * 1.96 * spread, rel=0.15)
-    assert np.isnan(Reactions(x, np.ones((40, 3)), y).row(0)["correlation"]), "what never moves correlates with nothing"
+    still = Reactions(x, np.ones((40, 3)), y, every).row(0)
+    assert np.isnan(still["correlation"]) and np.isnan(still["correlation_low"]), "what never moves correlates with nothing"
+    assert np.isnan(Reactions(x, x, y, ~every).row(0)["similarity"])
+
+
+def test_prompts_that_a_perturbation_leaves_alone_do_not_count():
+    """At layer 0 the residual is the last token's embedding: two prompts that end alike are each other's partner without a change."""
+    model, batch = canonical(random_hf("llama")), some_batch()
+    batch.tokens[torch.arange(4), batch.lengths - 1] = torch.tensor([5, 5, 6, 6])
+    train = torch.randn(50, 3, 32, generator=torch.Generator().manual_seed(5))
+    lens = Lens("logit", "", model, {})
+    table = faithfulness(model, [lens], batch, train, [0], n_directions=6, resample_sizes=(32,)).set_index("perturbation")
+    assert 0 < table.loc["resample_32", "n"] < 24 and table.loc["project_random", "n"] == 24

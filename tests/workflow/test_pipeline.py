@@ -155,6 +155,61 @@ def test_pictures_agree_with_themselves(finished):
         assert (last["p_restored"] - last["p_clean"]).abs().max() < 1e-6
 
 
+def test_lens_outputs_are_those_promised(finished):
+    config, layout, _ = finished
+    lenses, folder = config.lenses, Path(layout.lens("text", ""))
+    found = {path.name for path in folder.iterdir()} - {"logs", "figures"}
+    tables = {f"{name}.csv" for name in (*lenses.tables(), "pictures")}
+    assert found == tables | {f"{name}.safetensors" for name in lenses.fitted_files()}
+    names = {f"{name}.{kind}" for name in lenses.figures() for kind in ("svg", "png")} | {"prompt_0.svg"}
+    assert {path.name for path in (folder / "figures").iterdir()} == names
+    loss = pd.read_csv(folder / "loss.csv")
+    assert list(loss.columns) == ["lens", "init", "layer", "kl_nats", "se_nats", "top1_agreement", "n"]
+    assert len(loss) == len(lenses.files()) * 4 and (loss["n"] == 60).all() and (loss["kl_nats"] > 0).all()
+    wide = loss[loss["init"].isna()].pivot(index="layer", columns="lens", values="kl_nats")
+    assert (wide["oca"] < wide["mean"] * 1.05).all() and (wide["oca"] < wide["resample"]).all() and (wide["oca"] < wide["logit"]).all()
+    lengths = pd.read_csv(folder / "lengths.csv")
+    assert set(lengths["n_tokens"]) == {6, 11} and len(lengths) == 2 * len(loss)
+    # Windows of the fitted length are the task's own: the same numbers, by a pass of the model instead of the cache.
+    again = lengths[lengths["n_tokens"] == 11].reset_index(drop=True)
+    assert (again["kl_nats"] / loss["kl_nats"] - 1).abs().max() < 1e-3
+    faithfulness = pd.read_csv(folder / "faithfulness.csv")
+    assert len(faithfulness) == 2 * 2 * 6 and faithfulness["similarity"].between(-1, 1).all()
+    truthfulness = pd.read_csv(folder / "truthfulness.csv")
+    assert len(truthfulness) == 2 * 2 * 5 and truthfulness["accuracy"].between(0, 1).all()
+    last = truthfulness[truthfulness["layer"] == 4].pivot(index="demonstrations", columns="lens", values="accuracy")
+    assert (last["oca"] == last["logit"]).all(), "after all blocks every lens is the model"
+
+
+def test_a_lens_loss_with_plain_hugging_face(finished):
+    """A number in loss.csv again: Hugging Face's model with attention's outputs replaced by the constants from their file."""
+    from transformers import AutoModelForCausalLM
+
+    _, layout, _ = finished
+    hf = AutoModelForCausalLM.from_pretrained(layout.demo_model).eval()
+    prompts = read_prompts(layout.prompts("text"), "test")
+    tokens = torch.from_numpy(prompts.tokens).long()
+    rows = (torch.arange(len(tokens)), torch.from_numpy(prompts.lengths).long() - 1)
+    constants = load_file(layout.lens("text", "oca.safetensors"))["constants"]
+    loss = pd.read_csv(layout.lens("text", "loss.csv"))
+    with torch.no_grad():
+        clean = hf(tokens).logits[rows].log_softmax(-1)
+        for start in (0, 2):
+            hooks = [
+                hf.transformer.h[layer].attn.register_forward_hook(
+                    lambda _, __, output, value=constants[start, layer]: (value.expand_as(output[0]), *output[1:])
+                )
+                for layer in range(start, 4)
+            ]
+            lens = hf(tokens).logits[rows].log_softmax(-1)
+            for hook in hooks:
+                hook.remove()
+            kl = (clean.exp() * (clean - lens)).sum(-1)
+            row = loss[(loss["lens"] == "oca") & (loss["layer"] == start)].iloc[0]
+            assert row["kl_nats"] == pytest.approx(float(kl.mean()), rel=1e-3)
+            assert row["top1_agreement"] == pytest.approx(float((lens.argmax(-1) == clean.argmax(-1)).float().mean()))
+
+
 def test_pareto_table_is_complete(finished):
     config, layout, _ = finished
     pareto = pd.read_csv(layout.circuits("ioi", "pareto.csv"))
