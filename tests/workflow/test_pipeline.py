@@ -441,7 +441,7 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
     tiny = yaml.safe_load(TINY.read_text())
     assert stale({"limits": {"threads": 2}, "device": "auto"}) == {}
     assert stale({"ablation": tiny["ablation"] | {"methods": ["zero", "optimal"]}}) == {"gaps": 2, "figures": 2, "report": 1}
-    fit_again = stale({"ablation": {"optimal": tiny["ablation"]["optimal"] | {"tolerance": 0.02}}})
+    fit_again = stale({"ablation": tiny["ablation"] | {"optimal": tiny["ablation"]["optimal"] | {"tolerance": 0.02}}})
     # Methods that judge edges without training constants take the components'.
     judged = {"circuit_search": 4, "circuit_evaluation": 1, "circuit_figures": 1}
     assert fit_again == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1} | judged
@@ -552,7 +552,7 @@ def test_interrupted_while_writing_every_stage_leaves_nothing(fresh, tmp_path, m
 def test_ctrl_c_in_a_fit_and_the_next_run_goes_on(fresh, tmp_path):
     """A real SIGINT to the whole workflow: the checkpoint is taken up, and the result is that of a run that nobody stopped."""
     path, layout, theirs = fresh
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", str(path)]
+    command = [sys.executable, "-m", "snakemake", layout.constants("ioi", "optimal"), "--cores", "1", "--configfile", str(path)]
     checkpoint = Path(layout.ablation("ioi", ".constants-optimal-checkpoint.safetensors"))
     with open(tmp_path / "out.txt", "w") as out:
         job = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
