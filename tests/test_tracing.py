@@ -1,5 +1,7 @@
 """Causal tracing against TransformerLens hooks, its limits, its statistics, and the fit of its constants."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,9 +12,11 @@ from oacore import corruption as corruptions
 from oacore.ablation import clean_pass
 from oacore.config import TracingFit
 from oacore.corruption import SubjectStatistics, fit, gradients, losses, noise, subject_statistics, trace_own, trace_shared
+from oacore.errors import UserError
 from oacore.forward import embed, embed_tokens, logits_of
 from oacore.metrics import clustered_mean_and_se
 from oacore.model import canonical
+from oacore.stages.tracing_setting import Setting
 from oacore.tasks.prompts import build
 from oacore.tracing import (
     NOWHERE,
@@ -333,3 +337,22 @@ def test_table_has_a_row_per_layer_with_clipped_windows():
     table = aie_table("mean", traced, places, np.arange(2), [("mlp", "last", 3)], 3)
     assert list(table["layer"]) == [0, 1, 2] and table["aie"].tolist() == pytest.approx([0.1, 0.3, 0.2])
     assert isinstance(table, pd.DataFrame) and (table["corruption"] == "mean").all() and (table["window"] == 3).all()
+
+
+def test_pictures_are_the_first_facts_of_subjects_or_those_asked_for():
+    recall = some_recall()
+    recall.tokens[2, 3:4] = recall.tokens[0, 1]  # no subject twice: spans of other lengths
+    texts, both = ["a is", "b is", "c is", "a was"], torch.tensor([0, 1, 2, 0])
+
+    def setting(pictures):
+        asked = SimpleNamespace(pictures=pictures)
+        return SimpleNamespace(test=SimpleNamespace(text=texts), test_rows=np.arange(4), tracing=asked, recall={"test": recall.take(both)})
+
+    def pictured(pictures):
+        return Setting.pictured.fget(setting(pictures))
+
+    assert pictured(3) == [0, 1, 2] and pictured(4) == [0, 1, 2, 3] and pictured(("was", "b")) == [3, 1]
+    with pytest.raises(UserError, match=r"tracing.pictures: 5; allowed: up to the 4 test facts"):
+        pictured(5)
+    with pytest.raises(UserError, match=r"tracing.pictures: no test fact .* contains 'zebra'; .*'a is'; 'b is'"):
+        pictured(("zebra",))

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from oacore.config import Config
 from oacore.corruption import Corrupt, corruption, trace_own, trace_shared
-from oacore.errors import UserError
 from oacore.progress import progress
 from oacore.stages.common import write_json, write_table
 from oacore.stages.tracing_setting import Setting
@@ -22,7 +21,7 @@ def run(config: Config) -> None:
     """Write aie.csv, pictures.csv and facts.json."""
     setting = Setting.open(config)
     places, recall, n_layers = setting.places, setting.recall["test"], setting.loaded.model.n_layers
-    chosen = _chosen(setting)
+    chosen = setting.pictured
     subjects = recall.subject_numbers
     tables = []
     for name in setting.tracing.corruption_names():
@@ -42,32 +41,6 @@ def _traced(setting: Setting, name: str, places: list[Place]) -> Traced:
     constant = setting.constants([NOWHERE])[0] if name == "oat_shared" else None
     corrupt, n_draws = corruption(model, name, setting.statistics, constant, setting.config.seed, setting.tracing.n_draws)
     return trace_shared(model, recall, places, corrupt, n_draws, limit, name)
-
-
-def _chosen(setting: Setting) -> list[int]:
-    """Rows of the test facts to draw.
-
-    Raises:
-        UserError: a wanted prompt is not among the facts, or there are fewer facts than pictures.
-    """
-    texts, wanted = [setting.test.text[row] for row in setting.test_rows], setting.tracing.pictures
-    if isinstance(wanted, int):
-        subjects = setting.recall["test"].subject_numbers.tolist()
-        rows = [subjects.index(number) for number in dict.fromkeys(subjects)]  # of each subject the first fact
-        rows += [row for row in range(len(texts)) if row not in set(rows)]
-        if len(rows) < wanted:
-            raise UserError(f"tracing.pictures: {wanted}; allowed: up to the {len(rows)} test facts")
-        return rows[:wanted]
-    found = []
-    for part in wanted:
-        row = next((row for row, text in enumerate(texts) if part in text), None)
-        if row is None:
-            raise UserError(
-                f"tracing.pictures: no test fact that the model completes contains {part!r}; allowed: parts of its {len(texts)} prompts: "
-                + "; ".join(repr(text) for text in texts[:5])
-            )
-        found.append(row)
-    return found
 
 
 def _picture_corruptions(setting: Setting) -> list[str]:

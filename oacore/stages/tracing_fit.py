@@ -15,6 +15,7 @@ from oacore.tracing import NOWHERE
 def run(config: Config) -> None:
     """Write constants.safetensors."""
     setting = Setting.open(config)
+    _ = setting.pictured  # a wish that can't be met is said before the fit
     own = [*setting.places] if "oat" in setting.tracing.corruptions else []
     places = [*own, NOWHERE]
     settings = setting.tracing.fit

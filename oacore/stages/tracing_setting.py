@@ -78,6 +78,32 @@ class Setting:
         found = [place(*setting[:2], layer, setting[2], n_layers) for setting in self.settings for layer in range(n_layers)]
         return list(dict.fromkeys(found))
 
+    @property
+    def pictured(self) -> list[int]:
+        """Rows of the test facts to draw.
+
+        Raises:
+            UserError: a wanted prompt is not among the facts, or there are fewer facts than pictures.
+        """
+        texts, wanted = [self.test.text[row] for row in self.test_rows], self.tracing.pictures
+        if isinstance(wanted, int):
+            subjects = self.recall["test"].subject_numbers.tolist()
+            rows = [subjects.index(number) for number in dict.fromkeys(subjects)]  # of each subject the first fact
+            rows += [row for row in range(len(texts)) if row not in set(rows)]
+            if len(rows) < wanted:
+                raise UserError(f"tracing.pictures: {wanted}; allowed: up to the {len(rows)} test facts")
+            return rows[:wanted]
+        found = []
+        for part in wanted:
+            row = next((row for row, text in enumerate(texts) if part in text), None)
+            if row is None:
+                raise UserError(
+                    f"tracing.pictures: no test fact that the model completes contains {part!r}; allowed: parts of {len(texts)} prompts: "
+                    + "; ".join(repr(text) for text in texts[:5])
+                )
+            found.append(row)
+        return found
+
     def constants(self, places: list[Place]) -> torch.Tensor:
         """The fitted constants [n, d] of the places.
 
