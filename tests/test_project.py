@@ -22,8 +22,8 @@ FLOORS = (
     ("forward", "report", "folded", "descent", "circuit_plots", "circuit_drawing", "tracing_plots", "lens_drawing", "lens_plots"),
     ("ablation", "parity", "circuit_report", "tracing_report", "lens_report"),
     ("activations", "optimal", "gaps", "masked_forward", "tracing"),
-    ("constants", "circuits", "planted", "corruption", "lens", "faithfulness", "truthfulness"),
-    ("planted_recall",),
+    ("constants", "circuits", "planted", "corruption", "lens", "faithfulness"),
+    ("planted_recall", "truthfulness"),
     ("stages",),
     ("__main__",),
 )
