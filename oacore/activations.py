@@ -48,9 +48,9 @@ def read_prompts(path: str | Path, split: str, expect: dict[str, Any] | None = N
         return Prompts(task=reader.metadata["task"], split=split, text=text, meta=meta, **arrays)
 
 
-def read_facts(path: str | Path) -> dict[str, Any]:
+def read_facts(path: str | Path, expect: dict[str, Any]) -> dict[str, Any]:
     """A file's metadata: what it belongs to and, for prompts, `counts` per split and an `example`."""
-    with Reader(path) as reader:
+    with Reader(path, expect) as reader:
         return dict(reader.metadata)
 
 

@@ -4,7 +4,6 @@ Noise and means spoof: they tell the model something wrong about the subject. Op
 answer loses the least probability: for the corrupted run, and for the run with each place restored, one of its own.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from oacore import __version__
 from oacore.ablation import clean_pass
-from oacore.checkpoint import atomic_path
+from oacore.artefacts import read_tensors, write_tensors
 from oacore.config import TracingFit
 from oacore.descent import ABSOLUTE_PROGRESS, Descent, descend, prompts_of_step
 from oacore.errors import UserError
@@ -37,8 +33,6 @@ from oacore.tracing import (
     restored,
     restored_all,
 )
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -241,9 +235,7 @@ def save(path: str | Path, places: Sequence[Place], found: Descent, metadata: di
     """Write constants [n, d] and the fit's record as safetensors; `metadata` and the places' names as JSON."""
     record = {name: getattr(found, name) for name in ("best_loss", "n_steps", "converged", "curve_steps", "curve_losses")}
     tensors = {"constants": found.best, **{f"fit.{name}": value for name, value in record.items()}}
-    facts = {"schema_version": SCHEMA_VERSION, "package_version": __version__, **metadata, "places": [item.name for item in places]}
-    with atomic_path(path) as temporary:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, metadata={"oacore": json.dumps(facts)})
+    write_tensors(path, tensors, {**metadata, "places": [item.name for item in places]})
 
 
 def load(path: str | Path, places: Sequence[Place], expect: dict[str, Any]) -> Tensor:
@@ -252,15 +244,8 @@ def load(path: str | Path, places: Sequence[Place], expect: dict[str, Any]) -> T
     Raises:
         UserError: the file is damaged, of another model or other facts, or lacks a place.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            facts, values = json.loads(file.metadata()["oacore"]), file.get_tensor("constants")
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: can't be read as constants of causal tracing: {error}; delete the file to fit it anew") from None
-    for name, value in expect.items():
-        if facts.get(name) != value:
-            raise UserError(f"{path}: {name} is {facts.get(name)!r}, expected {value!r}; delete the file to fit it anew")
-    row_of = {name: row for row, name in enumerate(facts["places"])}
+    facts, tensors = read_tensors(path, expect)
+    row_of = {name: row for row, name in enumerate(facts.get("places", ()))}
     if missing := [item.name for item in places if item.name not in row_of]:
-        raise UserError(f"{path}: no constants for {', '.join(missing[:5])}; delete the file to fit it anew")
-    return values[[row_of[item.name] for item in places]]
+        raise UserError(f"{path}: no constants for {', '.join(missing[:5])}; delete it and run the same command again")
+    return tensors["constants"][[row_of[item.name] for item in places]]

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from oacore.checkpoint import atomic_path
+from oacore.artefacts import read_tensors, write_tensors
 from oacore.config import OptimalFit
 from oacore.errors import UserError
 from oacore.progress import progress
@@ -199,15 +197,14 @@ def _test_convergence(
 
 def save_state(path: Path, state: State, identity: str) -> None:
     """Write a state of tensors atomically."""
-    with atomic_path(path) as temporary:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata={"identity": identity})
+    write_tensors(path, state, {"identity": identity})
 
 
 def load_state(path: Path | None, identity: str, device: Any) -> State | None:
-    """The state that `save_state` wrote, or None if there is none or it belongs to something else."""
+    """The state that `save_state` wrote, or None if there is none or it belongs to something else. Raises UserError for a damaged one."""
     if path is None or not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        if file.metadata().get("identity") != identity:
-            return None
-        return {name: file.get_tensor(name).to("cpu" if name in ON_HOST else device) for name in file.keys()}  # noqa: SIM118
+    facts, state = read_tensors(path)
+    if facts.get("identity") != identity:
+        return None
+    return {name: value.to("cpu" if name in ON_HOST else device) for name, value in state.items()}

@@ -7,29 +7,23 @@ Fits read cached residuals and targets, never the model's attention: `grad` alon
 Symbols: L layers, m start layers, B rows (prompts or tokens), d model width, V vocabulary.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from oacore import __version__
 from oacore.ablation import Batch, clean_pass
+from oacore.artefacts import read_tensors, write_tensors
 from oacore.cache import Reader, to_torch
-from oacore.checkpoint import atomic_path
 from oacore.config import LensFit, LensName
 from oacore.descent import Descent, descend
-from oacore.errors import UserError
 from oacore.forward import at, attention_write, embed, final_norm, logits_of, mlp, run_block, unembed
 from oacore.model import Model
 from oacore.progress import progress
 
-SCHEMA_VERSION = 1
 CHUNK_ELEMENTS = 2**24  # logits at a time, 64 MiB: [B, L, V] of GPT-2-XL at batch 200 would be 1.9 GB, and its gradient as much again
 SGD_RATE = 10.0  # times Adam's: 0.1 with momentum 0.9, the official recipe's 1
 BANK = 1000  # attention outputs that the resample lens draws from
@@ -379,9 +373,7 @@ def save(path: str | Path, lens: Lens, metadata: dict[str, Any], found: Descent 
     if found is not None:
         record = {name: getattr(found, name) for name in ("best_loss", "n_steps", "converged", "curve_steps", "curve_losses")}
         tensors |= {f"fit.{name}": value for name, value in record.items()}
-    facts = {"schema_version": SCHEMA_VERSION, "package_version": __version__, "lens": lens.name, "init": lens.init, **metadata}
-    with atomic_path(path) as temporary:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, metadata={"oacore": json.dumps(facts)})
+    write_tensors(path, tensors, {"lens": lens.name, "init": lens.init, **metadata})
 
 
 def load(path: str | Path, model: Model, expect: dict[str, Any]) -> Lens:
@@ -390,15 +382,8 @@ def load(path: str | Path, model: Model, expect: dict[str, Any]) -> Lens:
     Raises:
         UserError: the file is damaged, or of another model or other rows than `expect` says.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["oacore"])
-            values = {name: file.get_tensor(name).to(model.device) for name in ("constants", "matrix", "bias") if name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: can't be read as a lens: {error}; delete it to fit it anew") from None
-    for name, value in expect.items():
-        if facts.get(name) != value:
-            raise UserError(f"{path}: {name} is {facts.get(name)!r}, expected {value!r}; delete the file to fit it anew")
+    facts, tensors = read_tensors(path, expect)
+    values = {name: value.to(model.device) for name, value in tensors.items() if name in ("constants", "matrix", "bias")}
     return Lens(facts["lens"], facts["init"], model, values)
 
 

@@ -8,7 +8,9 @@ No model, no pyplot: a figure depends on its table alone, and `save` gives the s
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, get_args
 
 import matplotlib as mpl
@@ -24,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from oacore.artefacts import Facts, write_svg
 from oacore.checkpoint import atomic_path
 from oacore.config import Method
 
@@ -305,14 +308,15 @@ def ablation_figures(gaps: pd.DataFrame, curves: pd.DataFrame | None = None) -> 
     return figures
 
 
-def save(figure: Figure, path_stem: str | Path) -> tuple[Path, Path]:
-    """Write `path_stem`.svg and .png, each atomically, with no date or version inside: the same figure gives the same bytes."""
+def save(figure: Figure, path_stem: str | Path, facts: Facts = MappingProxyType({})) -> tuple[Path, Path]:
+    """Write `path_stem`.svg, signed with what it belongs to, and .png; no date or version inside: the same figure gives the same bytes."""
     svg, png = Path(f"{path_stem}.svg"), Path(f"{path_stem}.png")
     with _styled():
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once: a second pass would move the axes by a hair
-        with atomic_path(svg) as temporary:
-            figure.savefig(temporary, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        drawn = StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        write_svg(svg, drawn.getvalue(), facts)
         with atomic_path(png) as temporary:
             figure.savefig(temporary, metadata={"Software": None})
     return svg, png

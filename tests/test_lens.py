@@ -271,7 +271,7 @@ def test_saved_lenses_come_back_for_their_model_only(gpt2, cached, tmp_path):
     with pytest.raises(UserError, match=r"tuned.safetensors: model_hash is 'a', expected 'b'"):
         load(tmp_path / "tuned.safetensors", gpt2, {"model_hash": "b"})
     (tmp_path / "broken.safetensors").write_bytes((tmp_path / "tuned.safetensors").read_bytes()[:100])
-    with pytest.raises(UserError, match=r"broken.safetensors: can't be read as a lens"):
+    with pytest.raises(UserError, match=r"broken.safetensors: can't be read as safetensors"):
         load(tmp_path / "broken.safetensors", gpt2, {})
 
 

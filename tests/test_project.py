@@ -17,7 +17,7 @@ CONDA_NAMES = {"torch": "pytorch", "snakemake": "snakemake-minimal", "matplotlib
 # Lower floors know nothing of higher ones. A module that is missing here fails the test: give it a floor.
 FLOORS = (
     ("errors", "checkpoint", "progress", "__init__"),
-    ("config", "graph", "metrics", "codehash", "tasks"),
+    ("artefacts", "config", "graph", "metrics", "codehash", "tasks"),
     ("layout", "cache", "model", "demo", "plots"),
     ("forward", "report", "folded", "descent", "circuit_plots", "circuit_drawing", "tracing_plots", "lens_drawing", "lens_plots"),
     ("ablation", "parity", "circuit_report", "tracing_report", "lens_report"),

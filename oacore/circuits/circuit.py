@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from oacore import __version__
+from oacore.artefacts import KEY, digest
 from oacore.checkpoint import atomic_path
 from oacore.errors import UserError
 from oacore.graph import Graph
@@ -135,7 +136,7 @@ def save(path: str | Path, circuit: Circuit) -> None:
     if circuit.node_scores is not None:
         for entry, score in zip(nodes.values(), circuit.node_scores.tolist(), strict=True):
             entry |= {} if math.isnan(score) else {"score": score}
-    document = {
+    document: dict[str, Any] = {
         "cfg": {
             "n_layers": graph.n_layers,
             "n_heads": graph.n_heads,
@@ -154,6 +155,7 @@ def save(path: str | Path, circuit: Circuit) -> None:
             "facts": {name: value for name, value in circuit.facts.items() if name != "d_model"},
         },
     }
+    document["oacore"] |= {KEY: digest(document)}
     text = json.dumps(document, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -173,7 +175,7 @@ def _in_file_order(mib: Graph) -> Iterator[tuple[int, int]]:
     yield from ((s, mib.n_destinations - 1) for s in range(mib.n_sources))
 
 
-def load(path: str | Path, graph: Graph | None = None, model_hash: str | None = None) -> Circuit:
+def load(path: str | Path, graph: Graph | None = None, model_hash: str | None = None, *, signed: bool = False) -> Circuit:
     """Read MIB graph JSON, ours or another project's; dangling edges are dropped.
 
     An edge that the file leaves out has score 0 and is not in the circuit, and nodes are in it by their edges, as EAP-IG reads it.
@@ -181,6 +183,7 @@ def load(path: str | Path, graph: Graph | None = None, model_hash: str | None = 
     Args:
         graph: that of the model. Without it keys and values are taken to be per query head, unless the file says otherwise (ours do).
         model_hash: of the model; checked where the file names one (ours do).
+        signed: refuse a file that lacks our checksum, which is checked wherever there is one.
 
     Raises:
         UserError: the file can't be read, is no MIB graph JSON, names a node or edge that the graph lacks, is of another model, holds
@@ -188,6 +191,7 @@ def load(path: str | Path, graph: Graph | None = None, model_hash: str | None = 
     """
     path = Path(path)
     document = _read(path)
+    _check_sum(path, document, signed)
     cfg, ours = document["cfg"], document.get("oacore", {})
     try:
         sizes = {name: int(cfg[name]) for name in ("n_layers", "n_heads", "d_model")}
@@ -207,6 +211,13 @@ def load(path: str | Path, graph: Graph | None = None, model_hash: str | None = 
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: not a MIB graph JSON ({type(error).__name__}: {error}); see docs/mib.md") from None
+
+
+def _check_sum(path: Path, document: dict[str, Any], signed: bool) -> None:
+    about = document.get("oacore", {})
+    found = about.pop(KEY, None) if isinstance(about, dict) else None
+    if (signed and found is None) or (found is not None and found != digest(document)):
+        raise UserError(f"{path}: damaged or edited, its checksum does not fit; delete oacore.{KEY} from it if the change is meant")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 What MIB means and what to mind when exporting to it: docs/mib.md. Symbols: L layers, H heads, k head width, d model width, K budgets.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from oacore import __version__
-from oacore.checkpoint import atomic_path
+from oacore.artefacts import write_tensors
 from oacore.circuits.circuit import by_size, group_masks, ungroup
 from oacore.errors import UserError
 from oacore.graph import Graph
@@ -166,5 +163,4 @@ def _check_shapes(model: Model, constants: dict[str, Tensor]) -> None:
 
 def save_constants(path: str | Path, exported: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write what `export_constants` returns as safetensors with the facts as JSON; docs/mib.md has the converter to EAP-IG's own format."""
-    with atomic_path(path) as temporary:
-        save_file(exported, temporary, metadata={"oacore": json.dumps({"package_version": __version__, **facts})})
+    write_tensors(path, exported, facts)

@@ -1,17 +1,14 @@
 """Judge all circuits of one ablation type on equal terms: constants fitted anew, then held-out losses."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from oacore import __version__
-from oacore.checkpoint import atomic_path
+from oacore.artefacts import read_json, write_table, write_tensors
 from oacore.circuits.circuit import Circuit, save
 from oacore.circuits.evaluate import Measured, measure, refit_constants
 from oacore.circuits.patching import Constants
@@ -22,17 +19,17 @@ from oacore.metrics import mean_and_se
 from oacore.stages.circuit_setting import Found, Setting, circuit_folder
 from oacore.stages.common import need
 
-SCHEMA_VERSION = 1
-
 
 def run(config: Config, task: str, ablation: EdgeAblation) -> None:
     """Write every method's circuits, pareto.csv and, for fitted ablations, constants.safetensors."""
     settings, layout = config.circuits, Layout(config)
     assert settings is not None
     setting = Setting.open(config, task)
-    expect = {name: setting.identity[name] for name in ("model_hash", "prompts_hash")}
     found = {
-        method: Found.load(need(circuit_folder(layout, task, method, ablation) / "search.safetensors", "circuit_search"), expect)
+        method: Found.load(
+            need(circuit_folder(layout, task, method, ablation) / "search.safetensors", "circuit_search"),
+            setting.expect | {"method": method, "ablation": ablation},
+        )
         for method in settings.methods
     }
     masks = torch.cat([part.masks for part in found.values()])
@@ -101,7 +98,7 @@ def _write(
 ) -> None:
     folder = circuit_folder(setting.layout, setting.task, method, ablation)
     graph, rows = setting.engine.graph, []
-    timing = json.loads(need(folder / "timing.json", "circuit_search").read_text(encoding="utf-8"))
+    timing = read_json(need(folder / "timing.json", "circuit_search"), setting.expect | {"method": method, "ablation": ablation})
     kl, se = (part.cpu().tolist() for part in mean_and_se(measured.kl))
     logit_diff = measured.logit_diff.double().mean(1).cpu().tolist()
     about = {**setting.identity, "method": method, "ablation": ablation, "objective": settings.objective_of(method)}
@@ -126,9 +123,5 @@ def _write(
             }
         )
     if constants is not None:
-        tensors = {name: value.cpu().contiguous() for name, value in constants._asdict().items()}
-        facts = {"schema_version": SCHEMA_VERSION, "package_version": __version__, **about, "knobs": found.knobs, "seeds": found.seeds}
-        with atomic_path(folder / "constants.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"oacore": json.dumps(facts)})
-    with atomic_path(folder / "pareto.csv") as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
+        write_tensors(folder / "constants.safetensors", constants._asdict(), {**about, "knobs": found.knobs, "seeds": found.seeds})
+    write_table(folder / "pareto.csv", pd.DataFrame(rows), about)

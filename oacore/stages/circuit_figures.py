@@ -1,16 +1,14 @@
 """Draw a task's circuit figures from its tables and circuit files."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
 from oacore import circuit_drawing, circuit_plots, plots
-from oacore.checkpoint import atomic_path
+from oacore.artefacts import read_table, write_svg, write_table
 from oacore.circuits.circuit import Circuit, edge_frequency, edge_table, load, stability
 from oacore.config import Config
 from oacore.layout import Layout, circuit_file
-from oacore.stages.common import model_facts, need, write_table
+from oacore.stages.common import model_facts, need, origin
 
 DRAWN_EDGES = 1000  # more make a page of megabytes that nobody can read
 
@@ -21,20 +19,20 @@ def run(config: Config, task: str) -> None:
     settings = config.circuits
     assert settings is not None
     folders = [f"{method}-{ablation}" for ablation in settings.ablations for method in settings.methods]
-    tables = [pd.read_csv(need(layout.circuits(task, f"{folder}/pareto.csv"), "circuit_evaluation")) for folder in folders]
+    belongs = origin(layout, task)
+    tables = [read_table(need(layout.circuits(task, f"{folder}/pareto.csv"), "circuit_evaluation"), belongs) for folder in folders]
     pareto = pd.concat(tables, ignore_index=True)
     n_edges = model_facts(layout)["sizes"]["n_edges"]
-    write_table(layout.circuits(task, "pareto.csv"), pareto)
+    write_table(layout.circuits(task, "pareto.csv"), pareto, belongs)
     frequency, alike = _over_seeds(layout, task, pareto)
-    write_table(layout.circuits(task, "stability.csv"), alike)
-    write_table(layout.circuits(task, "edge_frequency.csv"), frequency)
+    write_table(layout.circuits(task, "stability.csv"), alike, belongs)
+    write_table(layout.circuits(task, "edge_frequency.csv"), frequency, belongs)
     figures = circuit_plots.circuit_figures(pareto, n_edges)
     for name, figure in figures.items():
-        plots.save(figure, layout.circuits(task, f"figures/{name}"))
+        plots.save(figure, layout.circuits(task, f"figures/{name}"), belongs)
     for ablation in settings.ablations:
         svg = _drawing(layout, task, pareto[pareto["ablation"] == ablation])
-        with atomic_path(layout.circuits(task, f"figures/circuit_{ablation}.svg")) as temporary:
-            temporary.write_text(svg, encoding="utf-8")
+        write_svg(layout.circuits(task, f"figures/circuit_{ablation}.svg"), svg, belongs)
 
 
 def _drawing(layout: Layout, task: str, pareto: pd.DataFrame) -> str:
@@ -50,7 +48,8 @@ def _drawing(layout: Layout, task: str, pareto: pd.DataFrame) -> str:
 
 
 def _load(layout: Layout, task: str, row: pd.Series) -> Circuit:
-    return load(Path(layout.circuits(task, f"{row['method']}-{row['ablation']}/{circuit_file(row['knob'], int(row['seed']))}")))
+    path = layout.circuits(task, f"{row['method']}-{row['ablation']}/{circuit_file(row['knob'], int(row['seed']))}")
+    return load(path, model_hash=model_facts(layout)["model_hash"], signed=True)
 
 
 def _over_seeds(layout: Layout, task: str, pareto: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

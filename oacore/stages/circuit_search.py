@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oacore.artefacts import write_json
 from oacore.circuits import acdc, attribution, fixed
 from oacore.circuits.circuit import by_size, by_threshold
 from oacore.circuits.hcgs import HardConcreteSampler
@@ -20,7 +21,7 @@ from oacore.config import FITTED, LEARNED, CircuitMethod, Circuits, Config, Edge
 from oacore.errors import UserError
 from oacore.layout import Layout, short_hash
 from oacore.stages.circuit_setting import Found, Setting, bool_masks, check_sizes, circuit_folder
-from oacore.stages.common import model_facts, write_json
+from oacore.stages.common import model_facts
 
 KEPT = 0.5  # the one threshold for learned scores
 
@@ -44,9 +45,8 @@ def run(config: Config, task: str, method: CircuitMethod, ablation: EdgeAblation
     facts = {**setting.identity, "method": method, "ablation": ablation, "objective": settings.objective_of(method)}
     found.save(folder / "search.safetensors", facts)
     (folder / ".search-checkpoint.safetensors").unlink(missing_ok=True)
-    write_json(
-        folder / "timing.json", {"seconds": round(seconds, 3), "seconds_per_circuit": seconds / len(found.knobs), "peak_mb": peak_mb()}
-    )
+    timing = {"seconds": round(seconds, 3), "seconds_per_circuit": seconds / len(found.knobs), "peak_mb": peak_mb()}
+    write_json(folder / "timing.json", {**facts, **timing})
     print(f"{task} {method} {ablation}: {len(found.knobs)} circuits of {', '.join(str(int(n)) for n in found.masks.sum((1, 2)))} edges")
 
 

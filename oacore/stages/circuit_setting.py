@@ -1,26 +1,23 @@
 """What the circuit stages share: the engine, a task's splits on the device, starting constants, and the files of a search."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from oacore import constants
 from oacore.ablation import Statistics, components_of
-from oacore.activations import batch_of, read_final, read_prompts, read_statistics
-from oacore.checkpoint import atomic_path
+from oacore.activations import batch_of, read_final, read_statistics
+from oacore.artefacts import read_tensors, write_tensors
 from oacore.circuits.patching import Constants, Examples, Passes, Replacements, constant_scales, starting_constants
 from oacore.config import FITTED, CircuitMethod, Config, EdgeAblation
 from oacore.errors import UserError
-from oacore.layout import SPLITS, Layout
+from oacore.layout import Layout
 from oacore.masked_forward import Engine
-from oacore.stages.common import gated_model, need, stamp
+from oacore.stages.common import gated_model, need, read_splits, stamp
 
 
 @dataclass(frozen=True)
@@ -33,26 +30,24 @@ class Setting:
     engine: Engine
     passes: dict[str, Passes]  # by split
     statistics: Statistics
+    expect: dict[str, Any]  # of every file that belongs to these prompts
     identity: dict[str, Any]
 
     @classmethod
     def open(cls, config: Config, task: str) -> "Setting":
         layout = Layout(config)
         model = gated_model(config, layout).model
-        identity = stamp(config, layout, task)
-        engine, passes, hashes = Engine(model), {}, {}
-        expect = {"model_hash": identity["model_hash"]}
-        for split in SPLITS:
-            prompts = read_prompts(need(layout.prompts(task), "prompts"), split, expect)
+        splits, expect = read_splits(config, layout, task)
+        engine, passes = Engine(model), {}
+        for split, prompts in splits.items():
             if int(prompts.lengths.min()) < 2:
                 raise UserError(f"tasks.{task}: a {split} prompt is BOS alone; allowed: prompts of at least one token, for edges to ablate")
             batch, other = batch_of(prompts, model.device), batch_of(prompts, model.device, counterfactual=True)
             final = read_final(need(layout.activations(task), "activations"), split, expect).to(model.device)
             answers, wrong = (torch.from_numpy(ids).long().to(model.device) for ids in (prompts.answers, prompts.wrong_answers))
             passes[split] = Passes(engine, Examples(batch, other, engine.prompts(batch), final, answers, wrong), config.limits.memory_gb)
-            hashes[split] = prompts.digest()
         statistics = read_statistics(layout.activations(task), expect, model.device)
-        return cls(config, layout, task, engine, passes, statistics, identity | {"prompts_hash": hashes})
+        return cls(config, layout, task, engine, passes, statistics, expect, stamp(config, layout, task) | expect)
 
     @property
     def scales(self) -> Constants:
@@ -71,7 +66,7 @@ class Setting:
         model = self.engine.model
         items = components_of(model, ("head", "mlp"))
         path = need(self.layout.constants(self.task, ablation), "optimal")
-        rows = constants.load(path, items, {"model_hash": self.identity["model_hash"]}).to(model.device)  # [C, Q, W]
+        rows = constants.load(path, items, {**self.expect, "method": ablation}).to(model.device)  # [C, Q, W]
         rows = rows.unflatten(0, (model.n_layers, model.n_heads + 1))
         # A post-normed head writes in proportion to its whole layer: a constant z is no constant there, and its mean is taken.
         head = start.head if model.post_norm else rows[None, :, :-1, :, : model.d_head].contiguous()
@@ -92,23 +87,13 @@ class Found:
     curves: dict[str, Tensor]
 
     def save(self, path: str | Path, facts: dict[str, Any]) -> None:
-        tensors = {"masks": self.masks.cpu().contiguous(), "scores": self.scores.float().cpu().contiguous()}
-        tensors |= {f"curves/{name}": value.cpu().contiguous() for name, value in self.curves.items()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"oacore": json.dumps({**facts, "knobs": self.knobs, "seeds": self.seeds})})
+        tensors = {"masks": self.masks, "scores": self.scores.float()} | {f"curves/{name}": value for name, value in self.curves.items()}
+        write_tensors(path, tensors, {**facts, "knobs": self.knobs, "seeds": self.seeds})
 
     @classmethod
     def load(cls, path: str | Path, expect: dict[str, Any]) -> "Found":
         """UserError for a damaged file, or one of another model or other prompts."""
-        try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads(file.metadata()["oacore"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: can't be read as circuits: {error}; delete it to search anew") from None
-        for name, value in expect.items():
-            if facts.get(name) != value:
-                raise UserError(f"{path}: {name} is {facts.get(name)!r}, expected {value!r}; delete the file to search anew")
+        facts, tensors = read_tensors(path, expect)
         curves = {name.removeprefix("curves/"): value for name, value in tensors.items() if name.startswith("curves/")}
         return cls(tensors["masks"], tensors["scores"], facts["knobs"], facts["seeds"], curves)
 

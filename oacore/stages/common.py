@@ -1,32 +1,18 @@
-"""What stages share: the gated model, the facts that every artefact records, and JSON on disk."""
+"""What stages share: the gated model, a task's prompts, and the facts that every artefact records and every reader expects."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from oacore.ablation import Component, components_of
-from oacore.checkpoint import atomic_path
+from oacore.activations import read_prompts
+from oacore.artefacts import read_json
 from oacore.config import Config
 from oacore.errors import UserError
-from oacore.layout import Layout
+from oacore.layout import SPLITS, Layout
 from oacore.model import Loaded, Model, load
-
-SCHEMA_VERSION = 1  # of model.json
-
-
-def write_json(path: str | Path, value: object) -> None:
-    """Atomically, indented, with a final line feed."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def write_table(path: str | Path, table: pd.DataFrame) -> None:
-    """Atomically, as CSV without the index."""
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
+from oacore.tasks.prompts import Prompts
 
 
 def need(path: str | Path, stage: str) -> Path:
@@ -43,8 +29,24 @@ def need(path: str | Path, stage: str) -> Path:
 
 def model_facts(layout: Layout) -> dict[str, Any]:
     """The content of model.json."""
-    facts: dict[str, Any] = json.loads(need(layout.model_json, "model").read_text(encoding="utf-8"))
-    return facts
+    return read_json(need(layout.model_json, "model"))
+
+
+def origin(layout: Layout, task: str) -> dict[str, Any]:
+    """What every file of a task belongs to, and every reader of one expects: the model and the task's settings, by its folder's name."""
+    return {"model_hash": model_facts(layout)["model_hash"], "task": task, "task_folder": Path(layout.task_dir(task)).name}
+
+
+def stamp(config: Config, layout: Layout, task: str) -> dict[str, Any]:
+    """What every artefact of a task records about where it comes from."""
+    return {"model": model_facts(layout)["model"], "dtype": config.dtype, "seed": config.seed, **origin(layout, task)}
+
+
+def read_splits(config: Config, layout: Layout, task: str) -> tuple[dict[str, Prompts], dict[str, Any]]:
+    """A task's prompts by split, and what every file computed from them is expected to record."""
+    path, expect = need(layout.prompts(task), "prompts"), origin(layout, task)
+    splits = {split: read_prompts(path, split, expect) for split in SPLITS}
+    return splits, expect | {"prompts_hash": {split: prompts.digest() for split, prompts in splits.items()}}
 
 
 def gated_model(config: Config, layout: Layout) -> Loaded:
@@ -62,12 +64,6 @@ def gated_model(config: Config, layout: Layout) -> Loaded:
             f"{facts['model_hash'][:12]}; delete {layout.model_dir} if the model has really changed"
         )
     return loaded
-
-
-def stamp(config: Config, layout: Layout, task: str, **more: Any) -> dict[str, Any]:
-    """What every artefact of a task records about where it comes from."""
-    facts = model_facts(layout)
-    return {"model": facts["model"], "model_hash": facts["model_hash"], "dtype": config.dtype, "task": task, "seed": config.seed, **more}
 
 
 def components(config: Config, model: Model) -> list[Component]:

@@ -1,27 +1,23 @@
 """Measure the ablation loss gap of every component under every method, on the test prompts."""
 
 from oacore import constants
-from oacore.activations import batch_of, read_prompts, read_statistics
-from oacore.checkpoint import atomic_path
+from oacore.activations import batch_of, read_statistics
+from oacore.artefacts import write_table
 from oacore.config import Config
 from oacore.gaps import evaluate, gap_table, summary_table
 from oacore.layout import Layout
-from oacore.stages.common import components, gated_model, need, stamp
+from oacore.stages.common import components, gated_model, need, read_splits
 
 
 def run(config: Config, task: str) -> None:
     """Write gaps.csv and summary.csv."""
     layout = Layout(config)
     model = gated_model(config, layout).model
-    expect = {"model_hash": stamp(config, layout, task)["model_hash"]}
-    prompts = {split: read_prompts(need(layout.prompts(task), "prompts"), split, expect) for split in ("train", "validation", "test")}
-    fitted_on = {split: prompts[split].digest() for split in ("train", "validation")}
+    prompts, expect = read_splits(config, layout, task)
     statistics = read_statistics(need(layout.activations(task), "activations"), expect, model.device)
     items = components(config, model)
     fitted = {
-        method: constants.load(need(layout.constants(task, method), "optimal"), items, {**expect, "prompts_hash": fitted_on}).to(
-            model.device
-        )
+        method: constants.load(need(layout.constants(task, method), "optimal"), items, {**expect, "method": method}).to(model.device)
         for method in config.ablation.fitted()
     }
     gaps = evaluate(
@@ -38,5 +34,4 @@ def run(config: Config, task: str) -> None:
     )
     table = gap_table(items, gaps)
     for name, frame in {"gaps.csv": table, "summary.csv": summary_table(table)}.items():
-        with atomic_path(layout.ablation(task, name)) as temporary:
-            frame.to_csv(temporary, index=False)
+        write_table(layout.ablation(task, name), frame, expect)

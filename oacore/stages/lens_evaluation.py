@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from oacore.activations import batch_of
+from oacore.artefacts import write_table
 from oacore.config import Config, Text
 from oacore.errors import UserError
 from oacore.forward import residual_after
@@ -14,7 +15,6 @@ from oacore.layout import Layout
 from oacore.lens import Lens, Rows, losses_of, read_rows, rows_of
 from oacore.metrics import clustered_mean_and_se
 from oacore.progress import progress
-from oacore.stages.common import write_table
 from oacore.stages.lens_setting import Setting
 from oacore.tasks import generate
 from oacore.tasks.prompts import token_text
@@ -35,10 +35,10 @@ def run(config: Config, task: str) -> None:
     every = config.lenses.positions == "all"
     clusters = np.repeat(np.arange(len(prompts.lengths)), prompts.lengths - 1) if every else np.arange(len(prompts.lengths))
     losses = pd.concat([_losses(lens, test, clusters) for lens in progress(lenses, what=f"{task} lenses", unit="lenses")])
-    write_table(setting.layout.lens(task, "pictures.csv"), _pictures(setting))
+    write_table(setting.layout.lens(task, "pictures.csv"), _pictures(setting), setting.expect)
     if config.lenses.lengths:
-        write_table(setting.layout.lens(task, "lengths.csv"), _lengths(setting, lenses))
-    write_table(setting.layout.lens(task, "loss.csv"), losses)
+        write_table(setting.layout.lens(task, "lengths.csv"), _lengths(setting, lenses), setting.expect)
+    write_table(setting.layout.lens(task, "loss.csv"), losses, setting.expect)
     print(f"{task}: {len(lenses)} lenses on {len(test.target)} held-out rows")
 
 

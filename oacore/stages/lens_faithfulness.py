@@ -1,11 +1,11 @@
 """Change residuals, and compare how lenses and model react."""
 
 from oacore.activations import batch_of
+from oacore.artefacts import write_table
 from oacore.config import Config
 from oacore.errors import UserError
 from oacore.faithfulness import faithfulness
 from oacore.lens import read_rows
-from oacore.stages.common import write_table
 from oacore.stages.lens_setting import Setting
 
 TRAIN_ROWS = 10_000  # that directions are whitened by
@@ -33,4 +33,4 @@ def run(config: Config, task: str) -> None:
         seed=config.seed,
         tokens_per_batch=config.limits.tokens_per_batch,
     )
-    write_table(setting.layout.lens(task, "faithfulness.csv"), table)
+    write_table(setting.layout.lens(task, "faithfulness.csv"), table, setting.expect)

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from oacore import lens
-from oacore.activations import read_prompts
 from oacore.config import Config, LensName
-from oacore.layout import SPLITS, Layout
+from oacore.layout import Layout
 from oacore.lens import Lens
 from oacore.model import Loaded
-from oacore.stages.common import gated_model, need, stamp
+from oacore.stages.common import gated_model, need, read_splits, stamp
 from oacore.tasks.prompts import Prompts
 
 
@@ -29,12 +28,9 @@ class Setting:
     def open(cls, config: Config, task: str) -> "Setting":
         layout = Layout(config)
         loaded = gated_model(config, layout)
-        identity = stamp(config, layout, task)
-        expect = {"model_hash": identity["model_hash"]}
-        splits = {split: read_prompts(need(layout.prompts(task), "prompts"), split, expect) for split in SPLITS}
-        expect |= {"prompts_hash": {split: prompts.digest() for split, prompts in splits.items()}}
+        splits, expect = read_splits(config, layout, task)
         assert config.lenses is not None
-        identity |= {"prompts_hash": expect["prompts_hash"], "positions": config.lenses.positions}
+        identity = stamp(config, layout, task) | expect | {"positions": config.lenses.positions}
         return cls(config, layout, task, loaded, splits, expect, identity)
 
     @property
@@ -54,7 +50,7 @@ class Setting:
         """
         assert self.config.lenses is not None
         if name in self.config.lenses.fitted_files():
-            expect = {key: self.identity[key] for key in ("model_hash", "prompts_hash", "positions")}
+            expect = self.expect | {"positions": self.config.lenses.positions, "file": name}
             return lens.load(need(self.path(name), "lens_fit"), self.loaded.model, expect)
         plain: LensName = name  # type: ignore[assignment]  # what is not fitted has no init in its name
         return lens.unfitted(self.loaded.model, plain, self.rows, self.expect, self.config.seed)

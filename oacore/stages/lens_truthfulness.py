@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from oacore.artefacts import write_table
 from oacore.config import Config
 from oacore.layout import Layout
-from oacore.stages.common import write_table
 from oacore.stages.lens_setting import Setting
 from oacore.tasks import labelled
 from oacore.truthfulness import truthfulness
@@ -31,4 +31,4 @@ def run(config: Config, task: str) -> None:
         for demonstrations in ("true", "permuted")
     }
     table = truthfulness(setting.loaded.model, setting.lenses(settings.lenses), prompts, config.limits.tokens_per_batch)
-    write_table(setting.layout.lens(task, "truthfulness.csv"), table)
+    write_table(setting.layout.lens(task, "truthfulness.csv"), table, setting.expect)

@@ -1,12 +1,11 @@
 """Circuits under the rules of the MIB benchmark: their score, and their constants in its basis. Not part of the workflow."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
+from oacore.artefacts import read_tensors
 from oacore.circuits import mib
 from oacore.circuits.circuit import Circuit, load, save
 from oacore.circuits.evaluate import measure
@@ -39,15 +38,13 @@ def export(config: Config, path: Path, output: Path, task: str | None = None) ->
     setting, circuit = _open(config, path, task)
     facts = {name: circuit.facts.get(name) for name in ("knob", "seed")}
     beside = path.parent / "constants.safetensors"
-    try:
-        with safe_open(beside, "pt") as file:
-            about = json.loads(file.metadata()["oacore"])
-            index = list(zip(about["knobs"], about["seeds"], strict=True)).index((facts["knob"], facts["seed"]))
-            constants = {name: file.get_slice(name)[index] for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{beside}: no constants for {path.name} ({error}); allowed: a circuit that was judged under optimal ablation"
-        ) from None
+    if not beside.exists():
+        raise UserError(f"{beside}: missing; allowed: a circuit that was judged under optimal ablation")
+    about, tensors = read_tensors(beside, setting.expect)
+    circuits = list(zip(about["knobs"], about["seeds"], strict=True))
+    if (which := (facts["knob"], facts["seed"])) not in circuits:
+        raise UserError(f"{beside}: no constants for {path.name}; allowed: a circuit that was judged under optimal ablation")
+    constants = {name: value[circuits.index(which)] for name, value in tensors.items()}
     if constants["input"].shape[0] != 1:
         raise UserError(f"{beside}: one constant per position, which EAP-IG has no place for; allowed: circuits under optimal ablation")
     flat = {"input": constants["input"][0], "head": constants["head"][:, :, 0], "mlp": constants["mlp"][:, 0]}

@@ -6,11 +6,12 @@ from importlib.metadata import version
 import torch
 
 from oacore import __version__
+from oacore.artefacts import write_json
 from oacore.config import Config
 from oacore.layout import Layout
 from oacore.model import named_tensors
 from oacore.parity import open_model
-from oacore.stages.common import SCHEMA_VERSION, need, write_json
+from oacore.stages.common import need
 
 
 def run(config: Config) -> None:
@@ -34,7 +35,6 @@ def run(config: Config) -> None:
         "n_weights": sum(tensor.numel() for tensor in named_tensors(model).values()),
     }
     facts = {
-        "schema": SCHEMA_VERSION,
         "model": config.model,
         "family": model.family,
         "parallel": model.parallel,

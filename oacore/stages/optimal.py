@@ -6,11 +6,11 @@ import torch
 
 from oacore import constants, optimal
 from oacore.ablation import width
-from oacore.activations import batch_of, read_prompts, read_statistics
+from oacore.activations import batch_of, read_statistics
 from oacore.codehash import codehash
 from oacore.config import Config, Method
 from oacore.layout import Layout, short_hash
-from oacore.stages.common import components, gated_model, need, stamp
+from oacore.stages.common import components, gated_model, need, read_splits, stamp
 
 
 def run(config: Config, task: str, method: Method) -> None:
@@ -19,27 +19,24 @@ def run(config: Config, task: str, method: Method) -> None:
     positional = method == "optimal_positional"
     loaded = gated_model(config, layout)
     model = loaded.model
-    identity = stamp(config, layout, task)
-    expect = {"model_hash": identity["model_hash"]}
-    train, validation = (read_prompts(need(layout.prompts(task), "prompts"), split, expect) for split in ("train", "validation"))
-    hashes = {"train": train.digest(), "validation": validation.digest()}
+    splits, expect = read_splits(config, layout, task)
+    train, validation = (batch_of(splits[split], model.device) for split in ("train", "validation"))
     statistics = read_statistics(need(layout.activations(task), "activations"), expect, model.device)
     items = components(config, model)
     limit = config.limits.tokens_per_batch
     start = optimal.starting_means(model, items, statistics, positional=positional)
-    held_out = batch_of(validation, model.device)
     if positional:
-        best = constants.load(need(layout.constants(task, "optimal"), "optimal"), items, {**expect, "prompts_hash": hashes})
-        start = optimal.better_start(model, held_out, items, start, best.to(model.device), limit)
-    metadata = {**identity, "method": method, "prompts_hash": hashes, "settings": settings.model_dump()}
+        best = constants.load(need(layout.constants(task, "optimal"), "optimal"), items, {**expect, "method": "optimal"})
+        start = optimal.better_start(model, validation, items, start, best.to(model.device), limit)
+    metadata = {**stamp(config, layout, task), **expect, "method": method, "settings": settings.model_dump()}
     path = Path(layout.constants(task, method))
     checkpoint = path.with_name(f".{path.stem}-checkpoint.safetensors")
     fit = optimal.fit(
         model,
         items,
         statistics,
-        batch_of(train, model.device),
-        held_out,
+        train,
+        validation,
         settings,
         start=start,
         seed=config.seed,

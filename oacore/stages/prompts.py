@@ -41,7 +41,7 @@ def run(config: Config, task: str) -> None:
             f"tasks.{task}: its longest prompt has {longest} tokens; allowed: {facts['sizes']['max_length']}, the model's context"
         )
     about = {"settings": settings.model_dump(mode="json"), "example": example(splits["test"], tokenizer)}
-    write_prompts(layout.prompts(task), splits, stamp(config, layout, task, **about))
+    write_prompts(layout.prompts(task), splits, {**stamp(config, layout, task), **about})
     print(f"{task}: " + ", ".join(f"{len(prompts.tokens)} {split}" for split, prompts in splits.items()) + " prompts")
 
 

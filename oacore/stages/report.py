@@ -1,18 +1,16 @@
 """Put all results of a run into one HTML page."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from oacore import circuit_report, lens_report, report, tracing_report
 from oacore.activations import read_facts
+from oacore.artefacts import read_json, read_svg, read_table
 from oacore.config import Circuits, Config, Lenses, Tracing
 from oacore.layout import Layout
-from oacore.stages.common import model_facts, need
+from oacore.stages.common import model_facts, need, origin
 from oacore.stages.lens_figures import read_tables
-from oacore.stages.tracing_figures import read_pictures
+from oacore.stages.tracing_figures import read_tables as read_tracing
 
 
 def run(config: Config) -> None:
@@ -21,7 +19,7 @@ def run(config: Config) -> None:
     facts = model_facts(layout)
     sections, counts = [], {}
     for task in config.tasks.selected():
-        about_prompts = read_facts(need(layout.prompts(task), "prompts"))
+        about_prompts = read_facts(need(layout.prompts(task), "prompts"), origin(layout, task))
         counts[task] = about_prompts["counts"]
         if task in config.ablation_tasks():
             sections.append(_ablation(config, layout, task, about_prompts["example"]))
@@ -60,20 +58,24 @@ def run(config: Config) -> None:
 
 
 def _ablation(config: Config, layout: Layout, task: str, example: dict[str, object]) -> report.Section:
-    gaps = pd.read_csv(need(layout.ablation(task, "gaps.csv"), "gaps"), dtype={"head": "Int64"})
-    summary = pd.read_csv(need(layout.ablation(task, "summary.csv"), "gaps"))
+    belongs = origin(layout, task)
+    gaps = read_table(need(layout.ablation(task, "gaps.csv"), "gaps"), belongs, dtype={"head": "Int64"})
+    summary = read_table(need(layout.ablation(task, "summary.csv"), "gaps"), belongs)
     names = config.ablation.figures()
-    figures = {name: need(layout.ablation(task, f"{name}.svg"), "figures").read_text(encoding="utf-8") for name in names}
+    figures = {name: read_svg(need(layout.ablation(task, f"{name}.svg"), "figures"), belongs) for name in names}
     return report.ablation_section(task, gaps, summary, figures, example)
 
 
 def _circuits(layout: Layout, settings: Circuits | None, task: str) -> report.Section:
     assert settings is not None
+    belongs = origin(layout, task)
 
     def text(name: str) -> str:
-        return need(layout.circuits(task, f"figures/{name}.svg"), "circuit_figures").read_text(encoding="utf-8")
+        return read_svg(need(layout.circuits(task, f"figures/{name}.svg"), "circuit_figures"), belongs)
 
-    pareto, stability = (pd.read_csv(need(layout.circuits(task, f"{name}.csv"), "circuit_figures")) for name in ("pareto", "stability"))
+    pareto, stability = (
+        read_table(need(layout.circuits(task, f"{name}.csv"), "circuit_figures"), belongs) for name in ("pareto", "stability")
+    )
     drawings = {
         f"A circuit under {ablation} ablation. Point at an edge to see its score.": text(f"circuit_{ablation}")
         for ablation in settings.ablations
@@ -83,27 +85,29 @@ def _circuits(layout: Layout, settings: Circuits | None, task: str) -> report.Se
 
 
 def _tracing(layout: Layout, settings: Tracing) -> report.Section:
-    figures = {name: need(layout.tracing(f"figures/{name}.svg"), "tracing_figures").read_text("utf-8") for name in settings.figures()}
-    facts = json.loads(need(layout.tracing("facts.json"), "tracing").read_text("utf-8"))
+    belongs = origin(layout, "facts")
+    figures = {name: read_svg(need(layout.tracing(f"figures/{name}.svg"), "tracing_figures"), belongs) for name in settings.figures()}
+    facts = read_json(need(layout.tracing("facts.json"), "tracing"), belongs)
     counts = {
         f"{split} facts": f"{c['n_traced']} traced, about the subjects of this split alone; of {c['n_rows']} in the file the model gets "
         f"{c['n_wrong'] + c['n_wrong_later']} wrong, {c['n_no_counterfactual']} have no other subject of the same length"
         for split, c in facts["counts"].items()
     }
-    aie = pd.read_csv(need(layout.tracing("aie.csv"), "tracing"))
+    aie, pictures = read_tracing(layout)
     counts["test subjects"] = f"{facts['n_subjects']}, over which standard errors are taken"
     counts["probability of"] = {"first_token": "the answer's first token", "joint": "all of the answer's tokens together"}[settings.answer]
-    return tracing_report.tracing_section(aie, figures, counts, read_pictures(layout))
+    return tracing_report.tracing_section(aie, figures, counts, pictures)
 
 
 def _lenses(layout: Layout, settings: Lenses | None, task: str) -> report.Section:
     assert settings is not None
-    figures = {name: need(layout.lens(task, f"figures/{name}.svg"), "lens_figures").read_text("utf-8") for name in settings.figures()}
+    belongs = origin(layout, task)
+    figures = {name: read_svg(need(layout.lens(task, f"figures/{name}.svg"), "lens_figures"), belongs) for name in settings.figures()}
     tables = read_tables(layout, settings, task)
     drawings = {
-        f"What each layer predicts, by lens: test prompt {number + 1}. Point at a cell to see its most likely tokens.": need(
-            layout.lens(task, f"figures/prompt_{number}.svg"), "lens_figures"
-        ).read_text("utf-8")
+        f"What each layer predicts, by lens: test prompt {number + 1}. Point at a cell to see its most likely tokens.": read_svg(
+            need(layout.lens(task, f"figures/prompt_{number}.svg"), "lens_figures"), belongs
+        )
         for number in range(settings.pictures)
     }
     return lens_report.lens_section(

@@ -6,10 +6,10 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from oacore.artefacts import write_json, write_table
 from oacore.config import Config
 from oacore.corruption import Corrupt, corruption, trace_own, trace_shared
 from oacore.progress import progress
-from oacore.stages.common import write_json, write_table
 from oacore.stages.tracing_setting import Setting
 from oacore.tasks.prompts import token_text
 from oacore.tracing import NOWHERE, Place, Recall, Traced, aie_table, place
@@ -27,9 +27,10 @@ def run(config: Config) -> None:
     for name in setting.tracing.corruption_names():
         traced = _traced(setting, name, places)
         tables.append(aie_table(name, traced, places, subjects, setting.settings, n_layers))
-    write_json(setting.layout.tracing("facts.json"), {"counts": setting.counts, "n_subjects": len(set(subjects.tolist()))})
-    write_table(setting.layout.tracing("pictures.csv"), _pictures(setting, chosen))
-    write_table(setting.layout.tracing("aie.csv"), pd.concat(tables, ignore_index=True))
+    belongs, about = setting.expect, {"counts": setting.counts, "n_subjects": len(set(subjects.tolist()))}
+    write_json(setting.layout.tracing("facts.json"), {**belongs, **about})
+    write_table(setting.layout.tracing("pictures.csv"), _pictures(setting, chosen), belongs)
+    write_table(setting.layout.tracing("aie.csv"), pd.concat(tables, ignore_index=True), belongs)
     print(f"tracing: {len(recall)} facts about {len(set(subjects.tolist()))} subjects, {len(places)} places, {len(tables)} corruptions")
 
 

@@ -7,13 +7,12 @@ import numpy as np
 import torch
 
 from oacore import corruption
-from oacore.activations import read_prompts
 from oacore.config import Config, Position, Site, Tracing
 from oacore.corruption import SubjectStatistics, subject_statistics
 from oacore.errors import UserError
-from oacore.layout import SPLITS, Layout
+from oacore.layout import Layout
 from oacore.model import Loaded
-from oacore.stages.common import gated_model, need, stamp
+from oacore.stages.common import gated_model, need, read_splits, stamp
 from oacore.tasks.prompts import Prompts
 from oacore.tracing import Place, Recall, completes, place, recall_of
 
@@ -31,6 +30,7 @@ class Setting:
     test_rows: np.ndarray  # [N] of the prompts that `recall["test"]` holds
     statistics: SubjectStatistics
     counts: dict[str, dict[str, Any]]  # by split, for the report
+    expect: dict[str, Any]  # of every file that belongs to these facts
     identity: dict[str, Any]
 
     @classmethod
@@ -38,9 +38,8 @@ class Setting:
         assert config.tracing is not None
         layout, answer = Layout(config), config.tracing.answer
         loaded = gated_model(config, layout)
-        model, identity = loaded.model, stamp(config, layout, "facts")
-        path, expect = need(layout.prompts("facts"), "prompts"), {"model_hash": identity["model_hash"]}
-        splits = {split: read_prompts(path, split, expect) for split in SPLITS}
+        model = loaded.model
+        splits, expect = read_splits(config, layout, "facts")
         recall: dict[str, Recall] = {}
         counts: dict[str, dict[str, Any]] = {}
         test_rows = np.arange(0)
@@ -61,9 +60,10 @@ class Setting:
             rows = right.nonzero()[:, 0].cpu()
             recall[split] = every.take(rows.to(model.device))
             test_rows = rows.numpy() if split == "test" else test_rows
-        identity |= {"prompts_hash": {split: prompts.digest() for split, prompts in splits.items()}, "answer": answer}
+        expect |= {"answer": answer}
+        identity = stamp(config, layout, "facts") | expect
         statistics = subject_statistics(model, recall["train"])
-        return cls(config, layout, config.tracing, loaded, recall, splits["test"], test_rows, statistics, counts, identity)
+        return cls(config, layout, config.tracing, loaded, recall, splits["test"], test_rows, statistics, counts, expect, identity)
 
     @property
     def settings(self) -> list[tuple[Site, Position, int]]:
@@ -110,6 +110,5 @@ class Setting:
         Raises:
             UserError: they are missing, damaged, or of another model or other facts.
         """
-        expect = {name: self.identity[name] for name in ("model_hash", "prompts_hash", "answer")}
         path = need(self.layout.tracing("constants.safetensors"), "tracing_fit")
-        return corruption.load(path, places, expect).to(self.loaded.model.device)
+        return corruption.load(path, places, self.expect).to(self.loaded.model.device)

@@ -45,18 +45,28 @@ def finished(tiny_run):
     return config, layout, {task: pd.read_csv(layout.ablation(task, "gaps.csv")) for task in config.ablation_tasks()}
 
 
+def names_in(folder):
+    """Names of a folder's files, without the seals of tables, which each of them must have."""
+    names = {path.name for path in Path(folder).iterdir()}
+    seals = {f".{name}.seal" for name in names if name.endswith(".csv")}
+    assert seals <= names
+    return names - seals - {"logs"}
+
+
 def test_outputs_are_exactly_those_promised(finished):
     config, layout, _ = finished
     figures = {f"{name}.{kind}" for name in config.ablation.figures() for kind in ("svg", "png")}
     for task in config.ablation_tasks():
-        found = {path.name for path in Path(layout.ablation(task, "")).iterdir()} - {"logs"}
-        assert found == {"gaps.csv", "summary.csv", "constants-optimal.safetensors", "constants-optimal_positional.safetensors"} | figures
+        assert (
+            names_in(layout.ablation(task, ""))
+            == {"gaps.csv", "summary.csv", "constants-optimal.safetensors", "constants-optimal_positional.safetensors"} | figures
+        )
         assert {path.name for path in Path(layout.task_dir(task)).iterdir()} - {"logs"} == {"prompts.h5", "activations.h5"}
     assert Path(layout.model_json).is_file() and Path(layout.report).is_file()
     circuits = config.circuits
-    found = {path.name for path in Path(layout.circuits("ioi", "")).iterdir()}
+    found = names_in(layout.circuits("ioi", ""))
     folders = {f"{method}-{ablation}" for method in circuits.methods for ablation in circuits.ablations}
-    assert found == {"pareto.csv", "stability.csv", "edge_frequency.csv", "figures", "logs"} | folders
+    assert found == {"pareto.csv", "stability.csv", "edge_frequency.csv", "figures"} | folders
     names = {f"{name}.{kind}" for name in circuits.figures() for kind in ("svg", "png")} | {
         f"circuit_{name}.svg" for name in circuits.ablations
     }
@@ -65,10 +75,9 @@ def test_outputs_are_exactly_those_promised(finished):
         for ablation in circuits.ablations:
             files = {circuit_file(knob, seed) for knob in circuits.knobs(method) for seed in circuits.seeds}
             files |= {"search.safetensors", "timing.json", "pareto.csv"} | ({"constants.safetensors"} if ablation == "optimal" else set())
-            assert {path.name for path in Path(layout.circuits("ioi", f"{method}-{ablation}")).iterdir()} == files
+            assert names_in(layout.circuits("ioi", f"{method}-{ablation}")) == files
 
-    found = {path.name for path in Path(layout.tracing("")).iterdir()} - {"logs", "figures"}
-    assert found == {"aie.csv", "pictures.csv", "facts.json", "constants.safetensors"}
+    assert names_in(layout.tracing("")) - {"figures"} == {"aie.csv", "pictures.csv", "facts.json", "constants.safetensors"}
     names = {f"{name}.{kind}" for name in config.tracing.figures() for kind in ("svg", "png")}
     assert {path.name for path in Path(layout.tracing("figures")).iterdir()} == names
 
@@ -158,7 +167,7 @@ def test_pictures_agree_with_themselves(finished):
 def test_lens_outputs_are_those_promised(finished):
     config, layout, _ = finished
     lenses, folder = config.lenses, Path(layout.lens("text", ""))
-    found = {path.name for path in folder.iterdir()} - {"logs", "figures"}
+    found = names_in(folder) - {"figures"}
     tables = {f"{name}.csv" for name in (*lenses.tables(), "pictures")}
     assert found == tables | {f"{name}.safetensors" for name in lenses.fitted_files()}
     names = {f"{name}.{kind}" for name in lenses.figures() for kind in ("svg", "png")} | {"prompt_0.svg"}
@@ -502,7 +511,7 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
     for method in config.circuits.methods:
         for ablation in config.circuits.ablations:
             for path in Path(layout.circuits("ioi", f"{method}-{ablation}")).iterdir():
-                if path.name not in ("timing.json", "pareto.csv"):  # which hold how long it took
+                if path.name not in ("timing.json", "pareto.csv", ".pareto.csv.seal"):  # which hold how long it took
                     same = Path(again.circuits("ioi", f"{method}-{ablation}/{path.name}"))
                     assert same.read_bytes() == path.read_bytes(), path
 
