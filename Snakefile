@@ -10,6 +10,7 @@ from oacore.codehash import codehash
 from oacore.config import FITTED, LEARNED, LENS_SECTIONS, RANKED, parse_config
 from oacore.errors import UserError
 from oacore.layout import Layout, circuit_file, model_settings, task_settings
+from oacore.locks import hold_for_pipeline, mark_cache_complete
 from oacore.tasks import check_files
 
 # Only without --configfile: Snakemake would merge the two, and the demo's keys would become part of every run.
@@ -37,6 +38,17 @@ wildcard_constraints:
 
 
 include: "workflow/rules/common.smk"
+
+
+# Before Snakemake looks at any file: it plans by what is there.
+if workflow.is_main_process and (asked := asked_for()) is not None:
+    keep_others_out(wait=not asked.unlock)
+
+    onsuccess:
+        if not asked.targets:
+            mark_cache_complete(layout)
+
+
 include: "workflow/rules/model.smk"
 include: "workflow/rules/prompts.smk"
 include: "workflow/rules/activations.smk"

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from oacore import __version__
 from oacore.config import LENS_SECTIONS, OPTIONAL_SECTIONS, Config, load_config, parse_config
 from oacore.errors import UserError
 from oacore.layout import Layout
+from oacore.locks import hold_for_job, hold_for_pipeline, hold_gpu, mark_cache_complete
 from oacore.tasks import check_files
 
 # In the order in which they run; what each is run for beside the config.
@@ -100,11 +102,13 @@ def _lens_jobs(config: Config, layout: Layout) -> Iterator[tuple[str, dict[str, 
 
 def run_missing(config: Config) -> None:
     """Run every job whose output is missing. Unlike Snakemake it does not see that an output is stale."""
+    hold_for_pipeline(Layout(config))
     for stage, what, output in jobs(config):
         if Path(output).exists():
             print(f"{stage} {' '.join(what.values())}: {output} exists")
         else:
             run_stage(stage, config, **what)
+    mark_cache_complete(Layout(config))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -128,12 +132,14 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.stage in TOOLS and (given.circuit is None or (given.stage == "mib-export" and given.output is None)):
         parser.error(f"{given.stage} needs --circuit{' and --output' if given.stage == 'mib-export' else ''}")
+    _stop_on_sigterm()
     try:
         if given.stage in TOOLS:
             _run_tool(given)
             return 0
         config = load_config(given.config)
         check_files(config.tasks.selected())
+        hold_gpu(config.device)
         _run(given.stage, config, {name: getattr(given, name) for name in ("task", "method", "ablation", "lens")})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -183,9 +189,22 @@ def run_in_workflow(job: Any) -> None:
     sys.exit(status)
 
 
+def _stop_on_sigterm() -> None:
+    """SIGTERM, which SLURM and `kill` send, ends a stage as Ctrl-C does: nothing half-written stays."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def _attempt(job: Any) -> int:
+    _stop_on_sigterm()
     try:
         config = parse_config(job.config)
+        hold_for_job(Layout(config))
+        if job.resources.get("gpu"):
+            hold_gpu(config.device)
         run_stage(job.rule, config, **{name: _value(job, name, config) for name in STAGES[job.rule][1]})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

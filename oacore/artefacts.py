@@ -122,6 +122,11 @@ def read_svg(path: str | Path, expect: Facts | None = None) -> str:
     return svg
 
 
+def digest_of_file(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def digest(value: object) -> str:
     """sha256 of a JSON-able value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()

@@ -7,9 +7,6 @@ first and a last name, told in several wordings. One wording per fact is held ou
 import csv
 import itertools
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oacore.artefacts import digest_of_file, write_json
+from oacore.checkpoint import atomic_directory
 from oacore.config import DemoModel
 from oacore.errors import UserError
 from oacore.progress import progress
@@ -225,9 +224,7 @@ def build(directory: str | Path, settings: DemoModel) -> dict[str, float]:
 
 def _write(directory: Path, model: Any, tokenizer: Any, settings: DemoModel, measured: dict[str, float]) -> None:
     """Into a temporary folder first, so that the directory is complete or absent."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
-    try:
+    with atomic_directory(directory) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         with open(temporary / "facts.csv", "w", encoding="utf-8", newline="") as file:
@@ -239,10 +236,5 @@ def _write(directory: Path, model: Any, tokenizer: Any, settings: DemoModel, mea
             writer.writerow(("text", "label"))
             writer.writerows(fact[1:3] for fact in facts(settings.n_subjects, settings.seed) if fact.relation == RELATIONS[0].name)
         (temporary / "text.json").write_text(json.dumps(text(settings), indent=0) + "\n", encoding="utf-8")
-        (temporary / "training.json").write_text(json.dumps({"settings": settings.model_dump(), "held_out": measured}, indent=2) + "\n")
-        temporary.chmod(0o755)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        files = {path.name: digest_of_file(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / "training.json", {"settings": settings.model_dump(), "held_out": measured, "files": files})

@@ -110,6 +110,13 @@ class Layout:
         every = self.config.lenses is not None and self.config.lenses.positions == "all"
         return f"{self.task_dir(task)}/{'activations-all' if every else 'activations'}.h5"
 
+    def cache_files(self) -> list[str]:
+        """All that this run reads from, or writes to, the folder that runs share."""
+        config = self.config
+        tasks = [path for task in config.tasks.selected() for path in (self.prompts(task), self.activations(task))]
+        rows = [self.lens_rows(task) for task in config.lens_tasks()]
+        return [self.demo_model] * (config.model == "demo") + [self.model_json, *tasks, *rows]
+
     def ablation(self, task: str, file: str) -> str:
         return f"{self.results_dir}/{task}/ablation/{file}"
 

@@ -19,7 +19,7 @@ FLOORS = (
     ("errors", "checkpoint", "progress", "__init__"),
     ("artefacts", "config", "graph", "metrics", "codehash", "tasks"),
     ("layout", "cache", "model", "demo", "plots"),
-    ("forward", "report", "folded", "descent", "circuit_plots", "circuit_drawing", "tracing_plots", "lens_drawing", "lens_plots"),
+    ("forward", "report", "folded", "descent", "circuit_plots", "circuit_drawing", "locks", "tracing_plots", "lens_drawing", "lens_plots"),
     ("ablation", "parity", "circuit_report", "tracing_report", "lens_report"),
     ("activations", "optimal", "gaps", "masked_forward", "tracing"),
     ("constants", "circuits", "planted", "corruption", "lens", "faithfulness"),

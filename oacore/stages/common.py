@@ -7,7 +7,7 @@ import torch
 
 from oacore.ablation import Component, components_of
 from oacore.activations import read_prompts
-from oacore.artefacts import read_json
+from oacore.artefacts import digest_of_file, read_json
 from oacore.config import Config
 from oacore.errors import UserError
 from oacore.layout import SPLITS, Layout
@@ -30,6 +30,20 @@ def need(path: str | Path, stage: str) -> Path:
 def model_facts(layout: Layout) -> dict[str, Any]:
     """The content of model.json."""
     return read_json(need(layout.model_json, "model"))
+
+
+def model_source(layout: Layout) -> str:
+    """What to load the model and its data from: a directory or a hub name.
+
+    Raises:
+        UserError: a file of the demo model is damaged.
+    """
+    if layout.config.model == "demo":
+        folder = need(layout.demo_model, "demo")
+        for name, found in read_json(folder / "training.json")["files"].items():
+            if not (folder / name).exists() or digest_of_file(folder / name) != found:
+                raise UserError(f"{folder / name}: missing, damaged or edited, its checksum does not fit; delete {folder} to train anew")
+    return layout.source
 
 
 def origin(layout: Layout, task: str) -> dict[str, Any]:
@@ -57,7 +71,7 @@ def gated_model(config: Config, layout: Layout) -> Loaded:
     """
     facts = model_facts(layout)
     torch.set_num_threads(config.limits.threads)
-    loaded = load(layout.source, revision=facts["revision"] or config.revision, dtype=config.dtype, device=config.device)
+    loaded = load(model_source(layout), revision=facts["revision"] or config.revision, dtype=config.dtype, device=config.device)
     if loaded.weight_hash != facts["model_hash"]:
         raise UserError(
             f"model: {layout.source!r} has the weight hash {loaded.weight_hash[:12]}, but {layout.model_json} was written for "

@@ -11,7 +11,6 @@ from oacore.artefacts import write_table
 from oacore.config import Config, Text
 from oacore.errors import UserError
 from oacore.forward import residual_after
-from oacore.layout import Layout
 from oacore.lens import Lens, Rows, losses_of, read_rows, rows_of
 from oacore.metrics import clustered_mean_and_se
 from oacore.progress import progress
@@ -58,7 +57,7 @@ def _lengths(setting: Setting, lenses: list[Lens]) -> pd.DataFrame:
     loaded, found = setting.loaded, []
     settings = setting.config.tasks.text
     assert isinstance(settings, Text)
-    path = settings.path.expanduser() if settings.path is not None else f"{Layout(setting.config).demo_model}/text.json"
+    path = settings.path.expanduser() if settings.path is not None else f"{setting.layout.source}/text.json"
     for n_tokens in sorted({*setting.config.lenses.lengths, settings.n_tokens}):
         if n_tokens > loaded.model.max_length:
             raise UserError(f"lenses.lengths: {n_tokens}; allowed: up to {loaded.model.max_length}, the model's context")

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from oacore.artefacts import write_table
 from oacore.config import Config
-from oacore.layout import Layout
 from oacore.stages.lens_setting import Setting
 from oacore.tasks import labelled
 from oacore.truthfulness import truthfulness
@@ -14,7 +13,7 @@ def run(config: Config, task: str) -> None:
     """Write truthfulness.csv."""
     assert config.lenses is not None and config.lenses.truthfulness is not None
     settings, setting = config.lenses.truthfulness, Setting.open(config, task)
-    paths = settings.datasets if settings.datasets is not None else (Path(Layout(config).demo_model) / "labels.csv",)
+    paths = settings.datasets if settings.datasets is not None else (Path(setting.layout.source) / "labels.csv",)
     prompts = {
         (path.stem, demonstrations): labelled.few_shot(
             labelled.read(path.expanduser()),

@@ -11,16 +11,14 @@ from oacore.config import Config
 from oacore.layout import Layout
 from oacore.model import named_tensors
 from oacore.parity import open_model
-from oacore.stages.common import need
+from oacore.stages.common import model_source
 
 
 def run(config: Config) -> None:
     """Write model.json: family, sizes, revision, weight hash, parity."""
     layout = Layout(config)
-    if config.model == "demo":
-        need(layout.demo_model, "demo")
     torch.set_num_threads(config.limits.threads)
-    loaded, parity = open_model(layout.source, revision=config.revision, dtype=config.dtype, device=config.device)
+    loaded, parity = open_model(model_source(layout), revision=config.revision, dtype=config.dtype, device=config.device)
     model = loaded.model
     sizes = {
         "n_layers": model.n_layers,

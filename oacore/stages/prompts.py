@@ -13,7 +13,7 @@ from oacore.errors import UserError
 from oacore.forward import embed, last_residual_from, logits_of
 from oacore.layout import SPLITS, Layout
 from oacore.model import Model, load_tokenizer
-from oacore.stages.common import gated_model, model_facts, stamp
+from oacore.stages.common import gated_model, model_facts, model_source, stamp
 from oacore.tasks import generate
 from oacore.tasks.facts import Complete
 from oacore.tasks.prompts import Ints, Prompts
@@ -27,13 +27,13 @@ def run(config: Config, task: str) -> None:
     complete: Complete | None = None
     if isinstance(settings, Facts | Text):
         own = "facts.csv" if isinstance(settings, Facts) else "text.json"
-        path = settings.path.expanduser() if settings.path is not None else Path(layout.demo_model) / own
+        path = settings.path.expanduser() if settings.path is not None else Path(model_source(layout)) / own
         settings = settings.model_copy(update={"path": path})
     if isinstance(settings, Facts):
         loaded = gated_model(config, layout)
         tokenizer, complete = loaded.tokenizer, argmax_of(loaded.model, config.limits.tokens_per_batch)
     else:
-        tokenizer = load_tokenizer(layout.source, facts["revision"] or config.revision)
+        tokenizer = load_tokenizer(model_source(layout), facts["revision"] or config.revision)
     splits = {split: generate(task, settings, tokenizer, config.seed, split, complete) for split in SPLITS}
     longest = max(int(prompts.lengths.max()) for prompts in splits.values())
     if longest > facts["sizes"]["max_length"]:

@@ -5,6 +5,35 @@ when they change, and it sees neither changes of imported modules nor of the con
 `--software-deployment-method conda` only.
 """
 
+import sys
+from pathlib import Path
+
+LOOKING = ["dryrun", "lint", "list_rules", "summary", "detailed_summary", "dag"]
+LOOKING += ["rulegraph", "filegraph", "d3dag", "list_untracked", "report"]
+
+
+def asked_for():
+    """The command line, or None if it only looks. Snakemake tells its workflow too late, after it has planned."""
+    from snakemake.cli import get_argument_parser
+
+    if (
+        "snakemake" not in Path(sys.argv[0]).parts
+    ):  # run through Snakemake's Python interface
+        return None
+    asked, _ = get_argument_parser().parse_known_args(sys.argv[1:])
+    return None if any(getattr(asked, name, None) for name in LOOKING) else asked
+
+
+def keep_others_out(wait):
+    """Take the run's locks, or say who has them."""
+    try:
+        hold_for_pipeline(layout, wait=wait)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
 
 def code(stage):
     return codehash(f"oacore.stages.{stage}")
