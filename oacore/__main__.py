@@ -5,14 +5,14 @@ import importlib
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from oacore import __version__
 from oacore.config import LENS_SECTIONS, OPTIONAL_SECTIONS, Config, load_config, parse_config
-from oacore.errors import UserError
+from oacore.errors import UserError, is_out_of_memory
 from oacore.layout import Layout
 from oacore.locks import hold_for_job, hold_for_pipeline, hold_gpu, mark_cache_complete
 from oacore.tasks import check_files
@@ -42,6 +42,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+SMALLEST_BATCH = 64  # tokens, the least that limits.tokens_per_batch may be
+
 TOOLS = {
     "mib-score": "CPR and CMD of a circuit file, as the MIB benchmark defines them",
     "mib-export": "a circuit and its constants in the formats of the MIB benchmark",
@@ -49,8 +51,38 @@ TOOLS = {
 
 
 def run_stage(stage: str, config: Config, **what: str) -> None:
-    """Run one stage. Modules are imported here, so that a stage which needs no model never imports torch or transformers."""
-    importlib.import_module(f"oacore.stages.{stage}").run(config, **what)
+    """Run one stage, again with batches half as large whenever memory runs out; a fit goes on from its checkpoint.
+
+    Modules are imported here, so that a stage which needs no model never imports torch or transformers.
+
+    Raises:
+        UserError: bad input, or memory is too short for the smallest batches.
+    """
+    run = importlib.import_module(f"oacore.stages.{stage}").run
+    while not _fits(run, config, what):
+        limits = config.limits
+        if limits.tokens_per_batch < 2 * SMALLEST_BATCH:
+            raise UserError(
+                f"{stage}: out of memory with limits.tokens_per_batch {limits.tokens_per_batch}; allowed: smaller batch sizes of the "
+                "stage's own settings, shorter prompts, dtype bf16, or a device with more memory (`python -m oacore estimate`)"
+            )
+        halved = {"tokens_per_batch": limits.tokens_per_batch // 2, "memory_gb": limits.memory_gb / 2}
+        config = config.model_copy(update={"limits": limits.model_copy(update=halved)})
+        print(f"{stage}: out of memory; again with limits.tokens_per_batch {halved['tokens_per_batch']}", file=sys.stderr, flush=True)
+
+
+def _fits(run: Callable[..., None], config: Config, what: dict[str, str]) -> bool:
+    """Run a stage; False if memory ran out. The error, which keeps all its tensors alive, ends with this call."""
+    try:
+        run(config, **what)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    return True
 
 
 def jobs(config: Config) -> Iterator[tuple[str, dict[str, str], str]]:

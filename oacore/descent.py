@@ -22,6 +22,8 @@ MOMENTUM, WEIGHT_DECAY, LARGEST_NORM = 0.9, 1e-3, 1.0  # of `sgd_step`: the tune
 DECAY = 0.25  # of the learning rate, each time a fit stops improving
 ABSOLUTE_PROGRESS = 1e-6  # nats: smaller improvements are fp32 rounding of the loss
 
+NEVER = torch.iinfo(torch.int64).max
+
 State = dict[str, Tensor]
 ON_HOST = ("step", "curve_steps", "curve_losses", "curve_sizes")  # parts of a state that stay on the CPU
 
@@ -97,25 +99,33 @@ def descend(
         sgd: take `sgd_step`s instead of Adam's; the rate is then absolute but for `scale`.
 
     Raises:
-        UserError: a loss is not finite.
+        UserError: a gradient or loss is not finite; names step, rows, and the last good checkpoint.
     """
     everything = torch.arange(len(start), device=start.device)
     state = load_state(checkpoint, identity, start.device) or _initial_state(start, validate(everything, start), settings)
     scale = scale.expand(len(start), *scale.shape[1:])
+    watch = Watch(checkpoint, int(state["step"]))
+    advice = f"allowed: a smaller {key}, now {settings.learning_rate:g}, and a model with finite weights"
+    watch.see("validation loss", state["best_loss"], int(state["step"]), everything)
+    watch.check(names, advice)
     with progress(what=what, unit="steps", total=settings.max_steps, initial=int(state["step"])) as bar:
         while int(state["step"]) < settings.max_steps and not bool(state["done"].all()):
             running = (~state["done"]).nonzero()[:, 0]
             for _ in range(min(settings.check_every, settings.max_steps - int(state["step"]))):
                 found = gradient(running, state["value"][running], int(state["step"]))
                 state["step"] += 1
+                watch.see("gradient", found, int(state["step"]), running)
                 rate = _like(state["rate"][running], start) * scale[running]
                 (_sgd if sgd else _adam)(state, running, found, rate)
                 bar.update()
-            _test_convergence(state, running, validate, settings, names, key)
+            loss = _test_convergence(state, running, validate, settings)
+            watch.see("validation loss", loss, int(state["step"]), running)
+            watch.check(names, advice)
             bar.set_postfix_str(f"{int(state['done'].sum())}/{len(start)} converged", refresh=False)
             on_test()
             if checkpoint is not None:
                 save_state(checkpoint, state, identity)
+                watch.saved = int(state["step"])
     return Descent(state["best"], state["best_loss"], state["n_steps"], state["done"], state["curve_steps"], state["curve_losses"])
 
 
@@ -163,21 +173,13 @@ def _test_convergence(
     running: Tensor,
     validate: Callable[[Tensor, Tensor], Tensor],
     settings: OptimalFit,
-    names: Sequence[str],
-    key: str,
-) -> None:
-    """Keep what improved on the validation prompts; slow down, and at last stop, what did not."""
+) -> Tensor:
+    """Keep what improved on the validation prompts; slow down, and at last stop, what did not. Returns the losses tested."""
     since = int(state["step"]) - int(state["curve_steps"][-1])
     average = state["sum"][running] / since
     state["sum"].zero_()
     loss = validate(running, average)
     best = state["best_loss"][running]
-    if not bool(loss.isfinite().all()):
-        bad = [names[row] for row, finite in zip(running.tolist(), loss.isfinite().tolist(), strict=True) if not finite]
-        raise UserError(
-            f"{key}: {settings.learning_rate:g}; after {int(state['step'])} steps the ablation loss of "
-            f"{', '.join(bad)} is not finite; allowed: a smaller one"
-        )
     progress = best - loss > settings.tolerance * best + ABSOLUTE_PROGRESS
     better = running[loss < best]
     state["best"][better], state["best_loss"][better] = average[loss < best], loss[loss < best]
@@ -193,6 +195,37 @@ def _test_convergence(
     latest = state["curve_losses"][-1].clone()
     latest[running.cpu()] = loss.cpu()
     state["curve_losses"] = torch.cat((state["curve_losses"], latest[None]))
+    return loss
+
+
+class Watch:
+    """Finds the first step at which a fit meets a number that is not finite, without waiting for the device at every step.
+
+    Args:
+        checkpoint: the fit's file, and `saved`, the step that it holds.
+    """
+
+    def __init__(self, checkpoint: Path | None, saved: int):
+        self.checkpoint, self.saved = checkpoint, saved
+        self._first: dict[str, tuple[Tensor, Tensor]] = {}  # what -> steps of the first bad number (or NEVER), rows of the fit
+
+    def see(self, what: str, values: Tensor, step: int, rows: Tensor) -> None:
+        """Values [m, ...] of the fits `rows` [m], which stay the same until the next `check`."""
+        finite = values.reshape(len(values), -1).isfinite().all(1)
+        first = self._first[what][0] if what in self._first else torch.full_like(rows, NEVER)
+        self._first[what] = torch.where(finite, first, first.clamp(max=step)), rows
+
+    def check(self, names: Sequence[str], advice: str) -> None:
+        """Raise UserError if anything seen since the last check was not finite."""
+        bad = {what: (first, rows) for what, (first, rows) in self._first.items() if int(first.min()) < NEVER}
+        self._first = {}
+        if not bad:
+            return
+        step = min(int(first.min()) for first, _ in bad.values())
+        found = {what: [names[row] for row in rows[first <= step].tolist()] for what, (first, rows) in bad.items()}
+        named = "; ".join(f"{what} of {', '.join(rows)}" for what, rows in found.items() if rows)
+        kept = f"{self.checkpoint}, step {self.saved}" if self.checkpoint is not None and self.checkpoint.exists() else "none"
+        raise UserError(f"step {step}: not finite: {named}; last good checkpoint: {kept}; {advice}")
 
 
 def save_state(path: Path, state: State, identity: str) -> None:

@@ -7,3 +7,8 @@ class UserError(Exception):
     The message names the key or path, the value found and what is allowed, in that order.
     The command line and the workflow scripts print it alone and exit with status 2.
     """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, on a GPU or a CPU, or Python ran out of memory."""
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)

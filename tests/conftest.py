@@ -107,3 +107,14 @@ def tiny_run(tmp_path_factory):
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return config, Layout(config)
+
+
+@pytest.fixture
+def own_copy(tiny_run, tmp_path):
+    """The config of a copy of the finished tiny run, cache and results, to do anything to."""
+    import shutil
+
+    config, layout = tiny_run
+    for folder in (layout.model_dir, layout.results_dir):
+        shutil.copytree(folder, tmp_path / Path(folder).relative_to(config.cache_dir))
+    return config.model_copy(update={"cache_dir": tmp_path, "results_dir": tmp_path / "results"})

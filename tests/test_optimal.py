@@ -188,7 +188,10 @@ def replace_steps(settings, n):
 def test_nan_is_an_error_that_names_the_component(setting):
     model, statistics, train, validation = setting
     broken = replace(model, blocks=(*model.blocks[:2], replace(model.blocks[2], W_out=model.blocks[2].W_out * float("nan"))))
-    with pytest.raises(UserError, match=r"m2 is not finite"):
+    with pytest.raises(
+        UserError,
+        match=r"step 0: not finite: validation loss of m0, m1, m2; last good checkpoint: none; allowed: a smaller ablation",
+    ):
         run((broken, statistics, train, validation), components_of(model, ("mlp",)), OptimalFit(max_steps=10, check_every=5))
 
 

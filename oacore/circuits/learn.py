@@ -21,8 +21,7 @@ from torch import Tensor
 from oacore.circuits.patching import Constants, Passes, Replacements
 from oacore.circuits.ugs import State
 from oacore.config import MaskFit, Objective
-from oacore.descent import adam_step, load_state, prompts_of_step, save_state
-from oacore.errors import UserError
+from oacore.descent import Watch, adam_step, load_state, prompts_of_step, save_state
 from oacore.graph import Graph
 from oacore.progress import progress
 
@@ -154,7 +153,7 @@ def learn(
         checkpoint: file to resume from and to save to; removed by the caller when its result is safe.
 
     Raises:
-        UserError: a loss is not finite; names step and knob.
+        UserError: a loss or gradient is not finite; names step, parameters, knobs, and the last good checkpoint.
     """
     engine, graph = passes.engine, passes.engine.graph
     device, n_fits = engine.model.device, len(knobs)
@@ -168,6 +167,8 @@ def learn(
     slots = (torch.arange(n_fits)[:, None, None] * P + torch.arange(P)).expand(n_fits, K, P).flatten().to(device)
     generator = torch.Generator(device)
     loss_sum, since = torch.zeros(n_fits, device=device), 0
+    watch, every_fit = Watch(checkpoint, int(state["step"])), torch.arange(n_fits, device=device)
+    fits = [f"{what} {knob.value:g} (seed {knob.seed})" for knob in knobs]
     with progress(what=what, unit="steps", total=settings.n_steps, initial=int(state["step"])) as bar:
         while int(state["step"]) < settings.n_steps:
             step = int(state["step"])
@@ -197,24 +198,33 @@ def learn(
                 written.backward(found.constants / (K * P))
             state["step"] += 1
             with torch.no_grad():
+                losses = found.losses.view(n_fits, -1).mean(1)
+                gradients = {name: edges.clip(_gradient(parameters[name])) for name in names}
+                if constants is not None:
+                    gradients |= {name: _gradient(state[name]) for name in CONSTANTS}
+                for seen, values in {"loss": losses, **{f"gradient of {name}": value for name, value in gradients.items()}}.items():
+                    watch.see(seen, values, step + 1, every_fit)
                 for name in names:
-                    _adam(state, name, edges.clip(_gradient(parameters[name])), rates, sampler.betas)
+                    _adam(state, name, gradients[name], rates, sampler.betas)
                 if constants is not None:
                     for name, scale in zip(CONSTANTS, scales, strict=True):
-                        _adam(state, name, _gradient(state[name]), scale * settings.constants_rate, (0.9, 0.999))
-                loss_sum += found.losses.view(n_fits, -1).mean(1)
+                        _adam(state, name, gradients[name], scale * settings.constants_rate, (0.9, 0.999))
+                loss_sum += losses
             since += 1
             bar.update()
             if since == settings.record_every or int(state["step"]) == settings.n_steps:
-                _record(state, loss_sum / since, theta.detach().sum(1), knobs, what)
+                watch.check(fits, ADVICE)  # the one place where the host waits for the device
+                _record(state, loss_sum / since, theta.detach().sum(1))
                 loss_sum, since = torch.zeros(n_fits, device=device), 0
                 if checkpoint is not None:
                     save_state(checkpoint, state, identity)
+                    watch.saved = int(state["step"])
     fitted = Constants(*(state[name].detach() for name in CONSTANTS)) if train_constants else None
     scores = edges.full(sampler.score({name: state[name].detach() for name in names}))
     return Masks(scores, fitted, state["curve_steps"], state["curve_losses"], state["curve_sizes"])
 
 
+ADVICE = "allowed: a smaller circuits.masks.learning_rate or constants_rate, and a model with finite weights"
 CONSTANTS = tuple(f"constants/{name}" for name in Constants._fields)
 
 
@@ -251,14 +261,8 @@ def _adam(state: State, name: str, gradient: Tensor, rate: Tensor, betas: tuple[
     state[name] = value
 
 
-def _record(state: State, losses: Tensor, sizes: Tensor, knobs: Sequence[Knob], what: str) -> None:
-    """Add a point to the curves; the one place where the host waits for the device."""
-    if not bool(losses.isfinite().all()):
-        bad = [f"{knob.value:g} (seed {knob.seed})" for knob, finite in zip(knobs, losses.isfinite().tolist(), strict=True) if not finite]
-        raise UserError(
-            f"{what}: the loss is not finite after step {int(state['step'])} for {', '.join(bad)}; "
-            "allowed: a smaller circuits.masks.learning_rate or constants_rate, and a model with finite weights"
-        )
+def _record(state: State, losses: Tensor, sizes: Tensor) -> None:
+    """Add a point to the curves."""
     state["curve_steps"] = torch.cat((state["curve_steps"], state["step"][None]))
     state["curve_losses"] = torch.cat((state["curve_losses"], losses.cpu()[None]))
     state["curve_sizes"] = torch.cat((state["curve_sizes"], sizes.cpu()[None]))

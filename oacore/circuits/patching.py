@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oacore.ablation import Batch, Statistics, derangement, first_pooled
 from oacore.config import EdgeAblation, Objective
-from oacore.errors import UserError
+from oacore.errors import UserError, is_out_of_memory
 from oacore.forward import unembed
 from oacore.masked_forward import Engine, Prompts
 from oacore.metrics import kl_divergence
@@ -288,8 +288,8 @@ class Passes:
                     slice(start // per_fit, (stop - 1) // per_fit + 1),
                     keep_inputs,
                 )
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
                     raise
                 self._most = (stop - start) // 2
                 if self._most == 0:
@@ -300,7 +300,3 @@ class Passes:
                 print(f"out of memory: going on with {self._most} rows at a time", file=sys.stderr)
                 continue
             start = stop
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
