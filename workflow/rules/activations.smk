@@ -6,6 +6,7 @@ rule activations:
         f"{layout.model_dir}/{{task_dir}}/activations.h5",
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/activations.log",
+    cache: True
     conda:
         "../../environment.yml"
     threads: run_config.limits.threads

@@ -8,6 +8,7 @@ if LENSES:
             f"{layout.model_dir}/{{task_dir}}/activations-all.h5",
         log:
             f"{layout.model_dir}/{{task_dir}}/logs/activations-all.log",
+        cache: True
         conda:
             "../../environment.yml"
         threads: run_config.limits.threads

@@ -3,6 +3,7 @@ rule demo:
         directory(layout.demo_model),
     log:
         f"{layout.model_dir}/logs/demo.log",
+    cache: True
     conda:
         "../../environment.yml"
     threads: 2
@@ -23,6 +24,7 @@ rule model:
         layout.model_json,
     log:
         f"{layout.model_dir}/logs/model.log",
+    cache: True
     conda:
         "../../environment.yml"
     threads: run_config.limits.threads

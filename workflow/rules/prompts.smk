@@ -5,6 +5,7 @@ rule prompts:
         f"{layout.model_dir}/{{task_dir}}/prompts.h5",
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/prompts.log",
+    cache: True
     conda:
         "../../environment.yml"
     threads: run_config.limits.threads
