@@ -670,7 +670,9 @@ def _describe(error: ErrorDetails) -> str:
         choices = [choice.strip("'") for choice in str(context["expected"]).replace(" or ", ", ").split(", ")]
         return f"{path}: {_short(value)}; allowed: {', '.join(choices)}{_nearest(value, choices)}"
     if kind == "value_error":
-        return f"{path}: {context['error']}" if path else str(context["error"])
+        message = str(context["error"])
+        own = message.replace(":", ".").split(".")[0] in _fields_at(location)  # it begins with a key of the section
+        return f"{path}{'.' if own else ': '}{message}" if path else message
     if kind in ("model_type", "model_attributes_type"):
         return f"{path}: {_short(value)}; allowed: a mapping with the keys {', '.join(_fields_at(location))}"
     return f"{path}: {_short(value)}; allowed: {error['msg'].removeprefix('Input should be ')}"

@@ -4,6 +4,7 @@ Each row of one tensor is a fit with its own Adam state, learning rate and conve
 converged. The whole state is one dictionary of tensors, and each step's prompts follow from the seed and the step alone.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,4 +241,5 @@ def load_state(path: Path | None, identity: str, device: Any) -> State | None:
     facts, state = read_tensors(path)
     if facts.get("identity") != identity:
         return None
+    print(f"{path}: going on at step {int(state['step'])}", file=sys.stderr)
     return {name: value.to("cpu" if name in ON_HOST else device) for name, value in state.items()}

@@ -1,11 +1,13 @@
 """Every wrong key or value gives one message that names the path, the value and what is allowed."""
 
+import copy
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from oacore.config import ARCHITECTURES, Config, describe_fields, load_config, parse_config
 from oacore.errors import UserError
@@ -221,3 +223,50 @@ def test_lenses_name_what_they_make():
     every = parse_config(LENSED | {"lenses": {"lengths": [5], "faithfulness": None, "truthfulness": None}}).lenses
     assert every.tables() == ("loss", "lengths", "faithfulness", "truthfulness")
     assert every.figures() == ("loss", "agreement", "lengths", "similarity", "correlation", "truthfulness")
+
+
+TINY = yaml.safe_load((Path(__file__).parent / "configs/tiny.yaml").read_text())
+
+
+def paths_in(values, path=()):
+    """Paths of all keys of a parsed YAML tree."""
+    for key, value in values.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from paths_in(value, (*path, key))
+
+
+def changed(path, replace):
+    """The tiny config with the item at the path replaced: `replace(its mapping, its key)`."""
+    values = copy.deepcopy(TINY)
+    section = values
+    for key in path[:-1]:
+        section = section[key]
+    replace(section, path[-1])
+    return values
+
+
+@pytest.mark.parametrize("path", paths_in(TINY), ids=".".join)
+def test_every_misspelled_key_is_refused(path):
+    def misspell(section, key):
+        section[f"{key}x"] = section.pop(key)
+
+    with pytest.raises(UserError) as info:
+        parse_config(changed(path, misspell))
+    assert ".".join(path) + "x: unknown key" in str(info.value) and f"did you mean '{path[-1]}'" in str(info.value)
+
+
+# A key that takes what the others refuse.
+TAKES = {"run": (-3,), "model": ("none of these",), "tracing.pictures": (["none of these"],)}
+
+
+@pytest.mark.parametrize("path", paths_in(TINY), ids=".".join)
+def test_every_wrong_value_is_refused_with_its_key(path):
+    """Values of other types, and numbers far from any that makes sense."""
+    name = ".".join(path)
+    for wrong in ([[]], {"a": {}}, "none of these", -3, float("nan"), [-3], ["none of these"]):
+        if wrong in TAKES.get(name, ()) or (name == "run" and isinstance(wrong, float)):
+            continue
+        with pytest.raises(UserError) as info:
+            parse_config(changed(path, lambda section, key, wrong=wrong: section.__setitem__(key, wrong)))
+        assert name in str(info.value), f"{name}: {wrong!r}: {info.value}"

@@ -1,0 +1,119 @@
+"""Several pipelines, one cache: started at once they wait for one another, and nothing is computed twice."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from oacore.cache import Reader
+from oacore.config import load_config
+from oacore.layout import Layout
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests/configs/tiny.yaml"
+
+
+@pytest.fixture
+def place(tiny_run, tmp_path):
+    """Make a working folder with a config of its own and a trained demo model: (config file, layout as seen from there)."""
+    _, theirs = tiny_run
+
+    def make(name, cache_dir, results_dir="results", run="tiny"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        values = yaml.safe_load(TINY.read_text())
+        values |= {"run": run, "tasks": {"ioi": values["tasks"]["ioi"]}, "cache_dir": str(cache_dir), "results_dir": str(results_dir)}
+        values["ablation"]["tasks"] = ["ioi"]
+        del values["circuits"], values["tracing"], values["lenses"]  # of other tasks
+        path = folder / f"{run}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        layout = Layout(load_config(path))
+        model = folder / layout.demo_model
+        if not model.exists():
+            model.parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(Path(theirs.demo_model).resolve(), model)
+        return path, layout
+
+    return make
+
+
+def command(path, *targets, cores=1):
+    arguments = ["--snakefile", ROOT / "Snakefile", "--directory", path.parent, "--configfile", path, "--cores", cores]
+    return [sys.executable, "-m", "snakemake", *map(str, targets), *map(str, arguments)]
+
+
+def started(line, cwd=ROOT, **options):
+    return subprocess.Popen(line, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def rules_run(output):
+    return re.findall(r"^(?:local)?rule (\w+):", output, re.M)
+
+
+@pytest.mark.parametrize("shared", ["results", "cache"])
+def test_two_pipelines_at_once(place, tmp_path, shared):
+    """One working folder and results, or two with one cache: both succeed, each job ran once, and what they made is whole."""
+    if shared == "results":
+        first, layout = place("a", "cache")
+        second = first
+    else:
+        first, layout = place("a", tmp_path / "cache")
+        second, _ = place("b", tmp_path / "cache")
+    target = layout.activations("ioi")
+    runs = [started(command(path, target)) for path in (first, second)]
+    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert sorted(rules_run(outputs[0]) + rules_run(outputs[1])) == ["activations", "model", "prompts"]
+    assert sum("waiting until it has ended" in output for output in outputs) == 1
+    assert sum("Nothing to be done" in output for output in outputs) == 1
+    with Reader(first.parent / target) as reader:
+        assert all(len(reader[name][:]) for name in reader.names)
+
+
+def test_another_working_copy_takes_the_cache_through_snakemake(place, tmp_path):
+    """`--cache`: the second copy computes nothing, whatever its own folders are called."""
+    environment = os.environ | {"SNAKEMAKE_OUTPUT_CACHE": str(tmp_path / "shared")}
+    (tmp_path / "shared").mkdir()
+    made = []
+    for name in ("a", "b"):
+        path, layout = place(name, f"cache-{name}")
+        run = started([*command(path, layout.activations("ioi")), "--cache"], env=environment)
+        output = run.communicate(timeout=300)[0]
+        assert run.returncode == 0, output
+        made.append([(path.parent / file).read_bytes() for file in (layout.model_json, layout.prompts("ioi"), layout.activations("ioi"))])
+        assert [(path.parent / file).is_symlink() for file in (layout.model_json, layout.prompts("ioi"))] == [True, True]
+        if name == "b":
+            assert "stage.py" not in output and len(list((path.parent / layout.model_dir).rglob("*.log"))) == 0, "a job ran"
+    assert made[0] == made[1]
+
+
+def test_a_killed_pipeline_unlocks_only_when_its_jobs_have_ended(place, tmp_path):
+    """SIGKILL to Snakemake alone: its job goes on, `--unlock` is refused until that has ended, then the next call finishes the run."""
+    path, layout = place("a", "cache")
+    line = command(path, layout.activations("ioi"))
+    run = started(line, start_new_session=True)
+    held = path.parent / layout.model_dir / ".jobs.lock"
+    deadline = time.monotonic() + 120
+    while not held.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)  # the job has the lock now
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    unlock = [*line, "--unlock"]
+    refused = subprocess.run(unlock, cwd=ROOT, capture_output=True, text=True)
+    jobs_alive = subprocess.run(["pgrep", "-g", str(run.pid)], capture_output=True).returncode == 0
+    if jobs_alive:
+        assert refused.returncode == 2 and re.search(r"error: .*\.jobs\.lock: held by", refused.stderr), refused.stderr
+    while subprocess.run(["pgrep", "-g", str(run.pid)], capture_output=True).returncode == 0:
+        time.sleep(0.1)
+    assert "IncompleteFilesException" not in (again := subprocess.run(line, cwd=ROOT, capture_output=True, text=True)).stderr
+    assert again.returncode != 0 and "unlock" in again.stderr
+    assert subprocess.run(unlock, cwd=ROOT, capture_output=True).returncode == 0
+    finished = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
