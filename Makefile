@@ -3,18 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-kill lint unlock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 demo: .venv/.installed ## install, run the whole pipeline on the embedded model, print where the report is
 	$(BIN)/snakemake --configfile config/demo.yaml
 	@echo "report: $(CURDIR)/results/demo/report.html"
 
-test: .venv/.installed-dev ## install and run all tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+test: .venv/.installed-dev ## install and run all tests, two files at a time
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-kill: .venv/.installed-dev ## kill every long stage four times, at random moments
+	HF_HUB_OFFLINE=1 OA_KILLS=4 $(BIN)/python -m pytest tests/test_kill.py
+
+unlock: ## after a killed run: CONFIG=my-model.yaml; refused while that run, or a job of it, is alive
+	$(BIN)/snakemake --unlock --configfile $(or $(CONFIG),config/demo.yaml)
 
 lint: .venv/.installed-dev ## format check, lint, types, workflow lint
 	$(BIN)/ruff format --check .

@@ -90,7 +90,7 @@ FAMILIES = (
 def tiny_run(tmp_path_factory):
     """(config, layout) of the finished pipeline run of tests/configs/tiny.yaml: the one place where tests train the demo model.
 
-    `$OA_TEST_CACHE` keeps it for later runs.
+    `$OA_TEST_CACHE` keeps it for later runs. Workers of one test run share it: who comes second waits for the first, as any pipeline does.
     """
     import subprocess
     import sys
@@ -98,7 +98,8 @@ def tiny_run(tmp_path_factory):
     from oacore.config import load_config
     from oacore.layout import Layout
 
-    root = Path(os.environ.get("OA_TEST_CACHE") or tmp_path_factory.mktemp("pipeline"))
+    base = tmp_path_factory.getbasetemp()
+    root = Path(os.environ.get("OA_TEST_CACHE") or (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pipeline")
     config = load_config(Path(__file__).parent / "configs/tiny.yaml").model_copy(
         update={"cache_dir": root, "results_dir": root / "results"}
     )
