@@ -1,11 +1,19 @@
 """What re-runs after which change, exactly: every config key and every module, on a finished run, by Snakemake's own plan."""
 
+import ast
 import io
+import shutil
 from collections import Counter
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import get_args
 
+import pytest
 import yaml
+from pydantic import BaseModel
+
+from oacore import codehash as codehash_module
+from oacore.config import Config
 
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load((ROOT / "tests/configs/tiny.yaml").read_text())
@@ -26,3 +34,236 @@ def planned(values, path):
         workflow._prepare_dag(forceall=False, ignore_incomplete=True, lock_warn_only=True)
         workflow._build_dag()
         return Counter(job.rule.name for job in workflow.dag.needrun_jobs()) - Counter(["all"])
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, tmp_path_factory):
+    """The tiny config where its run was finished, and a file for changed ones."""
+    config, layout = tiny_run
+    values = TINY | {"cache_dir": str(config.cache_dir), "results_dir": str(config.results_dir)}
+    path = tmp_path_factory.mktemp("staleness") / "config.yaml"
+    assert planned(values, path) == {}, "the run is not finished"
+    return values, path, layout
+
+
+def with_value(values, path, value):
+    """The config with the dotted path set; sections on the way are made."""
+    key, _, rest = path.partition(".")
+    return values | {key: with_value(values.get(key) or {}, rest, value) if rest else value}
+
+
+REPORT = {"report": 1}
+GAPS = {"gaps": 2, "figures": 2} | REPORT
+JUDGED = {"circuit_evaluation": 2, "circuit_figures": 1} | REPORT
+REFIT = JUDGED | {"circuit_evaluation": 1}  # of optimal ablation
+CONSTANTS = {"optimal": 4, "circuit_search": 4, "circuit_evaluation": 1, "circuit_figures": 1} | GAPS  # EAP, EAP-IG, ACDC, exact take them
+TRACED = {"tracing": 1, "tracing_figures": 1} | REPORT
+TRACING = {"tracing_fit": 1} | TRACED
+MEASURED = {"lens_evaluation": 1, "lens_figures": 1} | REPORT
+LENSES = {"lens_fit": 6, "lens_faithfulness": 1, "lens_truthfulness": 1} | MEASURED
+OCA = LENSES | {"lens_fit": 3}  # oca, oca_shared, linear_oca
+TUNED = MEASURED | {"lens_fit": 4}  # tuned twice, linear_oca, grad
+FAITHFULNESS = {"lens_faithfulness": 1, "lens_figures": 1} | REPORT
+TRUTHFULNESS = {"lens_truthfulness": 1, "lens_figures": 1} | REPORT
+OF_IOI = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "circuit_search": 16} | JUDGED
+OF_FACTS = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1} | TRACING
+OF_TEXT = {"prompts": 1, "activations": 1} | LENSES
+RESULTS = {"optimal": 4, "circuit_search": 16} | GAPS | JUDGED | TRACING | LENSES
+PROMPTS = {"prompts": 3, "activations": 3} | RESULTS
+EVERYTHING = {"demo": 1, "model": 1} | PROMPTS
+NOTHING: dict[str, int] = {}
+
+# Every leaf of the config: another value, and how many jobs of which rules run again.
+KEYS = {
+    "run": ("other", RESULTS),
+    "revision": ("main", REPORT),  # the demo has none
+    "dtype": ("bf16", EVERYTHING),
+    "device": ("auto", NOTHING),
+    "seed": (1, PROMPTS),
+    "cache_dir": ("{elsewhere}", EVERYTHING),
+    "results_dir": ("{elsewhere}", RESULTS),
+    "limits.tokens_per_batch": (1000, NOTHING),
+    "limits.memory_gb": (1, NOTHING),
+    "limits.threads": (2, NOTHING),
+    **{f"demo_model.{key}": (7, EVERYTHING) for key in ("seed", "n_steps", "batch_size", "learning_rate", "n_subjects")},
+    **{f"demo_model.min_{key}": (0.5, EVERYTHING) for key in ("ioi_accuracy", "year_mass", "fact_accuracy")},
+    **{f"tasks.ioi.n_{split}": (40, OF_IOI) for split in ("train", "validation", "test")},
+    **{f"tasks.greater_than.n_{split}": (40, {"prompts": 1} | REPORT) for split in ("train", "validation", "test")},
+    **{f"tasks.facts.n_{split}": (40, OF_FACTS) for split in ("train", "validation", "test")},
+    "tasks.facts.path": ("{demo}/facts.csv", OF_FACTS),
+    "tasks.facts.unseen": ("subjects_and_relations", OF_FACTS),
+    **{f"tasks.text.n_{split}": (40, OF_TEXT) for split in ("train", "validation", "test")},
+    "tasks.text.path": ("{demo}/text.json", OF_TEXT),
+    "tasks.text.n_tokens": (9, OF_TEXT),
+    "ablation.tasks": (["ioi"], REPORT),
+    "ablation.methods": (["zero", "mean", "optimal", "optimal_positional"], GAPS),
+    "ablation.components": (["head", "mlp", "attention_layer"], CONSTANTS),
+    **{f"ablation.optimal.{key}": (7, CONSTANTS) for key in ("learning_rate", "batch_size", "max_steps", "check_every")},
+    **{f"ablation.optimal.{key}": (7, CONSTANTS) for key in ("patience", "n_decays")},
+    "ablation.optimal.tolerance": (0.5, CONSTANTS),
+    "circuits.tasks": (["ioi", "facts"], {"circuit_search": 16, "activations": 0} | JUDGED),
+    "circuits.methods": (["ugs", "hcgs", "topk", "eap", "eap_ig", "acdc", "exact"], JUDGED),
+    "circuits.ablations": (["optimal"], {"circuit_figures": 1} | REPORT),
+    "circuits.objective": ("logit_diff", {"circuit_search": 14} | JUDGED),  # EAP takes it in any case
+    "circuits.seeds": ([0, 2], {"circuit_search": 16} | JUDGED),
+    "circuits.lambdas": ([1e-3, 1e-2], {"circuit_search": 4} | JUDGED),
+    "circuits.thresholds": ([0.06], {"circuit_search": 2} | JUDGED),
+    "circuits.sizes": ([40, 0.3], {"circuit_search": 10} | JUDGED),
+    "circuits.n_prompts": (5, {"circuit_search": 8} | JUDGED),
+    "circuits.ig_steps": (4, {"circuit_search": 2} | JUDGED),
+    **{f"circuits.masks.{key}": (7, {"circuit_search": 6} | JUDGED) for key in ("n_steps", "n_samples", "n_prompts", "learning_rate")},
+    **{f"circuits.masks.{key}": (7, {"circuit_search": 6} | JUDGED) for key in ("constants_rate", "record_every")},
+    "circuits.masks.dynamic_window": (True, {"circuit_search": 6} | JUDGED),
+    **{
+        f"circuits.refit.{key}": (7, JUDGED | {"circuit_evaluation": 1})
+        for key in ("learning_rate", "batch_size", "max_steps", "check_every")
+    },
+    **{f"circuits.refit.{key}": (7, JUDGED | {"circuit_evaluation": 1}) for key in ("patience", "n_decays")},
+    "circuits.refit.tolerance": (0.5, JUDGED | {"circuit_evaluation": 1}),
+    "tracing.corruptions": (["gaussian"], TRACED),
+    "tracing.noise_scales": ([1, 2], TRACED),
+    "tracing.n_draws": (3, TRACED),
+    "tracing.sites": (["mlp"], TRACING),
+    "tracing.positions": (["last"], TRACING),
+    "tracing.windows": ([1], TRACING),
+    "tracing.answer": ("joint", TRACING),
+    "tracing.pictures": (1, TRACED),
+    **{f"tracing.fit.{key}": (7, TRACING) for key in ("learning_rate", "batch_size", "max_steps", "check_every", "patience", "n_decays")},
+    "tracing.fit.tolerance": (0.5, TRACING),
+    "lenses.tasks": (["text", "ioi"], LENSES),
+    "lenses.lenses": (["oca", "oca_shared", "linear_oca", "tuned", "logit", "grad"], MEASURED),
+    "lenses.init": (["identity"], MEASURED),
+    "lenses.positions": ("all", {"lens_activations": 1} | LENSES),
+    **{f"lenses.oca.{key}": (7, OCA) for key in ("learning_rate", "batch_size", "max_steps", "check_every", "patience", "n_decays")},
+    "lenses.oca.tolerance": (0.5, OCA),
+    **{f"lenses.tuned.{key}": (7, TUNED) for key in ("learning_rate", "batch_size", "max_steps", "check_every", "patience", "n_decays")},
+    "lenses.tuned.tolerance": (0.5, TUNED),
+    "lenses.grad_prompts": (5, {"lens_fit": 1} | MEASURED),
+    "lenses.lengths": ([7], MEASURED),
+    "lenses.pictures": (0, MEASURED),
+    "lenses.faithfulness.lenses": (["oca", "mean"], FAITHFULNESS),
+    "lenses.faithfulness.layers": ([1], FAITHFULNESS),
+    "lenses.faithfulness.n_prompts": (5, FAITHFULNESS),
+    "lenses.faithfulness.n_directions": (4, FAITHFULNESS),
+    "lenses.faithfulness.resample_sizes": ([2], FAITHFULNESS),
+    "lenses.faithfulness.target_kl": (0.1, FAITHFULNESS),
+    "lenses.truthfulness.datasets": (["{demo}/labels.csv"], TRUTHFULNESS),
+    "lenses.truthfulness.n_demonstrations": (3, TRUTHFULNESS),
+    "lenses.truthfulness.n_inputs": (20, TRUTHFULNESS),
+    "lenses.truthfulness.template": ("{text}: {label}", TRUTHFULNESS),
+    "lenses.truthfulness.separator": (";", TRUTHFULNESS),
+    "lenses.truthfulness.lenses": (["logit"], TRUTHFULNESS),
+}
+
+
+def leaves(section=Config, prefix=""):
+    """Dotted paths of all keys that hold a value."""
+    for name, field in section.model_fields.items():
+        inner = next((kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)), None)
+        if inner is None:
+            yield f"{prefix}{name}"
+        else:
+            yield from leaves(inner, f"{prefix}{name}.")
+
+
+def _is_section(kind):
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def test_the_table_has_every_key():
+    assert {*KEYS, "model"} == set(leaves())
+
+
+def filled(value, places):
+    """Places in braces put in; other braces, as a template has, stay."""
+    if isinstance(value, list):
+        return [filled(item, places) for item in value]
+    if not isinstance(value, str):
+        return value
+    for name, place in places.items():
+        value = value.replace(f"{{{name}}}", place)
+    return value
+
+
+def positive(counts):
+    return {rule: count for rule, count in counts.items() if count}
+
+
+@pytest.fixture
+def places(finished, tmp_path):
+    return {"demo": str(finished[2].demo_model), "elsewhere": str(tmp_path)}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_each_key_re_runs_what_depends_on_it(finished, places, key):
+    values, path, _ = finished
+    value, expected = KEYS[key]
+    changed = with_value(values, key, filled(value, places))
+    assert planned(changed, path) == positive(expected)
+
+
+def test_another_model_re_runs_all_but_the_demo(finished, places):
+    values, path, _ = finished
+    paths = {"tasks.facts.path": "facts.csv", "tasks.text.path": "text.json"}
+    for key, value in {"model": places["demo"], **{key: f"{places['demo']}/{name}" for key, name in paths.items()}}.items():
+        values = with_value(values, key, value)
+    values = with_value(values, "lenses.truthfulness.datasets", [f"{places['demo']}/labels.csv"])
+    assert planned(values, path) == EVERYTHING | {"demo": 0}
+
+
+@pytest.fixture(scope="module")
+def code(finished, tmp_path_factory):
+    """Where code hashes are taken of a copy of both packages, parsed once; `change(module, source)` puts another source in."""
+    root = tmp_path_factory.mktemp("packages")
+    for package in codehash_module.PACKAGES:
+        shutil.copytree(codehash_module._root(package), root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    patch = pytest.MonkeyPatch()
+    parsed: dict = {}
+    parse = codehash_module._tree.__wrapped__
+
+    def tree(module):
+        if module not in parsed:
+            parsed[module] = parse(module)
+        return parsed[module]
+
+    patch.setattr(codehash_module, "_root", lambda package: root / package)
+    patch.setattr(codehash_module, "_tree", tree)
+
+    class Code:
+        modules = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+
+        @staticmethod
+        def change(module, edit):
+            """Edit a module's source; returns what undoes it."""
+            path = root / module
+            source = path.read_text()
+            name = module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            path.write_text(edit(source))
+            parsed.pop(name, None)
+
+            def undo():
+                path.write_text(source)
+                parsed.pop(name, None)
+
+            return undo
+
+    yield Code
+    patch.undo()
+
+
+def test_comments_docstrings_and_formatting_re_run_nothing(finished, code):
+    """In all modules at once."""
+
+    def edit(source):
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                node.body[0].value.value = "Another docstring."
+        return "# A comment.\n" + ast.unparse(tree) + "\n\n\n# Another.\n"
+
+    undo = [code.change(module, edit) for module in code.modules]
+    try:
+        assert planned(*finished[:2]) == {}
+    finally:
+        for each in undo:
+            each()

@@ -73,7 +73,7 @@ def circuit_files(method):
 def search_settings(wildcards):
     """The keys that the method's search reads."""
     method = wildcards.method
-    keys = ["objective", "seeds"]
+    keys = ["seeds"]
     if method in LEARNED:
         keys += ["sizes" if method == "topk" else "lambdas", "masks"]
     elif method == "acdc":
@@ -82,7 +82,8 @@ def search_settings(wildcards):
         keys += ["sizes", "n_prompts"] + ["ig_steps"] * (method == "eap_ig")
     elif method == "random":
         keys += ["sizes"]
-    return {key: CIRCUITS[key] for key in keys}
+    objective = run_config.circuits.objective_of(method)
+    return {"objective": objective} | {key: CIRCUITS[key] for key in keys}
 
 
 TRACING = run_config.tracing.model_dump() if run_config.tracing else {}

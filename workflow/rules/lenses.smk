@@ -108,7 +108,7 @@ if LENSES:
                 gpu=GPUS,
             params:
                 settings=LENSES[SECTION],
-                init=LENSES["init"],
+                init=LENSES["init"] if "tuned" in LENSES[SECTION]["lenses"] else None,
                 positions=LENSES["positions"],
                 seed=run_config.seed,
                 code=code(f"lens_{SECTION}"),
