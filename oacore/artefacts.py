@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -35,7 +36,7 @@ def write_tensors(path: str | Path, tensors: "Mapping[str, Tensor]", facts: Fact
 
     ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     signed = _plain({"schema_version": SCHEMA_VERSION, "package_version": __version__, **facts})
-    signed[KEY] = _digest_of_tensors(ready, signed)
+    signed[KEY] = digest_of_tensors(ready, signed)
     with atomic_path(path) as temporary:
         # One entry: safetensors writes several in random order, and equal files would differ in their bytes.
         save_file(ready, temporary, metadata={"oacore": json.dumps(signed)})
@@ -53,7 +54,7 @@ def read_tensors(path: str | Path, expect: Facts | None = None) -> "tuple[dict[s
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["oacore"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        damaged = facts.pop(KEY) != _digest_of_tensors(tensors, facts)
+        damaged = facts.pop(KEY) != digest_of_tensors(tensors, facts)
     except (OSError, SafetensorError, AttributeError, TypeError, KeyError, ValueError, RuntimeError) as error:
         raise _unreadable(path, f"can't be read as safetensors of this package: {error}") from None
     _check(path, damaged, facts, expect)
@@ -132,14 +133,15 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()
 
 
-def _digest_of_tensors(tensors: "Mapping[str, Tensor]", facts: Facts) -> str:
+def digest_of_tensors(tensors: "Mapping[str, Tensor]", facts: Facts = MappingProxyType({})) -> str:
+    """sha256 of names, shapes, dtypes and bytes, and of the facts."""
     import torch
 
-    found = hashlib.sha256(digest(facts).encode())
+    found = hashlib.sha256(digest(dict(facts)).encode())
     for name in sorted(tensors):
         value = tensors[name]
         found.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -4,19 +4,17 @@ Each row of one tensor is a fit with its own Adam state, learning rate and conve
 converged. The whole state is one dictionary of tensors, and each step's prompts follow from the seed and the step alone.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from oacore.artefacts import read_tensors, write_tensors
 from oacore.config import OptimalFit
 from oacore.errors import UserError
 from oacore.progress import progress
+from oacore.resume import State, load_state, save_state
 
 BETAS, EPSILON = (0.9, 0.999), 1e-10
 MOMENTUM, WEIGHT_DECAY, LARGEST_NORM = 0.9, 1e-3, 1.0  # of `sgd_step`: the tuned lens's official recipe
@@ -24,9 +22,6 @@ DECAY = 0.25  # of the learning rate, each time a fit stops improving
 ABSOLUTE_PROGRESS = 1e-6  # nats: smaller improvements are fp32 rounding of the loss
 
 NEVER = torch.iinfo(torch.int64).max
-
-State = dict[str, Tensor]
-ON_HOST = ("step", "curve_steps", "curve_losses", "curve_sizes")  # parts of a state that stay on the CPU
 
 
 @dataclass(frozen=True)
@@ -227,19 +222,3 @@ class Watch:
         named = "; ".join(f"{what} of {', '.join(rows)}" for what, rows in found.items() if rows)
         kept = f"{self.checkpoint}, step {self.saved}" if self.checkpoint is not None and self.checkpoint.exists() else "none"
         raise UserError(f"step {step}: not finite: {named}; last good checkpoint: {kept}; {advice}")
-
-
-def save_state(path: Path, state: State, identity: str) -> None:
-    """Write a state of tensors atomically."""
-    write_tensors(path, state, {"identity": identity})
-
-
-def load_state(path: Path | None, identity: str, device: Any) -> State | None:
-    """The state that `save_state` wrote, or None if there is none or it belongs to something else. Raises UserError for a damaged one."""
-    if path is None or not path.is_file():
-        return None
-    facts, state = read_tensors(path)
-    if facts.get("identity") != identity:
-        return None
-    print(f"{path}: going on at step {int(state['step'])}", file=sys.stderr)
-    return {name: value.to("cpu" if name in ON_HOST else device) for name, value in state.items()}

@@ -30,6 +30,7 @@ from oacore.config import Method
 from oacore.metrics import kl_divergence, mean_and_se
 from oacore.model import Model
 from oacore.progress import progress
+from oacore.resume import Kept
 
 RESAMPLED: set[Method] = {"resample", "resample_positional"}
 NOISE_SCALE = 3.0  # standard deviations of gaussian ablation, as in causal tracing
@@ -47,6 +48,7 @@ def evaluate(
     *,
     seed: int = 0,
     tokens_per_batch: int = 16384,
+    kept: Kept | None = None,
     what: str = "gaps",
 ) -> dict[Method, Tensor]:
     """Gap of each component on each prompt.
@@ -55,6 +57,7 @@ def evaluate(
         constants: [C, 1, W] of `optimal`, [C, P + 1, W] of `optimal_positional`.
         prompts: at least two, because resampling takes another prompt's value.
         counterfactual: row by row of the same lengths.
+        kept: what goes on from an earlier call; removed by the caller when its result is safe.
 
     Returns:
         method -> [C, N] nats.
@@ -63,13 +66,15 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     partner = derangement(n, generator).to(model.device)
     draws = torch.rand(n, n_tokens, generator=generator).to(model.device)  # in [0, 1): which position a shuffled resample takes
-    gaps = {method: torch.zeros(len(components), n) for method in methods}
+    kept = kept or Kept(None)
+    state = kept.load() or {"prompts": torch.tensor(0)} | {method: torch.zeros(len(components), n) for method in methods}
+    gaps = {method: state[method] for method in methods}
     size = max(1, tokens_per_batch // n_tokens)
 
     def clean_of(batch: Batch) -> Clean:
         return clean_pass(model, batch.tokens, batch.lengths)
 
-    for start in progress(range(0, n, size), what=what, unit="batches"):
+    for start in progress(range(int(state["prompts"]), n, size), what=what, unit="batches"):
         rows = torch.arange(start, min(start + size, n), device=model.device)
         part = prompts.take(rows)
         clean = clean_of(part)
@@ -91,6 +96,7 @@ def evaluate(
                     logits = ablated_logits(model, clean, chunk, sources.replacement(method, chunk, first))
                     gaps[method][first : first + len(chunk), rows.cpu()] = kl_divergence(target, logits).cpu()
                 first += len(chunk)
+        kept.save(state | {"prompts": torch.tensor(start + len(rows))})
     return gaps
 
 

@@ -17,9 +17,9 @@ from oacore.activations import ARRAYS, read_prompts
 from oacore.artefacts import read_json, read_svg, read_table, read_tensors, write_json, write_svg, write_table, write_tensors
 from oacore.cache import Reader, Writer
 from oacore.circuits import circuit as circuits
-from oacore.descent import load_state, save_state
 from oacore.errors import UserError
 from oacore.layout import SPLITS, Layout, circuit_file
+from oacore.resume import load_state, save_state
 from oacore.stages.common import model_source
 
 

@@ -16,9 +16,10 @@ from oacore.circuits.learn import Knob
 from oacore.circuits.patching import Passes
 from oacore.circuits.ugs import UniformSampler
 from oacore.config import MaskFit, OptimalFit, parse_config
-from oacore.descent import descend, load_state
+from oacore.descent import descend
 from oacore.errors import UserError
 from oacore.layout import Layout
+from oacore.resume import load_state
 
 START = torch.ones(3, 2)
 SETTINGS = OptimalFit(check_every=5, max_steps=100, patience=50)

@@ -18,7 +18,7 @@ CONDA_NAMES = {"torch": "pytorch", "snakemake": "snakemake-minimal", "matplotlib
 FLOORS = (
     ("errors", "checkpoint", "progress", "__init__"),
     ("artefacts", "config", "graph", "metrics", "codehash", "tasks"),
-    ("layout", "cache", "model", "demo", "plots"),
+    ("layout", "cache", "model", "resume", "demo", "plots"),
     ("forward", "report", "folded", "descent", "circuit_plots", "circuit_drawing", "locks", "tracing_plots", "lens_drawing", "lens_plots"),
     ("ablation", "parity", "circuit_report", "tracing_report", "lens_report"),
     ("activations", "optimal", "gaps", "masked_forward", "tracing"),

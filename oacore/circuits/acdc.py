@@ -16,7 +16,9 @@ from oacore.circuits.patching import Passes, Replacements
 from oacore.config import Objective
 from oacore.graph import Graph
 from oacore.progress import progress
+from oacore.resume import Kept
 
+STATE = ("masks", "rises", "current", "place")
 GUESSES = 4  # edges judged at once: more waste passes where an edge stays, fewer leave a GPU idle
 
 
@@ -33,8 +35,12 @@ def acdc(
     chosen: Tensor,
     objective: Objective,
     guesses: int = GUESSES,
+    kept: Kept | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Circuits of all thresholds.
+
+    Args:
+        kept: what goes on from an earlier call; removed by the caller when its result is safe.
 
     Returns:
         masks bool [C, J, S] and the rise of the loss [C, J, S] by which each edge was judged; 0 where it dangled already.
@@ -51,9 +57,13 @@ def acdc(
         result: np.ndarray = found.view(len(own), -1).double().mean(1).cpu().numpy()
         return result
 
-    current = np.repeat(losses(masks[:1]), len(thresholds))
-    place = np.zeros(len(thresholds), int)  # in the order
-    with progress(what="acdc", unit="edges", total=len(order) * len(thresholds)) as bar:
+    kept = kept or Kept(None)
+    if (state := kept.load()) is not None:
+        masks, rises, current, place = (state[name].numpy() for name in STATE)
+    else:
+        current = np.repeat(losses(masks[:1]), len(thresholds))
+        place = np.zeros(len(thresholds), int)  # in the order
+    with progress(what="acdc", unit="edges", total=len(order) * len(thresholds), initial=int(place.sum())) as bar:
         while (running := np.flatnonzero(place < len(order))).size:
             chains: list[tuple[int, list[int]]] = []  # a threshold, and the places of the edges guessed to go
             candidates = []
@@ -86,4 +96,5 @@ def acdc(
                         break
                     masks[c], current[c] = candidates[first + index], loss
                 first += len(guessed)
+            kept.save({name: torch.from_numpy(value.copy()) for name, value in zip(STATE, (masks, rises, current, place), strict=True)})
     return masks, rises

@@ -21,9 +21,10 @@ from torch import Tensor
 from oacore.circuits.patching import Constants, Passes, Replacements
 from oacore.circuits.ugs import State
 from oacore.config import MaskFit, Objective
-from oacore.descent import Watch, adam_step, load_state, prompts_of_step, save_state
+from oacore.descent import Watch, adam_step, prompts_of_step
 from oacore.graph import Graph
 from oacore.progress import progress
+from oacore.resume import load_state, save_state
 
 CLIP = 5.0  # gradient norm per edge group
 NODE_WEIGHT = 2e-4  # largest weight of the node regulariser

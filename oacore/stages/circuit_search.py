@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oacore.artefacts import write_json
+from oacore.artefacts import digest_of_tensors, write_json
 from oacore.circuits import acdc, attribution, fixed
 from oacore.circuits.circuit import by_size, by_threshold
 from oacore.circuits.hcgs import HardConcreteSampler
@@ -20,6 +20,7 @@ from oacore.codehash import codehash
 from oacore.config import FITTED, LEARNED, CircuitMethod, Circuits, Config, EdgeAblation
 from oacore.errors import UserError
 from oacore.layout import Layout, short_hash
+from oacore.resume import Kept
 from oacore.stages.circuit_setting import Found, Setting, bool_masks, check_sizes, circuit_folder
 from oacore.stages.common import model_facts
 
@@ -38,13 +39,14 @@ def run(config: Config, task: str, method: CircuitMethod, ablation: EdgeAblation
     setting = Setting.open(config, task)
     start = time.perf_counter()
     if method in LEARNED:
-        found = _learned(setting, settings, method, ablation, folder / ".search-checkpoint.safetensors")
+        found = _learned(setting, settings, method, ablation, _checkpoint(folder))
     else:
-        found = _judged(setting, settings, method, ablation)
+        found = _judged(setting, settings, method, ablation, folder)
     seconds = time.perf_counter() - start
     facts = {**setting.identity, "method": method, "ablation": ablation, "objective": settings.objective_of(method)}
     found.save(folder / "search.safetensors", facts)
-    (folder / ".search-checkpoint.safetensors").unlink(missing_ok=True)
+    for checkpoint in folder.glob(".search-checkpoint*.safetensors"):
+        checkpoint.unlink()
     timing = {"seconds": round(seconds, 3), "seconds_per_circuit": seconds / len(found.knobs), "peak_mb": peak_mb()}
     write_json(folder / "timing.json", {**facts, **timing})
     print(f"{task} {method} {ablation}: {len(found.knobs)} circuits of {', '.join(str(int(n)) for n in found.masks.sum((1, 2)))} edges")
@@ -79,18 +81,7 @@ def _learned(setting: Setting, settings: Circuits, method: CircuitMethod, ablati
         masks,
         train_constants=trained,
         checkpoint=checkpoint,
-        identity=short_hash(
-            [
-                setting.identity,
-                method,
-                ablation,
-                settings.objective,
-                masks.model_dump(),
-                [(k.value, k.seed) for k in knobs],
-                _code(),
-                torch.__version__,
-            ]
-        ),
+        identity=short_hash([*_about(setting, settings, method, ablation), masks.model_dump(), [(k.value, k.seed) for k in knobs]]),
         what=f"{setting.task} {method} {ablation}",
     )
     scores = learned.scores.double().cpu().numpy()
@@ -99,11 +90,17 @@ def _learned(setting: Setting, settings: Circuits, method: CircuitMethod, ablati
     return Found(bool_masks(kept), learned.scores, [knob.value for knob in knobs], [knob.seed for knob in knobs], curves)
 
 
-def _code() -> str:
-    return codehash("oacore.stages.circuit_search")
+def _about(setting: Setting, settings: Circuits, method: CircuitMethod, ablation: EdgeAblation) -> list[object]:
+    """What a checkpoint belongs to, whatever the method."""
+    return [setting.identity, method, ablation, settings.objective, codehash("oacore.stages.circuit_search"), torch.__version__]
 
 
-def _judged(setting: Setting, settings: Circuits, method: CircuitMethod, ablation: EdgeAblation) -> Found:
+def _checkpoint(folder: Path, seed: int | str = "") -> Path:
+    """Where a search is kept: learned masks of all seeds at once, others seed by seed."""
+    return folder / f".search-checkpoint{seed}.safetensors"
+
+
+def _judged(setting: Setting, settings: Circuits, method: CircuitMethod, ablation: EdgeAblation, folder: Path) -> Found:
     """Circuits of the methods that train nothing."""
     graph, passes, values = setting.engine.graph, setting.passes["train"], settings.knobs(method)
     masks, scores = [], []
@@ -116,10 +113,15 @@ def _judged(setting: Setting, settings: Circuits, method: CircuitMethod, ablatio
             kept = fixed.random_circuits(graph, sizes.tolist(), seed)
             found = kept.astype(float)
         else:
-            replacements = setting.replacements(ablation, "train", setting.of_components(ablation))
+            constants = setting.of_components(ablation)
+            replacements = setting.replacements(ablation, "train", constants)
             chosen = _prompts(setting, settings, seed)
             if method == "acdc":
-                kept, found = acdc.acdc(passes, replacements, values, chosen, settings.objective)
+                identity = short_hash(
+                    [*_about(setting, settings, method, ablation), values, chosen.tolist(), digest_of_tensors(constants._asdict())]
+                )
+                state = Kept(_checkpoint(folder, seed), identity)
+                kept, found = acdc.acdc(passes, replacements, values, chosen, settings.objective, kept=state)
             else:
                 ranking = _ranking(passes, replacements, method, chosen, settings).cpu().numpy()
                 kept = by_size(graph, np.abs(ranking), sizes)

@@ -4,16 +4,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
-from oacore.artefacts import write_json, write_table
+from oacore.artefacts import digest_of_tensors, write_json, write_table
+from oacore.codehash import codehash
 from oacore.config import Config
 from oacore.corruption import Corrupt, corruption, trace_own, trace_shared
+from oacore.layout import short_hash
 from oacore.progress import progress
+from oacore.resume import Kept
 from oacore.stages.tracing_setting import Setting
 from oacore.tasks.prompts import token_text
 from oacore.tracing import NOWHERE, Place, Recall, Traced, aie_table, place
 
+PARTS = ("clean", "corrupted", "restored")  # of what is traced
 USUAL_NOISE = 3.0  # standard deviations, of ROME and the paper
 
 
@@ -24,13 +29,25 @@ def run(config: Config) -> None:
     chosen = setting.pictured
     subjects = recall.subject_numbers
     tables = []
-    for name in setting.tracing.corruption_names():
-        traced = _traced(setting, name, places)
+    names = setting.tracing.corruption_names()
+    fitted = setting.constants([*places, NOWHERE] if "oat" in names else [NOWHERE]) if setting.tracing.fitted else torch.zeros(0)
+    about = [setting.expect, setting.tracing.model_dump(), config.seed, codehash("oacore.stages.tracing"), torch.__version__]
+    kept = Kept(setting.layout.tracing(".aie-checkpoint.safetensors"), short_hash([about, digest_of_tensors({"": fitted})]))
+    done = kept.load() or {}
+    for name in names:
+        if f"{name}/clean" in done:
+            traced = Traced(*(done[f"{name}/{part}"] for part in PARTS))
+        else:
+            traced = _traced(setting, name, places)
+            done |= {f"{name}/{part}": getattr(traced, part) for part in PARTS}
+            kept.save(done)
         tables.append(aie_table(name, traced, places, subjects, setting.settings, n_layers))
-    belongs, about = setting.expect, {"counts": setting.counts, "n_subjects": len(set(subjects.tolist()))}
-    write_json(setting.layout.tracing("facts.json"), {**belongs, **about})
+    belongs = setting.expect
+    about_facts = {"counts": setting.counts, "n_subjects": len(set(subjects.tolist()))}
+    write_json(setting.layout.tracing("facts.json"), {**belongs, **about_facts})
     write_table(setting.layout.tracing("pictures.csv"), _pictures(setting, chosen), belongs)
     write_table(setting.layout.tracing("aie.csv"), pd.concat(tables, ignore_index=True), belongs)
+    kept.remove()
     print(f"tracing: {len(recall)} facts about {len(set(subjects.tolist()))} subjects, {len(places)} places, {len(tables)} corruptions")
 
 
