@@ -13,7 +13,7 @@ if LENSES:
         threads: run_config.limits.threads
         resources:
             mem_mb=mem_mb,
-            runtime=240,
+            runtime=minutes(240),
             gpu=GPUS,
         params:
             code=code("lens_activations"),
@@ -41,7 +41,7 @@ if LENSES:
         threads: run_config.limits.threads
         resources:
             mem_mb=mem_mb,
-            runtime=720,
+            runtime=minutes(720),
             gpu=GPUS,
         params:
             settings=lens_settings,
@@ -69,7 +69,7 @@ if LENSES:
         threads: run_config.limits.threads
         resources:
             mem_mb=mem_mb,
-            runtime=240,
+            runtime=minutes(240),
             gpu=GPUS,
         params:
             settings={
@@ -103,7 +103,7 @@ if LENSES:
             threads: run_config.limits.threads
             resources:
                 mem_mb=mem_mb,
-                runtime=720,
+                runtime=minutes(720),
                 gpu=GPUS,
             params:
                 settings=LENSES[SECTION],
