@@ -19,7 +19,7 @@ rule optimal:
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,
-        runtime=720,
+        runtime=minutes(720),
         gpu=GPUS,
     params:
         components=run_config.ablation.components,
@@ -49,7 +49,7 @@ rule gaps:
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,
-        runtime=240,
+        runtime=minutes(240),
         gpu=GPUS,
     params:
         methods=run_config.ablation.methods,

@@ -7,12 +7,14 @@ rule activations:
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/activations.log",
     cache: True
+    group:
+        "prompts-{task_dir}"
     conda:
         "../../environment.yml"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,
-        runtime=120,
+        runtime=minutes(120),
         gpu=GPUS,
     params:
         code=code("activations"),

@@ -24,7 +24,7 @@ if CIRCUITS:
         threads: run_config.limits.threads
         resources:
             mem_mb=mem_mb,
-            runtime=1440,
+            runtime=search_minutes,
             gpu=GPUS,
         params:
             settings=search_settings,
@@ -55,7 +55,7 @@ if CIRCUITS:
         threads: run_config.limits.threads
         resources:
             mem_mb=mem_mb,
-            runtime=1440,
+            runtime=minutes(1440),
             gpu=GPUS,
         params:
             refit=lambda wildcards: (

@@ -43,6 +43,11 @@ def mem_mb(wildcards, attempt):
     return 16000 * attempt
 
 
+def minutes(first):
+    """The time limit on a cluster: `first` minutes, twice and three times that when it is tried again."""
+    return lambda wildcards, attempt: first * attempt
+
+
 def results(task, name):
     """A file of a task's ablation experiment; "{task}" makes it a pattern."""
     return layout.ablation(task, name)
@@ -68,6 +73,16 @@ def circuit_files(method):
     return [
         circuits(f"{method}-{{ablation}}/{name}") for name in [*names, "pareto.csv"]
     ]
+
+
+def search_minutes(wildcards, attempt):
+    """Rankings and random circuits take a few passes over a few prompts, or none.
+
+    They have jobs of their own even so: side by side in one SLURM job, each would add its GPU to the job's request, because the plugin
+    (2.8) does not pass a limit on to it.
+    """
+    quick = wildcards.method in ("eap", "eap_ig", "random", "manual")
+    return (30 if quick else 1440) * attempt
 
 
 def search_settings(wildcards):

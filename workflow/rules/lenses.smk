@@ -14,7 +14,7 @@ if LENSES:
         threads: run_config.limits.threads
         resources:
             mem_mb=mem_mb,
-            runtime=240,
+            runtime=minutes(240),
             gpu=GPUS,
         params:
             code=code("lens_activations"),
@@ -42,7 +42,7 @@ if LENSES:
         threads: run_config.limits.threads
         resources:
             mem_mb=mem_mb,
-            runtime=720,
+            runtime=minutes(720),
             gpu=GPUS,
         params:
             settings=lens_settings,
@@ -70,7 +70,7 @@ if LENSES:
         threads: run_config.limits.threads
         resources:
             mem_mb=mem_mb,
-            runtime=240,
+            runtime=minutes(240),
             gpu=GPUS,
         params:
             settings={
@@ -104,7 +104,7 @@ if LENSES:
             threads: run_config.limits.threads
             resources:
                 mem_mb=mem_mb,
-                runtime=720,
+                runtime=minutes(720),
                 gpu=GPUS,
             params:
                 settings=LENSES[SECTION],

@@ -9,7 +9,7 @@ rule demo:
     threads: 2
     resources:
         mem_mb=4000,
-        runtime=30,
+        runtime=minutes(30),
     params:
         settings=run_config.demo_model.model_dump(),
         code=code("demo"),
@@ -30,7 +30,7 @@ rule model:
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,
-        runtime=60,
+        runtime=minutes(60),
         gpu=GPUS,
     params:
         settings=model_settings(run_config),

@@ -6,12 +6,14 @@ rule prompts:
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/prompts.log",
     cache: True
+    group:
+        "prompts-{task_dir}"
     conda:
         "../../environment.yml"
     threads: run_config.limits.threads
     resources:
         mem_mb=mem_mb,
-        runtime=60,
+        runtime=minutes(60),
         gpu=lambda wildcards: (
             GPUS if layout.task_of(wildcards.task_dir) == "facts" else 0
         ),

@@ -13,7 +13,7 @@ if TRACING:
         threads: run_config.limits.threads
         resources:
             mem_mb=mem_mb,
-            runtime=1440,
+            runtime=minutes(1440),
             gpu=GPUS,
         params:
             settings={
@@ -44,7 +44,7 @@ if TRACING:
         threads: run_config.limits.threads
         resources:
             mem_mb=mem_mb,
-            runtime=720,
+            runtime=minutes(720),
             gpu=GPUS,
         params:
             settings={key: TRACING[key] for key in TRACING if key != "fit"},
