@@ -91,6 +91,7 @@ def evaluate(
                     logits = ablated_logits(model, clean, chunk, sources.replacement(method, chunk, first))
                     gaps[method][first : first + len(chunk), rows.cpu()] = kl_divergence(target, logits).cpu()
                 first += len(chunk)
+        del clean, other, sources  # or the next batch's clean passes would be held beside these
     return gaps
 
 
