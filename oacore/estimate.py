@@ -8,6 +8,7 @@ J destinations, E edges; X tokens (rows x positions) of one batch, T tokens of a
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,8 +55,8 @@ class Sizes:
     bytes: int = FP32  # of a weight
 
     @classmethod
-    def of(cls, facts: dict[str, Any]) -> "Sizes":
-        """From a Hugging Face config.json.
+    def of(cls, facts: dict[str, Any], itemsize: int = FP32) -> "Sizes":
+        """From a Hugging Face config.json, and bytes of a weight.
 
         Raises:
             UserError: it lacks a size.
@@ -67,7 +68,7 @@ class Sizes:
                 d_mlp = facts.get("n_inner") or 4 * d
                 return cls(
                     facts["n_layer"], n_heads, n_heads, d // n_heads, d, d_mlp, facts["vocab_size"], facts["n_positions"],
-                    gated=False, tied=True, parallel=False, rms=False,
+                    gated=False, tied=True, parallel=False, rms=False, bytes=itemsize,
                 )  # fmt: skip
             neox, d, n_heads = family == "gpt_neox", facts["hidden_size"], facts["num_attention_heads"]
             return cls(
@@ -83,6 +84,7 @@ class Sizes:
                 tied=facts.get("tie_word_embeddings", family == "gemma2"),
                 parallel=neox and facts.get("use_parallel_residual", True),
                 rms=not neox,
+                bytes=itemsize,
             )
         except KeyError as error:
             raise UserError(f"model: its config.json has no {error}, so its memory can't be estimated") from None
@@ -128,7 +130,7 @@ def known_sizes(config: Config, model_config: Path | None = None) -> Sizes | Non
     """
     path = model_config
     if path is None and config.model == "demo":
-        return replace(DEMO, bytes=_bytes(config))
+        return replace(DEMO, bytes=itemsize(config))
     if path is None and is_directory_name(config.model):
         path = Path(config.model).expanduser() / "config.json"
     if path is None:
@@ -142,10 +144,11 @@ def known_sizes(config: Config, model_config: Path | None = None) -> Sizes | Non
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{path}: can't be read; allowed: a model's config.json") from None
-    return replace(Sizes.of(facts), bytes=_bytes(config))
+    return Sizes.of(facts, itemsize(config))
 
 
-def _bytes(config: Config) -> int:
+def itemsize(config: Config) -> int:
+    """Bytes of a weight."""
     return 2 if config.dtype == "bf16" else FP32
 
 
@@ -194,6 +197,17 @@ def kept_of_block(s: Sizes, X: float) -> float:
     """
     norms = 2 * s.d_model * (FP32 if s.rms else s.bytes)
     return X * (norms + s.bytes * (4 * s.z + 2 * s.kv + s.d_mlp * (3 if s.gated else 1)))
+
+
+def kept_of_mlp(s: Sizes, X: float) -> float:
+    """X (d of its norm, in fp32 for RMSNorm, + b (3 f or f)): what an MLP keeps for its backward pass."""
+    return X * (s.d_model * (FP32 if s.rms else s.bytes) + s.bytes * s.d_mlp * (3 if s.gated else 1))
+
+
+def kept_above(s: Sizes, X: float) -> float:
+    """The MLP of layer 0, L - 2 blocks, and of the last block norm, keys and values: the graph behind an attention head of layer 0."""
+    last = X * (s.d_model * (FP32 if s.rms else s.bytes) + s.bytes * 2 * (s.z + s.kv))
+    return kept_of_mlp(s, X) + (s.n_layers - 2) * kept_of_block(s, X) + last
 
 
 def logits(s: Sizes, R: float) -> float:
@@ -337,7 +351,7 @@ def components(case: Case) -> tuple[int, float, int]:
 
 
 def optimal(case: Case, task: str, method: str) -> Need:
-    """A step: clean pass of B T tokens, L - 2 blocks kept for n heads of layer 0 side by side; or a test without a graph; and 15 C Q W."""
+    """A step: clean pass of B T tokens, and what n heads of layer 0 keep side by side; or a test without a graph; and 15 C Q W."""
     s, T, fit = case.sizes, case.tokens(task), case.config.ablation.optimal
     n_train, n_validation, _ = case.prompts(task)
     C, above, side = components(case)
@@ -345,7 +359,7 @@ def optimal(case: Case, task: str, method: str) -> Need:
     step, test = (min(side, max(1, case.budget // (n * T))) * n * T for n in (B, R))
     values = C * (T if method == "optimal_positional" else 1) * max(s.d_model, s.z if "attention_layer" in case.config.ablation.components else 0)
     moments = fullest(
-        {"clean pass": clean_pass(s, B * T), "graph": (s.n_layers - 2) * kept_of_block(s, step), "block": block(s, step), "logits": logits(s, step / T)},
+        {"clean pass": clean_pass(s, B * T), "graph": kept_above(s, step), "block": block(s, step), "logits": logits(s, step / T)},
         {"clean pass": clean_pass(s, R * T), "block": block(s, test), "logits": logits(s, test / T)},
     )  # fmt: skip
 
@@ -463,6 +477,9 @@ def judged_edges(case: Case, task: str, method: CircuitMethod, ablation: EdgeAbl
         contrast = 0.0
         if method == "eap_ig":
             contrast, making = sources(s, n, t)
+            # Each row's own copy, and a gradient as large that nobody reads: `limits.memory_gb` counts neither.
+            rows, _ = rows_at_once(case, t, n, 1, 1, gradient=True)
+            parts["contrast of rows"] = 2 * rows * contrast / n
         moment = fullest(parts, {"making replacements": making})
         flops = len(circuits.seeds) * passes * masked_flops(s, n, t, gradient=True)
         return moment | {"replacements": replacement + contrast, "masks": 6 * masks}, flops, ""
@@ -576,7 +593,8 @@ def lens_fit(case: Case, task: str, lens: str) -> Need:
     s, kind, lenses = case.sizes, lens.partition("-")[0], case.config.lenses
     assert lenses is not None
     fit = lenses.oca if kind in ("oca", "oca_shared") else lenses.tuned
-    L, d, B, T = s.n_layers, s.d_model, fit.batch_size, case.tokens(task)
+    L, d, T = s.n_layers, s.d_model, case.tokens(task)
+    B = min(fit.batch_size, n_cached(case, task, 0))
     mlps = L * (L + 1) / 2
     of_mlp = 2 * d * FP32 + s.bytes * s.d_mlp * (3 if s.gated else 1)
     graph = B * (mlps * of_mlp if kind in ("oca", "oca_shared") else s.bytes * L * d * 3)
@@ -590,7 +608,7 @@ def lens_fit(case: Case, task: str, lens: str) -> Need:
         "cache rows": cache_rows(s, n_cached(case, task, 1) + 2 * B),
         "graph": graph,
         "block": batch,
-        "logits": 6 * min(LOGIT_CHUNK, FP32 * B * L * s.d_vocab),
+        "logits": 5 * min(LOGIT_CHUNK, FP32 * B * L * s.d_vocab),
     }
     unembedded = unembed_flops(s, 2 * B * L)
     run = mlps * 2 * d * (s.d_mlp + s.hidden) if kind.startswith("oca") or kind == "linear_oca" else L * 2 * d * d
@@ -681,3 +699,57 @@ def needs(case: Case, jobs: Iterable[tuple[str, dict[str, str], str]]) -> Iterat
     for rule, what, _ in jobs:
         if rule in RULES and (rule != "prompts" or what["task"] == "facts"):
             yield RULES[rule](case, **what)
+
+
+# ---- The table -----------------------------------------------------------------------------------------------------------------
+
+
+def has_gpu(config: Config) -> bool:
+    """Whether jobs will take a GPU, as far as can be seen without torch."""
+    return config.device == "cuda" or (config.device == "auto" and Path("/proc/driver/nvidia/version").exists())
+
+
+def host_memory() -> float:
+    """Bytes of this machine, 0 where unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0.0
+
+
+def table(found: Iterable[Need], *, device: str, memory: float, throughput: float | None) -> str:
+    """One line per rule with its hungriest job; time, at `throughput` FLOP/s, of all its jobs one after another.
+
+    Args:
+        memory: bytes of the device, 0 where unknown.
+        throughput: without it, the arithmetic itself is shown.
+    """
+    rules: dict[str, list[Need]] = {}
+    for need in found:
+        rules.setdefault(need.rule, []).append(need)
+    amount = "time" if throughput else "PFLOP"
+    rows = [("rule", "jobs", "GB", "most of it", amount, "hungriest job")]
+    warnings = []
+    for rule, jobs in rules.items():
+        most = max(jobs, key=lambda need: need.peak)
+        flops = sum(need.flops for need in jobs)
+        share = most.parts[most.biggest] / most.peak
+        cost = duration(flops / throughput) if throughput else f"{flops / 1e15:.3g}"
+        rows.append((rule, str(len(jobs)), f"{most.peak / 1e9:.2f}", f"{most.biggest} {share:.0%}", cost, most.what))
+        if memory and most.peak > memory:
+            warnings.append(f"! {rule} {most.what}: {most.peak / 1e9:.1f} GB of {memory / 1e9:.1f} GB; lower {most.key}")
+        warnings += [f"! {rule} {need.what}: {need.note}" for need in jobs if need.note]
+    total = sum(need.flops for jobs in rules.values() for need in jobs)
+    rows.append(("all", "", "", "", duration(total / throughput) if throughput else f"{total / 1e15:.3g}", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    head = f"estimate for one job at a time on the {device}; fits may converge before the steps that are counted here"
+    return "\n".join((head, *lines, *warnings))
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two, e.g. 90 min."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"

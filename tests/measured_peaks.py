@@ -12,7 +12,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,36 +19,40 @@ import transformers
 
 from oacore import corruption, gaps, lens, optimal
 from oacore import estimate as estimates
-from oacore.ablation import Batch, Statistics, clean_pass, components_of
+from oacore.ablation import Batch, Component, Statistics, clean_pass, components_of
 from oacore.activations import read_final, read_statistics, write_activations
 from oacore.circuits import attribution
 from oacore.circuits.evaluate import measure, refit_constants
 from oacore.circuits.learn import Knob, learn
 from oacore.circuits.patching import Examples, Passes, Replacements, constant_scales, starting_constants
 from oacore.circuits.ugs import UniformSampler
-from oacore.config import parse_config
+from oacore.config import Method, parse_config
 from oacore.masked_forward import Engine
 from oacore.model import canonical
 from oacore.tasks.prompts import Prompts
 from oacore.tracing import NOWHERE, place, recall_of
 
-# Llama-3-8B is d 4096, f 14336, 32 heads of 128, 8 keys, V 128256, 32 layers: here d, f, V an eighth, a quarter of heads, keys and layers.
+# Llama-3-8B is d 4096, f 14336, 32 heads of 128, 8 keys, V 128256, 32 layers: here d and f an eighth,
+# heads and keys a quarter, V a sixteenth, and 4 layers: 22 M weights, a minute of two cores for all cases.
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 1792,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
-    "vocab_size": 16032,
-    "num_hidden_layers": 8,
+    "vocab_size": 8016,
+    "num_hidden_layers": 4,
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
 CONFIG = {
     "model": "demo",  # its name alone: sizes are those above
     "device": "cpu",
-    "tasks": {"ioi": {"n_train": 160, "n_validation": 64, "n_test": 64}, "facts": {"n_train": 160, "n_validation": 64, "n_test": 64}},
+    "tasks": {"ioi": {"n_train": 64, "n_validation": 16, "n_test": 48}, "facts": {"n_train": 16, "n_validation": 8, "n_test": 8}},
     "limits": {"tokens_per_batch": 1344, "memory_gb": 0.25},
-    "ablation": {"methods": ["zero", "mean", "resample", "counterfactual", "optimal"], "optimal": {"max_steps": 1, "check_every": 1}},
+    "ablation": {
+        "methods": ["resample", "counterfactual", "optimal"],
+        "optimal": {"max_steps": 1, "check_every": 1, "batch_size": 8},
+    },
     "circuits": {
         "methods": ["ugs", "eap_ig"],
         "lambdas": [1e-4, 1e-3],
@@ -58,7 +61,7 @@ CONFIG = {
         "masks": {"n_steps": 1, "n_samples": 4, "n_prompts": 4},
         "refit": {"max_steps": 1, "check_every": 1, "batch_size": 8},
     },
-    "tracing": {"windows": [3], "positions": ["last"], "sites": ["mlp"], "fit": {"max_steps": 1, "check_every": 1}},
+    "tracing": {"windows": [3], "positions": ["last"], "sites": ["mlp"], "fit": {"max_steps": 1, "check_every": 1, "batch_size": 8}},
     "lenses": {"oca": {"max_steps": 1, "check_every": 1}, "tuned": {"max_steps": 1, "check_every": 1}},
 }
 
@@ -90,7 +93,7 @@ class Stages:
         facts = hf.config.to_dict()
         self.model = canonical(hf.bfloat16() if dtype == "bf16" else hf)
         del hf
-        sizes = replace(estimates.Sizes.of(facts), bytes=2 if dtype == "bf16" else 4)
+        sizes = estimates.Sizes.of(facts, estimates.itemsize(self.config))
         self.case = estimates.Case(self.config, sizes, gpu=False)
         self.path, self.budget = folder / "activations.h5", self.config.limits.tokens_per_batch
         T = self.case.tokens("ioi")
@@ -110,18 +113,22 @@ class Stages:
     def statistics(self) -> Statistics:
         return read_statistics(self.path)
 
+    def first_heads(self, n: int) -> list[Component]:
+        """Of layer 0, where the most blocks follow: all components would take the same memory, and minutes."""
+        return components_of(self.model, ("head",))[:n]
+
     def activations(self) -> None:
         write_activations(self.path, self.model, self.splits, {}, tokens_per_batch=self.budget)
 
     def optimal(self) -> None:
-        items, statistics = components_of(self.model, ("head", "mlp")), self.statistics()
+        items, statistics = self.first_heads(8), self.statistics()
         start = optimal.starting_means(self.model, items, statistics, positional=False)
         batches = self.batch("train"), self.batch("validation")
         optimal.fit(self.model, items, statistics, *batches, self.config.ablation.optimal, start=start, tokens_per_batch=self.budget)
 
     def gaps(self) -> None:
-        items, statistics = components_of(self.model, ("head", "mlp")), self.statistics()
-        fitted = {"optimal": optimal.starting_means(self.model, items, statistics, positional=False)}
+        items, statistics = self.first_heads(4), self.statistics()
+        fitted: dict[Method, torch.Tensor] = {"optimal": optimal.starting_means(self.model, items, statistics, positional=False)}
         prompts = self.batch("test"), self.batch("test", counterfactual=True)
         gaps.evaluate(self.model, items, self.config.ablation.methods, statistics, fitted, *prompts, tokens_per_batch=self.budget)
 
