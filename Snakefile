@@ -6,6 +6,7 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
+from oacore.__main__ import estimated
 from oacore.codehash import codehash
 from oacore.config import FITTED, LEARNED, LENS_SECTIONS, RANKED, parse_config
 from oacore.errors import UserError
@@ -25,6 +26,10 @@ try:
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+# What a run would need, before it starts; nothing of this in jobs, which are processes of their own, nor in real runs.
+if workflow.is_main_process and workflow.output_settings.dryrun:
+    print(estimated(run_config), file=sys.stderr)
 
 layout = Layout(run_config)
 TASKS = list(run_config.tasks.selected())

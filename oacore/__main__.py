@@ -11,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from oacore import __version__
+from oacore import __version__, estimate
 from oacore.config import LENS_SECTIONS, OPTIONAL_SECTIONS, Config, load_config, parse_config
 from oacore.errors import UserError, is_out_of_memory
 from oacore.layout import Layout
@@ -48,6 +48,7 @@ SMALLEST_BATCH = 64  # tokens, the least that limits.tokens_per_batch may be
 TOOLS = {
     "mib-score": "CPR and CMD of a circuit file, as the MIB benchmark defines them",
     "mib-export": "a circuit and its constants in the formats of the MIB benchmark",
+    "estimate": "memory and time that every GPU rule of a config takes, before it runs",
 }
 
 
@@ -155,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stage", choices=[*STAGES, "all", *TOOLS], metavar="STAGE")
+    parser.add_argument("file", nargs="?", help="estimate: the YAML file, as --config")
     parser.add_argument("--config", default="config/demo.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("--task", help="one task (default: all of the config)")
     parser.add_argument("--method", help="one fitted ablation type, or circuit method (default: all of the config)")
@@ -162,8 +164,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ablation", help="circuits: one ablation type (default: all of the config)")
     parser.add_argument("--circuit", type=Path, help="mib-score, mib-export: a circuit file")
     parser.add_argument("--output", type=Path, help="mib-export: a folder")
+    parser.add_argument("--model-config", type=Path, help="estimate: a config.json with the sizes, instead of the model's")
+    parser.add_argument("--tflops", type=float, help="estimate: of the device, instead of a measurement here")
+    parser.add_argument("--memory-gb", type=float, help="estimate: of the device, instead of this machine's")
     given = parser.parse_args(arguments)
-    if given.stage in TOOLS and (given.circuit is None or (given.stage == "mib-export" and given.output is None)):
+    if given.file is not None and given.stage != "estimate":
+        parser.error(f"unrecognized argument: {given.file}; allowed: --config {given.file}")
+    if given.stage.startswith("mib-") and (given.circuit is None or (given.stage == "mib-export" and given.output is None)):
         parser.error(f"{given.stage} needs --circuit{' and --output' if given.stage == 'mib-export' else ''}")
     _prepare_process()
     try:
@@ -184,13 +191,50 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_tool(given: argparse.Namespace) -> None:
+    config = load_config(given.file or given.config)
+    if given.stage == "estimate":
+        print(estimated(config, model_config=given.model_config, tflops=given.tflops, memory_gb=given.memory_gb, fetch=True))
+        return
     from oacore.stages import mib
 
-    config = load_config(given.config)
     if given.stage == "mib-score":
         mib.score(config, given.circuit, given.task)
     else:
         mib.export(config, given.circuit, given.output, given.task)
+
+
+def estimated(
+    config: Config, *, model_config: Path | None = None, tflops: float | None = None, memory_gb: float | None = None, fetch: bool = False
+) -> str:
+    """The table of what GPU rules need.
+
+    Args:
+        model_config: a config.json to take the sizes from.
+        tflops, memory_gb: of the device: without them its name alone is known, unless fetching.
+        fetch: ask the hub for sizes, and measure the device; imports torch. Without it an unknown model gets one line.
+
+    Raises:
+        UserError: the sizes can't be had, or there is no such device.
+    """
+    sizes = estimate.known_sizes(config, model_config)
+    if sizes is None and not fetch:
+        return f"estimate: the sizes of {config.model!r} are not on this machine; `python -m oacore estimate CONFIG` asks the hub"
+    if sizes is None:
+        from oacore.model import hugging_face_config
+
+        facts = hugging_face_config(config.model, revision=config.revision).to_dict()
+        sizes = estimate.Sizes.of(facts, estimate.itemsize(config))
+    gpu = estimate.has_gpu(config)
+    memory, throughput = 0.0 if gpu else estimate.host_memory(), None
+    if fetch and (tflops is None or memory_gb is None):
+        from oacore.throughput import measured
+
+        device = measured(config)
+        gpu, memory, throughput = device.name == "cuda", device.memory, device.throughput
+    memory = memory if memory_gb is None else memory_gb * 1e9
+    throughput = throughput if tflops is None else tflops * 1e12
+    needs = estimate.needs(estimate.Case(config, sizes, gpu), jobs(config))
+    return estimate.table(needs, device="GPU" if gpu else "CPU", memory=memory, throughput=throughput)
 
 
 def _run(stage: str, config: Config, given: dict[str, str | None]) -> None:

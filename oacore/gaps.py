@@ -97,6 +97,7 @@ def evaluate(
                     gaps[method][first : first + len(chunk), rows.cpu()] = kl_divergence(target, logits).cpu()
                 first += len(chunk)
         kept.save(state | {"prompts": torch.tensor(start + len(rows))})
+        del clean, other, sources  # or the next batch's clean passes would be held beside these
     return gaps
 
 

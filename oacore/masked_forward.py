@@ -116,7 +116,7 @@ class Engine:
         Args:
             rows: [B] the prompt of each row.
             masks: [M, J, S] in [0, 1], 0 where there is no edge; B / M consecutive rows share one.
-            replacement: [F, S, Q, d] in the residual stream, each for B / F consecutive rows: constants.
+            replacement: [F, S, Q, d] in the residual stream, each for B / F consecutive rows: constants, fp32 or the weights' dtype.
             owner: [B] which of the F replacements a row takes, if they are activations as `sources` gives them, without a gradient.
             contrast: [S, B, t, d] what the gradient of a mask multiplies, instead of what its edge changes in this very pass.
             plan: what to compute, from `weights.plan`; default everything.
@@ -125,7 +125,8 @@ class Engine:
         Returns:
             Differentiable in the masks, and in a replacement where a mask is below 1e-3: a partially ablated edge would bias it.
         """
-        replacement = self.weights.centre(replacement) if owner is None else replacement
+        replacement = (self.weights.centre(replacement) if owner is None else replacement).to(self.model.dtype)
+        contrast = None if contrast is None else contrast.to(self.model.dtype)
         one_pass = _Pass(self, prompts, rows, owner, contrast, plan or self.weights.all, keep_inputs)
         return _MaskedForward.apply(masks, replacement, one_pass)
 
@@ -356,7 +357,7 @@ class _Pass:
             raise ValueError("replacements with an owner are data: only constants have a gradient")
         self.d_masks = torch.zeros_like(self.masks)
         self.d_delta, self.d_last = torch.zeros_like(self.delta), torch.zeros_like(self.last_delta)
-        self.d_constants = torch.zeros_like(replacement) if constants else None
+        self.d_constants = torch.zeros_like(replacement, dtype=self.d_masks.dtype) if constants else None
         if constants:
             with_destinations = masks if self.plan.destinations is None else masks[:, self.plan.destinations]
             no_edge = self.no_edge if self.plan.destinations is None else self.no_edge[self.plan.destinations]

@@ -191,7 +191,28 @@ def load_hugging_face(source: str | Path, *, revision: str | None = None, dtype:
     Raises:
         UserError: as `load`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    hugging_face_config(source, revision=revision)
+    source = Path(source).expanduser() if is_directory_name(str(source)) else source
+    with _hub_errors(source, revision):
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            local_files_only=not _hub_is_needed_and_there(source),
+            dtype=DTYPES[dtype],
+            trust_remote_code=False,
+            attn_implementation="eager",
+        ).eval()
+
+
+def hugging_face_config(source: str | Path, *, revision: str | None = None) -> Any:
+    """The Hugging Face config of a directory or hub model, of a supported architecture.
+
+    Raises:
+        UserError: as `load`.
+    """
+    from transformers import AutoConfig
 
     if is_directory_name(str(source)):
         if not Path(source).expanduser().is_dir():
@@ -200,19 +221,12 @@ def load_hugging_face(source: str | Path, *, revision: str | None = None, dtype:
             )
         source = Path(source).expanduser()
         check_architecture(str(source), source / "config.json")
-    only_local = not _hub_is_needed_and_there(source)
     with _hub_errors(source, revision):
+        only_local = not _hub_is_needed_and_there(source)
         config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=only_local, trust_remote_code=False)
         if config.model_type not in ARCHITECTURES:
             raise UserError(f"model: {str(source)!r} has the architecture {config.model_type!r}; allowed: {', '.join(ARCHITECTURES)}")
-        return AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            local_files_only=only_local,
-            dtype=DTYPES[dtype],
-            trust_remote_code=False,
-            attn_implementation="eager",
-        ).eval()
+        return config
 
 
 def _hub_is_needed_and_there(source: str | Path) -> bool:

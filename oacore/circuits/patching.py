@@ -57,7 +57,9 @@ class Constants(NamedTuple):
         """What they write to the stream [F, S, Q or t, d]; differentiable."""
         heads = self.head
         if not engine.model.post_norm:
-            heads = torch.stack([heads[:, layer] @ block.W_O for layer, block in enumerate(engine.model.blocks)], 1)
+            # In the weights' dtype, as the model itself writes; fp32 copies of all W_O would stay in the graph.
+            own = heads.to(engine.model.dtype)
+            heads = torch.stack([own[:, layer] @ block.W_O for layer, block in enumerate(engine.model.blocks)], 1).to(heads.dtype)
         both = torch.cat((heads, self.mlp[:, :, None]), 2).flatten(1, 2)  # [F, L (H + 1), Q, d]
         table = torch.cat((self.input[:, None], both), 1)
         if table.shape[2] == 1:

@@ -1,0 +1,48 @@
+"""How fast the device of a config multiplies matrices, for `oacore estimate`."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from oacore.config import Config
+from oacore.estimate import host_memory
+from oacore.model import DTYPES, pick_device
+
+SIZE = {"cpu": 1024, "cuda": 4096}  # of the matrices
+SECONDS = 0.2
+EFFICIENCY = 0.5  # of that rate in whole stages: see docs/scaling.md
+
+
+@dataclass(frozen=True)
+class Device:
+    """What an estimate asks of a device."""
+
+    name: str
+    memory: float  # bytes
+    throughput: float  # FLOP/s of whole stages, not of matrix products alone
+
+
+def measured(config: Config) -> Device:
+    """The device that the config selects, from products of square matrices in its dtype for 0.2 s.
+
+    Raises:
+        UserError: as `oacore.model.pick_device`.
+    """
+    device = pick_device(config.device)
+    torch.set_num_threads(config.limits.threads)
+    left, right = (torch.randn(SIZE[device.type], SIZE[device.type], device=device).to(DTYPES[config.dtype]) for _ in range(2))
+    flops = 2 * SIZE[device.type] ** 3
+
+    def seconds(n: int) -> float:
+        start = time.perf_counter()
+        for _ in range(n):
+            left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(1)
+    n = max(1, round(SECONDS / seconds(1)))
+    memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else host_memory()
+    return Device(device.type, memory, EFFICIENCY * n * flops / seconds(n))
