@@ -18,7 +18,6 @@ from typing import Any
 from oacore.config import FITTED, LEARNED, CircuitMethod, Config, EdgeAblation, OptimalFit, is_directory_name
 from oacore.errors import UserError
 from oacore.graph import Graph
-from oacore.layout import Layout
 
 Parts = dict[str, float]  # bytes by what they hold
 FP32, FP64 = 4, 8
@@ -357,7 +356,11 @@ def optimal(case: Case, task: str, method: str) -> Need:
     C, above, side = components(case)
     B, R = min(fit.batch_size, n_train), case.rows(n_validation, T)
     step, test = (min(side, max(1, case.budget // (n * T))) * n * T for n in (B, R))
-    values = C * (T if method == "optimal_positional" else 1) * max(s.d_model, s.z if "attention_layer" in case.config.ablation.components else 0)
+    values = (
+        C
+        * (T if method == "optimal_positional" else 1)
+        * max(s.d_model, s.z if "attention_layer" in case.config.ablation.components else 0)
+    )
     moments = fullest(
         {"clean pass": clean_pass(s, B * T), "graph": kept_above(s, step), "block": block(s, step), "logits": logits(s, step / T)},
         {"clean pass": clean_pass(s, R * T), "block": block(s, test), "logits": logits(s, test / T)},
@@ -367,7 +370,9 @@ def optimal(case: Case, task: str, method: str) -> Need:
         return forward_flops(s, X) + C * (1 + backward) * (forward_flops(s, X, above) + unembed_flops(s, X / T))
 
     flops = steps(fit, lambda: passes(B * T, 1), lambda: passes(n_validation * T, 0))
-    return Need("optimal", f"{task} {method}", case.beside(task) | {"optimiser": descent(values)} | moments, flops, "limits.tokens_per_batch")
+    return Need(
+        "optimal", f"{task} {method}", case.beside(task) | {"optimiser": descent(values)} | moments, flops, "limits.tokens_per_batch"
+    )
 
 
 def steps(fit: OptimalFit, step: Callable[[], float], test: Callable[[], float]) -> float:
@@ -509,9 +514,7 @@ def circuit_evaluation(case: Case, task: str, ablation: EdgeAblation) -> Need:
         B, Q = min(fit.batch_size, n_train), t if ablation == "optimal_positional" else 1
         parts["optimiser"] = descent(C * Q * (s.d_model + s.n_layers * (s.z + s.d_model)))
         moment = fullest(moment, masked_pass(case, t, C * B, C, C, gradient=True))
-        flops += steps(
-            fit, lambda: masked_flops(s, C * B, t, gradient=True), lambda: masked_flops(s, C * n_validation, t, gradient=False)
-        )
+        flops += steps(fit, lambda: masked_flops(s, C * B, t, gradient=True), lambda: masked_flops(s, C * n_validation, t, gradient=False))
     parts |= fullest(moment, {"making replacements": making})
     return Need("circuit_evaluation", f"{task} {ablation}", parts, flops, "limits.memory_gb")
 
@@ -624,7 +627,9 @@ def lens_fit(case: Case, task: str, lens: str) -> Need:
 def fitted_lenses(case: Case, kinds: Iterable[str]) -> float:
     """4 bytes a value of every lens of these kinds."""
     assert case.config.lenses is not None
-    return FP32 * sum(lens_values(case.sizes, name.partition("-")[0]) for name in case.config.lenses.files() if name.partition("-")[0] in kinds)
+    return FP32 * sum(
+        lens_values(case.sizes, name.partition("-")[0]) for name in case.config.lenses.files() if name.partition("-")[0] in kinds
+    )
 
 
 def lens_evaluation(case: Case, task: str) -> Need:

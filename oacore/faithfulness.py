@@ -11,7 +11,6 @@ Symbols: P perturbations, B prompts, d model width, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from oacore.ablation import Batch, clean_pass, derangement
 from oacore.forward import at, key_value, logits_of, run_block_at
+from oacore.lens import AnyLens
 from oacore.metrics import kl_divergence
 from oacore.model import Model
 from oacore.progress import progress
@@ -30,20 +30,6 @@ SMALLEST_MOVE = 1e-5  # of a residual's norm
 N_JACOBIAN = 64  # training rows over which a lens is linearised
 BISECTIONS = 14  # of the steering magnitude between 1e-3 and 1e3 whitened units: to within 0.1 %
 N_BOOTSTRAP = 1000
-
-
-class AnyLens(Protocol):
-    """What faithfulness asks of a lens."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def init(self) -> str: ...
-
-    def final(self, residual: Tensor, layer: int) -> Tensor: ...
-
-    def logits(self, residual: Tensor, layer: int) -> Tensor: ...
 
 
 class Continuation:

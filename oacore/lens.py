@@ -10,7 +10,7 @@ Symbols: L layers, m start layers, B rows (prompts or tokens), d model width, V 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,20 @@ from oacore.progress import progress
 CHUNK_ELEMENTS = 2**24  # logits at a time, 64 MiB: [B, L, V] of GPT-2-XL at batch 200 would be 1.9 GB, and its gradient as much again
 SGD_RATE = 10.0  # times Adam's: 0.1 with momentum 0.9, the official recipe's 1
 BANK = 1000  # attention outputs that the resample lens draws from
+
+
+class AnyLens(Protocol):
+    """What is asked of a lens where it is compared with others."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def init(self) -> str: ...
+
+    def final(self, residual: Tensor, layer: int) -> Tensor: ...
+
+    def logits(self, residual: Tensor, layer: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)

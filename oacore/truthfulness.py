@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from oacore.ablation import Batch
-from oacore.faithfulness import AnyLens
 from oacore.forward import at, embed, run_block
-from oacore.lens import Lens
+from oacore.lens import AnyLens, Lens
 from oacore.model import Model
 from oacore.progress import progress
 from oacore.tasks.labelled import FewShot

@@ -21,9 +21,9 @@ FLOORS = (
     ("layout", "cache", "model", "resume", "demo", "plots"),
     ("forward", "report", "folded", "descent", "circuit_plots", "circuit_drawing", "locks", "tracing_plots", "lens_drawing", "lens_plots"),
     ("ablation", "parity", "circuit_report", "tracing_report", "lens_report"),
-    ("activations", "optimal", "gaps", "masked_forward", "tracing"),
-    ("constants", "circuits", "planted", "corruption", "lens", "faithfulness"),
-    ("planted_recall", "truthfulness"),
+    ("activations", "optimal", "gaps", "masked_forward", "tracing", "lens"),
+    ("constants", "circuits", "planted", "corruption", "faithfulness", "truthfulness"),
+    ("planted_recall",),
     ("stages",),
     ("__main__",),
 )

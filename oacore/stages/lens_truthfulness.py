@@ -5,7 +5,7 @@ from pathlib import Path
 from oacore.artefacts import write_table
 from oacore.config import Config
 from oacore.stages.lens_setting import Setting
-from oacore.tasks import labelled
+from oacore.tasks.labelled import few_shot, read
 from oacore.truthfulness import truthfulness
 
 
@@ -15,8 +15,8 @@ def run(config: Config, task: str) -> None:
     settings, setting = config.lenses.truthfulness, Setting.open(config, task)
     paths = settings.datasets if settings.datasets is not None else (Path(setting.layout.source) / "labels.csv",)
     prompts = {
-        (path.stem, demonstrations): labelled.few_shot(
-            labelled.read(path.expanduser()),
+        (path.stem, demonstrations): few_shot(
+            read(path.expanduser()),
             setting.loaded.tokenizer,
             n_demonstrations=settings.n_demonstrations,
             n_inputs=settings.n_inputs,
