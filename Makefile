@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: .venv/.installed ## install, run the whole pipeline on the embedded model, print where the report is
 	$(BIN)/snakemake --configfile config/demo.yaml
@@ -15,6 +15,9 @@ demo: .venv/.installed ## install, run the whole pipeline on the embedded model,
 
 test: .venv/.installed-dev ## install and run all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slurm: .venv/.installed-slurm ## bring up a SLURM of two nodes on this machine and run a pipeline on it (as root, on Debian)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slurm
 
 lint: .venv/.installed-dev ## format check, lint, types, workflow lint
 	$(BIN)/ruff format --check .
@@ -34,4 +37,8 @@ clean: ## remove what was installed, cached and computed here
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-slurm: .venv/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[slurm]'
 	@touch $@
