@@ -85,7 +85,10 @@ both_idle() { [[ $(sinfo --noheader --Node --format=%t 2>/dev/null | sort | uniq
 up() {
   check
   for daemon in slurmctld munged; do
-    ! running $daemon || refuse "it is up already; \`$0 down\` stops it"
+    if running $daemon; then
+      echo "cluster.sh: it is up already, perhaps after a killed test; \`$0 down\` stops it" >&2
+      exit 1
+    fi
   done
   rm -rf $state
   mkdir -p $state/ctld $state/spool-n1 $state/spool-n2
