@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-kill lint unlock clean
+.PHONY: help demo test test-kill test-slurm lint unlock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -21,6 +21,9 @@ test-kill: .venv/.installed-dev ## kill every long stage four times, at random m
 
 unlock: ## after a killed run: CONFIG=my-model.yaml; refused while that run, or a job of it, is alive
 	$(BIN)/snakemake --unlock --configfile $(or $(CONFIG),config/demo.yaml)
+
+test-slurm: .venv/.installed-slurm ## bring up a SLURM of two nodes on this machine and run a pipeline on it (as root, on Debian)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slurm
 
 lint: .venv/.installed-dev ## format check, lint, types, workflow lint
 	$(BIN)/ruff format --check .
@@ -40,4 +43,8 @@ clean: ## remove what was installed, cached and computed here
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-slurm: .venv/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[slurm]'
 	@touch $@
