@@ -152,6 +152,15 @@ def itemsize(config: Config) -> int:
     return 2 if config.dtype == "bf16" else FP32
 
 
+# Parts that have a key of their own.
+KEYS = {
+    "weights": "dtype",
+    "replacements": "circuits.n_prompts or masks.n_prompts",
+    "making replacements": "circuits.n_prompts or masks.n_prompts",
+}
+KEYS |= {"masks": "circuits.lambdas or masks.n_samples", "constants": "lenses.lenses"}
+
+
 @dataclass(frozen=True)
 class Need:
     """What one job needs."""
@@ -160,7 +169,7 @@ class Need:
     what: str  # task, method, ...
     parts: Parts  # bytes at the fullest moment
     flops: float  # at most: fits may converge earlier
-    key: str  # of the config: lowers the memory
+    key: str  # of the config: lowers the biggest part, but for those in KEYS
     note: str = ""  # why it can't run, if it can't
 
     @property
@@ -357,7 +366,11 @@ def optimal(case: Case, task: str, method: str) -> Need:
     C, above, side = components(case)
     B, R = min(fit.batch_size, n_train), case.rows(n_validation, T)
     step, test = (min(side, max(1, case.budget // (n * T))) * n * T for n in (B, R))
-    values = C * (T if method == "optimal_positional" else 1) * max(s.d_model, s.z if "attention_layer" in case.config.ablation.components else 0)
+    values = (
+        C
+        * (T if method == "optimal_positional" else 1)
+        * max(s.d_model, s.z if "attention_layer" in case.config.ablation.components else 0)
+    )
     moments = fullest(
         {"clean pass": clean_pass(s, B * T), "graph": kept_above(s, step), "block": block(s, step), "logits": logits(s, step / T)},
         {"clean pass": clean_pass(s, R * T), "block": block(s, test), "logits": logits(s, test / T)},
@@ -367,7 +380,9 @@ def optimal(case: Case, task: str, method: str) -> Need:
         return forward_flops(s, X) + C * (1 + backward) * (forward_flops(s, X, above) + unembed_flops(s, X / T))
 
     flops = steps(fit, lambda: passes(B * T, 1), lambda: passes(n_validation * T, 0))
-    return Need("optimal", f"{task} {method}", case.beside(task) | {"optimiser": descent(values)} | moments, flops, "limits.tokens_per_batch")
+    return Need(
+        "optimal", f"{task} {method}", case.beside(task) | {"optimiser": descent(values)} | moments, flops, "limits.tokens_per_batch"
+    )
 
 
 def steps(fit: OptimalFit, step: Callable[[], float], test: Callable[[], float]) -> float:
@@ -489,7 +504,7 @@ def judged_edges(case: Case, task: str, method: CircuitMethod, ablation: EdgeAbl
     n_passes = E * len(circuits.seeds) * (len(circuits.thresholds) if method == "acdc" else 1)
     too_many = method == "exact" and E * n > EXACT_ROWS
     note = f"exact refuses more than {EXACT_ROWS:,} passes: {E * n:,} here" if too_many else ""
-    return moment, n_passes * masked_flops(s, n, t, gradient=False), note
+    return moment, 0.0 if too_many else n_passes * masked_flops(s, n, t, gradient=False), note
 
 
 def circuit_evaluation(case: Case, task: str, ablation: EdgeAblation) -> Need:
@@ -509,9 +524,7 @@ def circuit_evaluation(case: Case, task: str, ablation: EdgeAblation) -> Need:
         B, Q = min(fit.batch_size, n_train), t if ablation == "optimal_positional" else 1
         parts["optimiser"] = descent(C * Q * (s.d_model + s.n_layers * (s.z + s.d_model)))
         moment = fullest(moment, masked_pass(case, t, C * B, C, C, gradient=True))
-        flops += steps(
-            fit, lambda: masked_flops(s, C * B, t, gradient=True), lambda: masked_flops(s, C * n_validation, t, gradient=False)
-        )
+        flops += steps(fit, lambda: masked_flops(s, C * B, t, gradient=True), lambda: masked_flops(s, C * n_validation, t, gradient=False))
     parts |= fullest(moment, {"making replacements": making})
     return Need("circuit_evaluation", f"{task} {ablation}", parts, flops, "limits.memory_gb")
 
@@ -624,7 +637,9 @@ def lens_fit(case: Case, task: str, lens: str) -> Need:
 def fitted_lenses(case: Case, kinds: Iterable[str]) -> float:
     """4 bytes a value of every lens of these kinds."""
     assert case.config.lenses is not None
-    return FP32 * sum(lens_values(case.sizes, name.partition("-")[0]) for name in case.config.lenses.files() if name.partition("-")[0] in kinds)
+    return FP32 * sum(
+        lens_values(case.sizes, name.partition("-")[0]) for name in case.config.lenses.files() if name.partition("-")[0] in kinds
+    )
 
 
 def lens_evaluation(case: Case, task: str) -> Need:
@@ -737,7 +752,9 @@ def table(found: Iterable[Need], *, device: str, memory: float, throughput: floa
         cost = duration(flops / throughput) if throughput else f"{flops / 1e15:.3g}"
         rows.append((rule, str(len(jobs)), f"{most.peak / 1e9:.2f}", f"{most.biggest} {share:.0%}", cost, most.what))
         if memory and most.peak > memory:
-            warnings.append(f"! {rule} {most.what}: {most.peak / 1e9:.1f} GB of {memory / 1e9:.1f} GB; lower {most.key}")
+            warnings.append(
+                f"! {rule} {most.what}: {most.peak / 1e9:.1f} GB of {memory / 1e9:.1f} GB; lower {KEYS.get(most.biggest, most.key)}"
+            )
         warnings += [f"! {rule} {need.what}: {need.note}" for need in jobs if need.note]
     total = sum(need.flops for jobs in rules.values() for need in jobs)
     rows.append(("all", "", "", "", duration(total / throughput) if throughput else f"{total / 1e15:.3g}", ""))

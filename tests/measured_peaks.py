@@ -99,7 +99,8 @@ class Stages:
         T = self.case.tokens("ioi")
         self.splits = {split: random_prompts("ioi", split, n, T, seed) for seed, (split, n) in enumerate(self.counts("ioi"))}
         self.facts = {
-            split: random_prompts("facts", split, n, self.case.tokens("facts"), seed) for seed, (split, n) in enumerate(self.counts("facts"))
+            split: random_prompts("facts", split, n, self.case.tokens("facts"), seed)
+            for seed, (split, n) in enumerate(self.counts("facts"))
         }
 
     def counts(self, task: str) -> list[tuple[str, int]]:
