@@ -18,7 +18,6 @@ from typing import Any
 from oacore.config import FITTED, LEARNED, CircuitMethod, Config, EdgeAblation, OptimalFit, is_directory_name
 from oacore.errors import UserError
 from oacore.graph import Graph
-from oacore.layout import Layout
 
 Parts = dict[str, float]  # bytes by what they hold
 FP32, FP64 = 4, 8
