@@ -151,6 +151,15 @@ def itemsize(config: Config) -> int:
     return 2 if config.dtype == "bf16" else FP32
 
 
+# Parts that have a key of their own.
+KEYS = {
+    "weights": "dtype",
+    "replacements": "circuits.n_prompts or masks.n_prompts",
+    "making replacements": "circuits.n_prompts or masks.n_prompts",
+}
+KEYS |= {"masks": "circuits.lambdas or masks.n_samples", "constants": "lenses.lenses"}
+
+
 @dataclass(frozen=True)
 class Need:
     """What one job needs."""
@@ -159,7 +168,7 @@ class Need:
     what: str  # task, method, ...
     parts: Parts  # bytes at the fullest moment
     flops: float  # at most: fits may converge earlier
-    key: str  # of the config: lowers the memory
+    key: str  # of the config: lowers the biggest part, but for those in KEYS
     note: str = ""  # why it can't run, if it can't
 
     @property
@@ -494,7 +503,7 @@ def judged_edges(case: Case, task: str, method: CircuitMethod, ablation: EdgeAbl
     n_passes = E * len(circuits.seeds) * (len(circuits.thresholds) if method == "acdc" else 1)
     too_many = method == "exact" and E * n > EXACT_ROWS
     note = f"exact refuses more than {EXACT_ROWS:,} passes: {E * n:,} here" if too_many else ""
-    return moment, n_passes * masked_flops(s, n, t, gradient=False), note
+    return moment, 0.0 if too_many else n_passes * masked_flops(s, n, t, gradient=False), note
 
 
 def circuit_evaluation(case: Case, task: str, ablation: EdgeAblation) -> Need:
@@ -742,7 +751,9 @@ def table(found: Iterable[Need], *, device: str, memory: float, throughput: floa
         cost = duration(flops / throughput) if throughput else f"{flops / 1e15:.3g}"
         rows.append((rule, str(len(jobs)), f"{most.peak / 1e9:.2f}", f"{most.biggest} {share:.0%}", cost, most.what))
         if memory and most.peak > memory:
-            warnings.append(f"! {rule} {most.what}: {most.peak / 1e9:.1f} GB of {memory / 1e9:.1f} GB; lower {most.key}")
+            warnings.append(
+                f"! {rule} {most.what}: {most.peak / 1e9:.1f} GB of {memory / 1e9:.1f} GB; lower {KEYS.get(most.biggest, most.key)}"
+            )
         warnings += [f"! {rule} {need.what}: {need.note}" for need in jobs if need.note]
     total = sum(need.flops for jobs in rules.values() for need in jobs)
     rows.append(("all", "", "", "", duration(total / throughput) if throughput else f"{total / 1e15:.3g}", ""))

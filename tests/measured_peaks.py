@@ -78,10 +78,8 @@ def random_prompts(task: str, split: str, n: int, n_tokens: int, seed: int) -> P
     tokens[:, 0] = other[:, 0] = 0
     ids = tokens[:, -1:].copy()
     lengths, subject = torch.full((n,), n_tokens).int().numpy(), torch.tensor([[2, 4]]).repeat(n, 1).int().numpy()
-    return Prompts(
-        task=task, split=split, text=["-"] * n, tokens=tokens, lengths=lengths, counterfactual=other, answers=ids, wrong_answers=ids + 1 - 2 * (ids > 9),
-        subject=subject, continuation=ids, meta={},
-    )  # fmt: skip
+    about = {"task": task, "split": split, "text": ["-"] * n, "meta": {}, "subject": subject, "continuation": ids}
+    return Prompts(tokens=tokens, lengths=lengths, counterfactual=other, answers=ids, wrong_answers=ids % 9 + 1, **about)
 
 
 class Stages:
@@ -99,7 +97,8 @@ class Stages:
         T = self.case.tokens("ioi")
         self.splits = {split: random_prompts("ioi", split, n, T, seed) for seed, (split, n) in enumerate(self.counts("ioi"))}
         self.facts = {
-            split: random_prompts("facts", split, n, self.case.tokens("facts"), seed) for seed, (split, n) in enumerate(self.counts("facts"))
+            split: random_prompts("facts", split, n, self.case.tokens("facts"), seed)
+            for seed, (split, n) in enumerate(self.counts("facts"))
         }
 
     def counts(self, task: str) -> list[tuple[str, int]]:
@@ -127,7 +126,7 @@ class Stages:
         optimal.fit(self.model, items, statistics, *batches, self.config.ablation.optimal, start=start, tokens_per_batch=self.budget)
 
     def gaps(self) -> None:
-        items, statistics = self.first_heads(4), self.statistics()
+        items, statistics = self.first_heads(2), self.statistics()
         fitted: dict[Method, torch.Tensor] = {"optimal": optimal.starting_means(self.model, items, statistics, positional=False)}
         prompts = self.batch("test"), self.batch("test", counterfactual=True)
         gaps.evaluate(self.model, items, self.config.ablation.methods, statistics, fitted, *prompts, tokens_per_batch=self.budget)
@@ -162,7 +161,9 @@ class Stages:
             return
         knobs = [Knob(value, 0) for value in settings.lambdas]
         fitted = ablation == "optimal"
-        learn(UniformSampler(), knobs, list(settings.lambdas), passes["train"], replacements, scales, "kl", settings.masks, train_constants=fitted)  # fmt: skip
+        masks, fitted = settings.masks, ablation == "optimal"
+        prices = list(settings.lambdas)
+        learn(UniformSampler(), knobs, prices, passes["train"], replacements, scales, "kl", masks, train_constants=fitted)
 
     def tracing_fit(self) -> None:
         settings = self.config.tracing
