@@ -267,3 +267,88 @@ def test_comments_docstrings_and_formatting_re_run_nothing(finished, code):
     finally:
         for each in undo:
             each()
+
+
+# Which rules take up what a rule makes.
+NEXT = {
+    "demo": "model",
+    "model": "prompts activations optimal gaps circuit_search circuit_evaluation circuit_figures tracing_fit tracing lens_fit lens_evaluation "
+    "lens_faithfulness lens_truthfulness report",
+    "prompts": "activations optimal gaps circuit_search circuit_evaluation tracing_fit tracing lens_fit lens_evaluation lens_faithfulness "
+    "lens_truthfulness report",
+    "activations": "optimal gaps circuit_search circuit_evaluation lens_fit lens_evaluation lens_faithfulness lens_truthfulness",
+    "optimal": "gaps figures circuit_search",
+    "gaps": "figures report",
+    "figures": "report",
+    "circuit_search": "circuit_evaluation",
+    "circuit_evaluation": "circuit_figures",
+    "circuit_figures": "report",
+    "tracing_fit": "tracing",
+    "tracing": "tracing_figures report",
+    "tracing_figures": "report",
+    "lens_fit": "lens_evaluation lens_faithfulness lens_truthfulness",
+    "lens_evaluation": "lens_figures report",
+    "lens_faithfulness": "lens_figures report",
+    "lens_truthfulness": "lens_figures report",
+    "lens_figures": "report",
+    "report": "",
+}
+
+# The first rules that use each module, without those that come after them anyway.
+MODULES = {
+    "demo": "artefacts tasks/prompts tasks/ioi tasks/greater_than demo stages/demo",
+    "model": "ablation activations cache forward graph model parity stages/common stages/model",
+    "prompts": "tasks/__init__ tasks/facts tasks/text stages/prompts",
+    "activations": "stages/activations",
+    "optimal circuit_evaluation tracing_fit lens_fit": "descent resume",
+    "optimal circuit_evaluation tracing_fit lens_evaluation lens_faithfulness lens_truthfulness": "metrics",
+    "optimal": "constants optimal stages/optimal",
+    "gaps": "gaps stages/gaps",
+    "figures circuit_figures tracing_figures lens_figures": "plots",
+    "figures": "stages/figures",
+    "circuit_search": "circuits/__init__ circuits/circuit circuits/acdc circuits/attribution circuits/fixed circuits/hcgs circuits/learn "
+    "circuits/patching circuits/topk circuits/ugs folded masked_forward stages/circuit_setting stages/circuit_search "
+    "oakernels/masked_mix oakernels/masked_read oakernels/runtime",
+    "circuit_evaluation": "circuits/evaluate stages/circuit_evaluation",
+    "circuit_figures": "circuit_drawing circuit_plots stages/circuit_figures",
+    "tracing_fit": "corruption tracing stages/tracing_setting stages/tracing_fit",
+    "tracing": "stages/tracing",
+    "tracing_figures": "tracing_plots stages/tracing_figures",
+    "lens_fit": "lens stages/lens_setting stages/lens_fit",
+    "lens_evaluation": "stages/lens_evaluation",
+    "lens_faithfulness": "faithfulness stages/lens_faithfulness",
+    "lens_truthfulness": "truthfulness tasks/labelled stages/lens_truthfulness",
+    "lens_figures": "lens_drawing lens_plots stages/lens_figures",
+    "report": "circuit_report lens_report report tracing_report stages/report",
+    # Settings reach rules as parameters; messages, paths and locks are no results; tools and planted models are in no rule.
+    "": "__init__ __main__ checkpoint codehash config errors layout locks progress estimate throughput planted planted_recall circuits/mib "
+    "stages/__init__ stages/mib stages/lens_activations oakernels/__init__",
+}
+FIRST_OF = {module: rules.split() for rules, modules in MODULES.items() for module in modules.split()}
+
+
+def and_after(rules):
+    """These rules and all that come after them."""
+    found, queue = set(), list(rules)
+    while queue:
+        if (rule := queue.pop()) not in found:
+            found.add(rule)
+            queue += NEXT[rule].split()
+    return found
+
+
+def test_the_table_has_every_module(code):
+    assert {module.removeprefix("oacore/").removesuffix(".py") for module in code.modules} == set(FIRST_OF)
+
+
+@pytest.mark.parametrize("module", FIRST_OF)
+def test_each_module_re_runs_what_uses_it(finished, code, module):
+    """A real change, at its end; all jobs of a rule or none, but for searches that take no fitted constants."""
+    undo = code.change(f"{'' if module.startswith('oakernels') else 'oacore/'}{module}.py", lambda source: f"{source}\nCHANGED = True\n")
+    try:
+        found = planned(*finished[:2])
+    finally:
+        undo()
+    assert set(found) == and_after(FIRST_OF[module])
+    partly = {"circuit_search", "circuit_evaluation"}  # of fitted constants alone, where only these change
+    assert all(count == EVERYTHING[rule] for rule, count in found.items() if rule not in partly or rule in FIRST_OF[module])
