@@ -11,8 +11,8 @@ from oacore.model import DTYPES, pick_device
 
 SIZE = {"cpu": 1024, "cuda": 4096}  # of the matrices
 SECONDS = 0.2
-# Of that rate in whole stages: 29, 38 and 43 GFLOP/s in activations, a fit and gaps of tests/measured_peaks.py, beside 25 to 43 of products, on
-# one thread of a busy machine. Not measured on a GPU, where masked passes wait for memory instead.
+# Of that rate in whole stages: activations, a fit and gaps of tests/measured_peaks.py did 29, 38 and 43 GFLOP/s by these formulas, matrix
+# products 25 to 43, on one thread of a busy machine. Not measured on a GPU, where masked passes wait for memory instead.
 EFFICIENCY = 0.8
 
 

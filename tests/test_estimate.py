@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import random_hf
 from measured_peaks import CONFIG, SHAPE
 
@@ -184,6 +183,12 @@ def test_unknown_model_says_which_command_shows_it(capsys):
     assert "python -m oacore estimate" in estimated(config)
     with pytest.raises(UserError, match="nobody/nothing"):
         estimated(config, tflops=1, memory_gb=1, fetch=True)
+
+
+def test_device_is_measured_unless_told(capsys):
+    assert main(["estimate", str(ROOT / "config/demo.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert "on the CPU" in shown and re.search(r"^all .* (s|min|h)$", shown, re.M) and "PFLOP" not in shown
 
 
 def test_dry_run_shows_the_estimate_and_a_run_does_not():
