@@ -59,7 +59,8 @@ class Lens:
     def final(self, residual: Tensor, layer: int) -> Tensor:
         """The residual after all blocks [..., B, d] predicted from the one entering block `layer` [..., B, d]."""
         if "matrix" in self.values:
-            return residual + residual @ self.values["matrix"][layer] + self.values["bias"][layer]
+            matrix, bias = (self.values[name][layer].to(residual.dtype) for name in ("matrix", "bias"))
+            return residual + residual @ matrix + bias
         if "constants" not in self.values:
             return residual
         constants = self.values["constants"]

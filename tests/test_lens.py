@@ -290,3 +290,23 @@ def test_resample_takes_other_prompts_attention(gpt2, cached):
     x = rows.residual[:2, 2]
     middle = x + lens.values["constants"][:2, 2]
     assert torch.allclose(lens.final(x, 2), middle + oacore.forward.mlp(gpt2, 2, middle))
+
+
+@pytest.mark.parametrize("name", ["oca", "oca_shared", "linear_oca", "tuned", "logit", "mean", "resample", "grad"])
+def test_every_lens_on_bf16_weights(tmp_path, name):
+    """What is fitted stays in fp32; residuals come from the cache in bf16."""
+    model = canonical(random_hf("llama").bfloat16())
+    splits = {split: prompts_of(n, seed) for seed, (split, n) in enumerate({"train": 24, "validation": 8, "test": 8}.items())}
+    path = tmp_path / "activations.h5"
+    write_activations(path, model, splits, {"model_hash": "m"})
+    settings = SHORT.model_copy(update={"max_steps": 4, "check_every": 2})
+    if name in ("logit", "mean", "resample"):
+        lens = unfitted(model, name, path, {})
+    else:
+        jacobian = mean_jacobian(model, some_batch(3), 1000) if name == "grad" else None
+        teacher = fit(model, "oca", "", path, {}, settings)[0] if name == "linear_oca" else None
+        lens, found = fit(model, name, "identity" if name == "tuned" else "", path, {}, settings, teacher=teacher, jacobian=jacobian)
+        assert found.best.dtype == torch.float32
+    kl, agree = losses_of(lens, read_rows(path, "test", {}, model.device), 4)
+    assert kl.shape == agree.shape == (model.n_layers, 8)
+    assert kl.dtype == torch.float32 and kl.isfinite().all()
