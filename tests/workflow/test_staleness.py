@@ -272,8 +272,8 @@ def test_comments_docstrings_and_formatting_re_run_nothing(finished, code):
 # Which rules take up what a rule makes.
 NEXT = {
     "demo": "model",
-    "model": "prompts activations optimal gaps circuit_search circuit_evaluation circuit_figures tracing_fit tracing lens_fit lens_evaluation "
-    "lens_faithfulness lens_truthfulness report",
+    "model": "prompts activations optimal gaps circuit_search circuit_evaluation circuit_figures tracing_fit tracing lens_fit "
+    "lens_evaluation lens_faithfulness lens_truthfulness report",
     "prompts": "activations optimal gaps circuit_search circuit_evaluation tracing_fit tracing lens_fit lens_evaluation lens_faithfulness "
     "lens_truthfulness report",
     "activations": "optimal gaps circuit_search circuit_evaluation lens_fit lens_evaluation lens_faithfulness lens_truthfulness",
