@@ -158,7 +158,7 @@ class Tasks(Settings):
 class OptimalFit(Settings):
     """Fitting of optimal constants (methods: Li & Janson 2024, section 2.3)."""
 
-    learning_rate: float = Field(0.2, gt=0, description="AdamW step, in standard deviations of the component's output")
+    learning_rate: float = Field(0.2, gt=0, description="Adam step, in standard deviations of the component's output")
     batch_size: int = Field(16, ge=1, description="prompts a step, shared by all components")
     max_steps: int = Field(2000, ge=1, description="cap for components that do not converge")
     check_every: int = Field(20, ge=1, description="steps between convergence tests on the validation prompts")

@@ -21,6 +21,7 @@ from oacore.graph import Graph
 
 Parts = dict[str, float]  # bytes by what they hold
 FP32, FP64 = 4, 8
+USUAL_TOKENS = 16  # of a prompt of a task that is not in the next line
 PROMPT_TOKENS = {"ioi": 21, "greater_than": 13, "facts": 16}  # of the longest prompt with BOS, by GPT-2's tokenizer or about so
 SHOT_TOKENS = 16  # of one demonstration of truthfulness
 LOGIT_CHUNK = 2**24 * FP32  # bytes of oacore.lens.CHUNK_ELEMENTS logits
@@ -293,7 +294,7 @@ class Case:
 
     def tokens(self, task: str) -> int:
         """T."""
-        return int(getattr(self.config.tasks.selected()[task], "n_tokens", PROMPT_TOKENS.get(task, 0)))
+        return int(getattr(self.config.tasks.selected()[task], "n_tokens", PROMPT_TOKENS.get(task, USUAL_TOKENS)))
 
     def prompts(self, task: str) -> tuple[int, int, int]:
         """Train, validation, test; of a file of facts, which may have fewer, at most."""
