@@ -370,13 +370,16 @@ def named_tensors(model: Model) -> dict[str, Tensor]:
 
 
 def weight_hash(model: Model) -> str:
-    """sha256 over names, shapes, dtypes and bytes of all weights: what every artefact records as `model_hash`."""
+    """sha256 over names, shapes, dtypes and bytes of all weights, and all else that decides outputs: every artefact's `model_hash`."""
     digest = hashlib.sha256()
     for name, tensor in named_tensors(model).items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-    scalars = (model.family, model.parallel, model.embed_scale, model.activation, model.logit_softcap)
-    per_block = [(block.attention_scale, block.attention_softcap, block.window) for block in model.blocks]
+    scalars = (model.family, model.parallel, model.embed_scale, model.activation, model.logit_softcap, model.final_norm.eps)
+    per_block = [
+        (block.attention_scale, block.attention_softcap, block.window, block.attention_norm.eps, block.mlp_norm.eps)
+        for block in model.blocks
+    ]
     rotary = getattr(getattr(model.rotary, "config", None), "rope_parameters", None)
     digest.update(json.dumps([scalars, per_block, rotary], sort_keys=True, default=str).encode())
     return digest.hexdigest()
