@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from oacore.__main__ import jobs, run_stage
+from oacore.artefacts import read_json, write_json
 from oacore.config import parse_config
 from oacore.errors import UserError
 from oacore.forward import logits_of, residual_after
@@ -96,8 +97,7 @@ def test_a_model_changed_after_its_gate_is_refused(shared_data, tmp_path):
     config = config_of(shared_data, tmp_path)
     layout = Layout(config)
     run_stage("model", config)
-    facts = json.loads(Path(layout.model_json).read_text())
-    Path(layout.model_json).write_text(json.dumps(facts | {"model_hash": "0" * 64}))
+    write_json(layout.model_json, read_json(layout.model_json) | {"model_hash": "0" * 64})
     run_stage("prompts", config, task="text")
     with pytest.raises(UserError, match="weight hash"):
         run_stage("activations", config, task="text")
