@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 import traceback
@@ -172,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized argument: {given.file}; allowed: --config {given.file}")
     if given.stage.startswith("mib-") and (given.circuit is None or (given.stage == "mib-export" and given.output is None)):
         parser.error(f"{given.stage} needs --circuit{' and --output' if given.stage == 'mib-export' else ''}")
-    _prepare_process()
+    _stop_on_sigterm()
     try:
         if given.stage in TOOLS:
             _run_tool(given)
@@ -266,14 +265,8 @@ def run_in_workflow(job: Any) -> None:
     sys.exit(status)
 
 
-def _prepare_process() -> None:
-    """Before torch is imported: signals, and threads that don't spin.
-
-    SIGTERM, which SLURM and `kill` send, ends a stage as Ctrl-C does: nothing half-written stays. And where other processes want the
-    cores, OpenMP's threads spend their time spinning at barriers: training the demo model beside two busy processes took 1.9 s a
-    step, and 0.46 s with threads that sleep.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+def _stop_on_sigterm() -> None:
+    """SIGTERM, which SLURM and `kill` send, ends a stage as Ctrl-C does: nothing half-written stays."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -282,7 +275,7 @@ def _prepare_process() -> None:
 
 
 def _attempt(job: Any) -> int:
-    _prepare_process()
+    _stop_on_sigterm()
     try:
         config = parse_config(job.config)
         hold_for_job(Layout(config))
