@@ -42,6 +42,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+WITHOUT_GPU = ("demo", "figures", "circuit_figures", "tracing_figures", "lens_figures", "report")
 SMALLEST_BATCH = 64  # tokens, the least that limits.tokens_per_batch may be
 
 TOOLS = {
@@ -178,7 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         config = load_config(given.config)
         check_files(config.tasks.selected())
-        hold_gpu(config.device)
+        if given.stage not in WITHOUT_GPU:
+            hold_gpu(config.device)
         _run(given.stage, config, {name: getattr(given, name) for name in ("task", "method", "ablation", "lens")})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
