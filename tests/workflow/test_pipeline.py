@@ -626,6 +626,18 @@ def test_bad_input_in_a_job_gives_one_error(tmp_path):
     assert re.fullmatch(r"error: .*model\.json: missing; run the stage `model` first\n", result.stderr)
 
 
+def test_jobs_ask_for_memory_that_holds_the_weights(tmp_path):
+    """8 billion weights in bf16 are 16 GB, 28 GB with what else a job needs."""
+    (tmp_path / "config.json").write_text((ROOT / "docs/llama-3.1-8b.json").read_text())
+    values = {"model": str(tmp_path), "dtype": "bf16", "tasks": {"ioi": {}}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    result = snakemake("-n", "--configfile", path)
+    assert result.returncode == 0, result.stderr
+    asked = {int(found) for found in re.findall(r"mem_mb=(\d+)", result.stdout + result.stderr)}
+    assert len(asked) == 1 and 27000 < asked.pop() < 29000
+
+
 def test_gpt2_config_dry_runs():
     result = snakemake("-n", "--configfile", "config/gpt2.yaml")
     assert result.returncode == 0, result.stderr

@@ -6,7 +6,10 @@ when they change, and it sees neither changes of imported modules nor of the con
 """
 
 import sys
+from functools import cache
 from pathlib import Path
+
+from oacore.estimate import known_sizes
 
 LOOKING = ["dryrun", "lint", "list_rules", "summary", "detailed_summary", "dag"]
 LOOKING += ["rulegraph", "filegraph", "d3dag", "list_untracked", "report"]
@@ -39,8 +42,16 @@ def code(stage):
     return codehash(f"oacore.stages.{stage}")
 
 
+@cache
+def first_mem_mb():
+    """Enough for the weights, which a job loads before they go to a GPU; 16 GB where they are few or unknown."""
+    sizes = known_sizes(run_config)
+    weights = 0 if sizes is None else sizes.n_weights * sizes.bytes
+    return max(16000, 8000 + int(1.25 * weights / 1e6))
+
+
 def mem_mb(wildcards, attempt):
-    return 16000 * attempt
+    return first_mem_mb() * attempt
 
 
 def minutes(first):
