@@ -15,6 +15,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
 
+LONGEST = ("test_pipeline.py", "test_sharing.py", "test_staleness.py", "test_kill.py", "test_stories.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: two workers share the files, and the last ones should be short."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 SHARED_DATA = Path(os.environ.get("OA_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
