@@ -32,7 +32,10 @@ def hold(path: str | Path, what: str, *, shared: bool = False, wait: bool = True
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (stays open: that is the lock)
+    try:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (stays open: that is the lock)
+    except PermissionError:  # another user's, in a shared cache: only the holder's name needs the right to write
+        file = open(path, encoding="utf-8")  # noqa: SIM115
     said = False
     while not _try(file, shared):
         if not wait:
@@ -41,7 +44,7 @@ def hold(path: str | Path, what: str, *, shared: bool = False, wait: bool = True
             print(f"{what} is in use by {_holder(file)}: waiting until it has ended", file=sys.stderr, flush=True)
             said = True
         time.sleep(SECONDS_BETWEEN_TRIES)
-    if not shared:
+    if not shared and file.writable():
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "command": " ".join(sys.argv)}))
         file.flush()
@@ -54,6 +57,8 @@ def _try(file: IO[str], shared: bool) -> bool:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # some cluster file systems have no locks
+        print(f"{file.name}: no file locks here ({error.strerror}): see to it that only one run writes there", file=sys.stderr)
     return True
 
 

@@ -1,5 +1,6 @@
 """Who may write: locks between processes, real ones."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -111,6 +112,34 @@ def test_jobs_of_a_killed_pipeline_end_first(start, tmp_path):
     assert not pipeline.started.exists()
     job.close()
     until(pipeline.started.exists)
+
+
+def test_without_file_locks_it_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    locks.hold(tmp_path / ".lock", "here")
+    assert "no file locks here (No locks available)" in capsys.readouterr().err
+
+
+def test_another_user_s_lock_file_can_be_locked(tmp_path, monkeypatch):
+    """A file that we may read only; as root that has to be made up."""
+    path = tmp_path / ".lock"
+    path.write_text("")
+    opened = open
+
+    def open_as_other(file, mode="r", **options):
+        if "a" in mode:
+            raise PermissionError
+        return opened(file, mode, **options)
+
+    monkeypatch.setattr("builtins.open", open_as_other)
+    held = locks.hold(path, "here")
+    with pytest.raises(UserError, match="held by another process"):
+        locks.hold(path, "here", wait=False)
+    held.close()
+    assert path.read_text() == ""
 
 
 GPU = """
