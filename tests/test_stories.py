@@ -25,7 +25,11 @@ def config_of(shared_data, tmp_path, **more):
         "cache_dir": str(tmp_path / "cache"),
         "results_dir": str(tmp_path / "results"),
         "tasks": {"text": {"path": str(shared_data / "text/tinystories_1000.json"), "n_train": 64, "n_validation": 32, "n_test": 48}},
-        "ablation": {"optimal": {"max_steps": 40, "check_every": 10}, "components": ["head", "attention_layer", "mlp"]},
+        "ablation": {
+            "methods": ["zero", "mean", "resample", "optimal"],
+            "optimal": {"max_steps": 40, "check_every": 10},
+            "components": ["head", "attention_layer", "mlp"],
+        },
     }
     return parse_config(values | more)
 
