@@ -88,6 +88,17 @@ def front(circuits: pd.DataFrame) -> pd.DataFrame:
     return ordered[ordered["kl_nats"] < before]
 
 
+def smallest_good(circuits: pd.DataFrame, most: int) -> pd.Series:
+    """The row to draw: of circuits with at most `most` edges the smallest one whose KL is at most twice the lowest, or at most `FLOOR`.
+
+    If all have more edges, one of the smallest.
+    """
+    few = circuits[circuits["edges"] <= most]
+    few = few if len(few) else circuits[circuits["edges"] == circuits["edges"].min()]
+    good = few[few["kl_nats"] <= max(2 * few["kl_nats"].min(), FLOOR)]
+    return good.sort_values(["edges", "kl_nats"], kind="stable").iloc[0]
+
+
 def front_kl_at(circuits: pd.DataFrame, edges: float) -> pd.Series | None:
     """The row of the lowest KL among circuits with at most `edges` edges; None if there is none."""
     small = front(circuits[circuits["edges"] <= edges])
@@ -113,7 +124,7 @@ def front_sizes(pareto: pd.DataFrame, most: int = 5) -> list[int]:
 
 def front_table(pareto: pd.DataFrame, sizes: Sequence[int] | None = None) -> pd.DataFrame:
     """The lowest KL within each size, one row per ablation type, size and method (ablation, max_edges, method, edges, kl_nats, se_nats,
-    ratio_to_best). A method without so small a circuit has no row; `ratio_to_best` is NaN if the best KL is not positive.
+    ratio_to_best). A method without so small a circuit has no row; `ratio_to_best` is NaN if the best KL is at or below `FLOOR`.
 
     `sizes`: the largest numbers of edges allowed; by default `front_sizes` of each ablation type.
     """
@@ -126,7 +137,7 @@ def front_table(pareto: pd.DataFrame, sizes: Sequence[int] | None = None) -> pd.
             present = {method: row for method, row in found.items() if row is not None}
             best = min((row["kl_nats"] for row in present.values()), default=np.nan)
             for method, row in present.items():
-                ratio = row["kl_nats"] / best if best > 0 else np.nan
+                ratio = row["kl_nats"] / best if best > FLOOR else np.nan
                 rows.append((ablation, size, method, row["edges"], row["kl_nats"], row["se_nats"], ratio))
     return pd.DataFrame(rows, columns=["ablation", "max_edges", "method", "edges", "kl_nats", "se_nats", "ratio_to_best"])
 

@@ -220,8 +220,8 @@ def kept_above(s: Sizes, X: float) -> float:
 
 
 def logits(s: Sizes, R: float) -> float:
-    """4 x 4 R V: logits, their log-softmax, and two products in fp32 (`metrics.kl_divergence`)."""
-    return 4 * FP32 * R * s.d_vocab
+    """5 x 4 R V: logits, their log-softmax, and three more in fp32 (`metrics.kl_of_log_probs`)."""
+    return 5 * FP32 * R * s.d_vocab
 
 
 def descent(values: float) -> float:
@@ -248,7 +248,7 @@ def row_bytes(s: Sizes, t: int, *, gradient: bool, keep_inputs: bool) -> int:
     values = inner * d + layer
     if gradient:
         values = 2 * inner * d + layer * 2 + L * (5 * s.z + 2 * s.n_heads * (t + 1) + 3 * f + 4 * d) + (J * d if keep_inputs else 0)
-    return (values * t + S * J + 4 * S * d + 4 * s.d_vocab) * s.bytes
+    return (values * t + S * J + 4 * S * d + 5 * s.d_vocab) * s.bytes
 
 
 def sources(s: Sizes, n: float, t: int) -> tuple[float, float]:

@@ -20,12 +20,12 @@ from torch import Tensor
 from oacore.ablation import Batch, clean_pass, derangement
 from oacore.forward import at, key_value, logits_of, run_block_at
 from oacore.lens import AnyLens
-from oacore.metrics import kl_divergence
+from oacore.metrics import RESOLUTION, kl_divergence
 from oacore.model import Model
 from oacore.progress import progress
 
 RIDGE = 3e-4  # of the mean variance, on the covariance's diagonal
-SMALLEST_KL, SMALLEST_CHANGE = 1e-12, 1e-7  # nats, KL and its root mean square log-ratio; what is smaller is rounding
+SMALLEST_CHANGE = (2 * RESOLUTION) ** 0.5  # nats, the root mean square log-ratio of two distributions that are RESOLUTION apart
 SMALLEST_MOVE = 1e-5  # of a residual's norm
 N_JACOBIAN = 64  # training rows over which a lens is linearised
 BISECTIONS = 14  # of the steering magnitude between 1e-3 and 1e3 whitened units: to within 0.1 %
@@ -204,7 +204,7 @@ class _Layer:
                 mine.append(torch.stack((similarity, own, kl_divergence(before, lens_after))))
         moved = (changed - self.residual).norm(dim=-1) > SMALLEST_MOVE * self.residual.norm(dim=-1)  # [P, B]
         tables = [torch.cat(mine, 1).cpu().numpy() for mine in found]
-        logs = [np.log(np.clip(table[1:], SMALLEST_KL, None)) for table in tables]
+        logs = [np.log(np.clip(table[1:], RESOLUTION, None)) for table in tables]
         return [Reactions(table[0], log[0], log[1], moved.cpu().numpy()) for table, log in zip(tables, logs, strict=True)]
 
 

@@ -21,6 +21,7 @@ from oacore.cache import Reader, to_torch
 from oacore.config import LensFit, LensName
 from oacore.descent import Descent, descend
 from oacore.forward import at, attention_write, embed, final_norm, logits_of, mlp, run_block, unembed
+from oacore.metrics import kl_of_log_probs
 from oacore.model import Model
 from oacore.progress import progress
 
@@ -120,10 +121,9 @@ class _UnembeddedKl(torch.autograd.Function):
         with torch.no_grad():
             for rows, layers, log_target, logits in _logit_chunks(model, normed, target):
                 log_probs = logits.log_softmax(-1)
-                probs = log_target.exp()
-                loss[layers, rows] = (probs * (log_target - log_probs)).sum(-1)
+                loss[layers, rows] = kl_of_log_probs(log_target, log_probs)
                 if gradient is not None:
-                    slope = log_probs.exp_() - probs  # of the logits
+                    slope = log_probs.exp_() - log_target.exp()  # of the logits
                     if model.logit_softcap is not None:
                         slope *= 1 - (logits / model.logit_softcap).square()
                     gradient[layers, rows] = slope.to(normed.dtype) @ model.W_U

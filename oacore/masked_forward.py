@@ -155,7 +155,7 @@ class Engine:
         if gradient:
             values = 2 * inner * d + layer * 2 + graph.n_layers * (5 * H * model.d_head + 2 * H * (n_tokens + 1) + 3 * f + 4 * d)
             values += J * d if keep_inputs else 0
-        return (values * n_tokens + S * J + 4 * S * d + 4 * model.d_vocab) * torch.finfo(model.dtype).bits // 8
+        return (values * n_tokens + S * J + 4 * S * d + 5 * model.d_vocab) * torch.finfo(model.dtype).bits // 8
 
 
 class _MaskedForward(torch.autograd.Function):

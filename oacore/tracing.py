@@ -21,7 +21,7 @@ from torch import Tensor
 from oacore.ablation import Clean, clean_pass
 from oacore.config import AnswerKind, Position, Site
 from oacore.forward import add_positions, at, attention_write, combine_heads, embed_tokens, heads, logits_of, mlp, run_block
-from oacore.metrics import clustered_mean_and_se
+from oacore.metrics import PROBABILITY_RESOLUTION, clustered_mean_and_se, zero_below
 from oacore.model import Model
 from oacore.tasks.prompts import Prompts
 
@@ -268,11 +268,14 @@ def effects(traced: Traced, row: int, subjects: np.ndarray) -> dict[str, float]:
     """AIE of place `row`, its parts, and its share of what the corruption destroyed.
 
     aie: mean of p_restored - p_corrupted. aie_normalised: 1 - E max(0, p_clean - p_restored) / E (p_clean - p_corrupted), the paper's
-    figure. Standard errors are over subjects (`subjects` [N] numbers them), as facts about the same one are not independent.
+    figure. Differences below `PROBABILITY_RESOLUTION` count as 0, and the share of nothing is NaN. Standard errors are over subjects
+    (`subjects` [N] numbers them), as facts about the same one are not independent.
     """
     clean, corrupted, found = (x.double() for x in (traced.clean, traced.corrupted, traced.restored[row]))
-    aie, se = clustered_mean_and_se(found - corrupted, subjects)
-    lost, destroyed = (clean - found).clamp(min=0), clean - corrupted
+    brought_back, lost, destroyed = (
+        zero_below(change, PROBABILITY_RESOLUTION) for change in (found - corrupted, (clean - found).clamp(min=0), clean - corrupted)
+    )
+    aie, se = clustered_mean_and_se(brought_back, subjects)
     share = float(lost.mean() / destroyed.mean()) if float(destroyed.mean()) > 0 else float("nan")
     _, share_se = clustered_mean_and_se((lost - share * destroyed) / destroyed.mean(), subjects)  # delta method for a ratio of means
     means = {"p_clean": clean, "p_corrupted": corrupted, "p_restored": found}

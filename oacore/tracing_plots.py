@@ -241,7 +241,7 @@ def heat_map(picture: pd.DataFrame) -> Figure:
     labels = {int(p): _token(t) + "*" * bool(s) for p, t, s in zip(tokens["position"], tokens["token"], tokens["in_subject"], strict=True)}
     n_layers, n_tokens = int(picture["layer"].max()) + 1, last - first + 1
     p_clean, low = float(picture["p_clean"].max()), float(picture["p_corrupted"].min())
-    high = p_clean if p_clean > low else low + 1e-9
+    high = max(p_clean, low + 1e-6)  # less is rounding
     norm, tint = Normalize(low, high), _tint(ACCENT)
     colors = tint.with_extremes(bad="#cfd5dc", under=tint(0.0), over=tint(1.0))
     size = 8.5 if n_tokens <= 16 else 7

@@ -18,6 +18,7 @@ from oacore.ablation import (
     spread,
     width,
 )
+from oacore.metrics import kl_divergence
 from oacore.model import canonical
 from oacore.parity import hugging_face_logits
 
@@ -95,6 +96,7 @@ def test_own_value_changes_nothing_and_position_zero_is_never_touched(case):
         value[:, :, 0] = 1e3
         logits = ablated_logits(model, clean, group, value)
         assert (logits.log_softmax(-1) - clean_log_probs(model, clean)).abs().max() < 1e-5
+        assert (kl_divergence(clean_log_probs(model, clean), logits) == 0).all()
 
 
 def test_gradient_against_finite_differences(case):

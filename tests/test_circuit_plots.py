@@ -91,10 +91,26 @@ def test_front_table_has_the_best_of_each_size_and_its_ratio():
     np.testing.assert_allclose(rows["ratio_to_best"], [1, 1.4, 4])
 
 
-def test_front_table_without_a_small_circuit_or_a_positive_best():
-    table = front_table(circuits([("ugs", "optimal", 5, 0.0, 0.1), ("eap", "optimal", 40, 0.5, 0.1)]), [4, 10, 40])
+@pytest.mark.parametrize("kl", [0.0, 1e-8])
+def test_front_table_without_a_small_circuit_or_a_best_above_the_floor(kl):
+    table = front_table(circuits([("ugs", "optimal", 5, kl, 0.1), ("eap", "optimal", 40, 0.5, 0.1)]), [4, 10, 40])
     assert list(zip(table["max_edges"], table["method"], strict=True)) == [(10, "ugs"), (40, "ugs"), (40, "eap")]
     assert table["ratio_to_best"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("points", "chosen"),
+    [
+        ([(40, 0.30), (60, 0.19), (90, 0.11), (300, 0.10)], 60),  # within twice the lowest
+        ([(40, 0.30), (90, 2e-8), (479, 0.0)], 90),  # below the floor, losses are alike
+        ([(40, 0.30), (470, -1.45e-8), (479, -1.4e-8)], 470),  # as a table of an older version may have them
+        ([(1200, 0.1), (1100, 0.2)], 1100),  # all too large to draw
+        ([(60, 0.2), (60, 0.1), (1100, 0.0)], 60),
+    ],
+)
+def test_the_circuit_that_is_drawn(points, chosen):
+    row = circuit_plots.smallest_good(circuits([("ugs", "optimal", edges, kl, 0.1) for edges, kl in points]), 1000)
+    assert row["edges"] == chosen and row["kl_nats"] == min(kl for edges, kl in points if edges == chosen)
 
 
 @settings(max_examples=60, deadline=None)

@@ -321,6 +321,15 @@ def test_effects_by_hand():
     assert row["p_restored"] == pytest.approx(0.55) and row["p_corrupted"] == pytest.approx(0.15)
 
 
+def test_effects_below_the_resolution_of_probabilities_are_none():
+    clean = torch.tensor([0.9, 0.8, 0.7, 1.0])
+    noise = torch.tensor([3e-8, -6e-8, 6e-8, 0.0])
+    row = effects(Traced(clean, clean - noise, (clean + noise)[None]), 0, np.arange(4))
+    assert row["aie"] == row["se"] == 0 and np.isnan(row["aie_normalised"]) and np.isnan(row["se_normalised"])
+    row = effects(Traced(clean, clean - 0.5, (clean - 0.5 + noise)[None]), 0, np.arange(4))
+    assert row["aie"] == 0 and row["aie_normalised"] == pytest.approx(0, abs=1e-6)
+
+
 def test_standard_errors_are_over_subjects():
     values = torch.tensor([1.0, 2.0, 4.0, 8.0])
     mean, se = clustered_mean_and_se(values, np.array([3, 1, 2, 0]))

@@ -33,7 +33,7 @@ KERNELS = {
     "project_backward": project_backward_kernel,
 }
 ARITHMETIC = {"ieee": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee")}
-OPTIONAL = ("rstd", "lengths", "sums", "bias")
+OPTIONAL = ("rstd", "sums", "bias")
 SUMS = ("rstd", "masks", "partial", "sums")  # fp32 whatever the dtype
 POINTERS = ("x", "base", "delta", "dx", "d_delta", "y", "dy", "weight", *OPTIONAL, *SUMS)
 ALIGNED = ("d", "k")
@@ -86,7 +86,7 @@ def compile_one(build: Build) -> Report:
         elif build.variant == "bare" and name in OPTIONAL and not (name == "rstd" and build.kernel != "mix"):
             signature[name], values[index,] = "constexpr", None
         elif name in POINTERS:
-            element = "i64" if name == "lengths" else "fp32" if name in SUMS or dtype == torch.float32 else "bf16"
+            element = "fp32" if name in SUMS or dtype == torch.float32 else "bf16"
             signature[name], attributes[index,] = f"*{element}", [["tt.divisibility", 16]]
         elif name == "eps":
             signature[name] = "fp32"

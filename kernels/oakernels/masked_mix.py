@@ -25,12 +25,9 @@ from oakernels.runtime import (
     Precision,
     accumulator_dtype,
     in_one_batch,
-    mask_groups,
     matmul_precision,
-    padding,
     rounded,
     run,
-    without_padding,
 )
 
 ABLATED = 1e-3
@@ -43,7 +40,6 @@ def masked_mix(
     delta: Tensor,
     *,
     constants: Tensor | None = None,
-    lengths: Tensor | None = None,
     backend: Backend = "auto",
     precision: Precision = "ieee",
 ) -> Tensor:
@@ -55,7 +51,6 @@ def masked_mix(
         delta: [S, B, T, d], contiguous.
         constants: [Fc, S, Qc, d], receives a gradient and is not read: the replacements are already in delta (with -) and base (with +),
             which should be detached from them. The gradient is sum (1 - m) dx over the entries with m < ABLATED alone.
-        lengths: int [B]; positions t >= lengths[b] are padding: never read, zero in x, without gradient.
         backend: "eager" is torch, "triton" the fused kernels, "auto" see `runtime.run`.
         precision: of fp32 products on a GPU.
 
@@ -65,7 +60,7 @@ def masked_mix(
     Raises:
         ValueError: shapes, strides or dtypes that don't fit together.
     """
-    return _MaskedMix.apply(base, masks, delta, constants, lengths, backend, precision)
+    return _MaskedMix.apply(base, masks, delta, constants, backend, precision)
 
 
 class _MaskedMix(torch.autograd.Function):
@@ -76,27 +71,25 @@ class _MaskedMix(torch.autograd.Function):
         masks: Tensor,
         delta: Tensor,
         constants: Tensor | None,
-        lengths: Tensor | None,
         backend: Backend,
         precision: Precision,
     ) -> Tensor:
-        ctx.save_for_backward(masks, delta, lengths)
+        ctx.save_for_backward(masks, delta)
         ctx.base_shape, ctx.constants_shape = base.shape, None if constants is None else constants.shape
         ctx.options = {"backend": backend, "precision": precision}
-        return mix(base, masks, delta, lengths=lengths, backend=backend, precision=precision)
+        return mix(base, masks, delta, backend=backend, precision=precision)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        masks, delta, lengths = ctx.saved_tensors
-        return *mix_gradients(dx, masks, delta, lengths, ctx.base_shape, ctx.constants_shape, ctx.options), None, None, None
+        masks, delta = ctx.saved_tensors
+        return *mix_gradients(dx, masks, delta, ctx.base_shape, ctx.constants_shape, ctx.options), None, None
 
 
 def mix_gradients(
     dx: Tensor,
     masks: Tensor,
     delta: Tensor,
-    lengths: Tensor | None,
     base_shape: torch.Size,
     constants_shape: torch.Size | None,
     options: dict[str, Any],
@@ -104,13 +97,12 @@ def mix_gradients(
     """All gradients of a mix from dx [J, B, T, d]: of base, masks, delta and constants (None without constants_shape)."""
     T = dx.shape[2]
     dx, d_delta = dx.contiguous(), torch.zeros_like(delta)
-    d_masks, sums = mix_backward(dx, masks, delta, d_delta=d_delta, lengths=lengths, token_sums=True, **options)
+    d_masks, sums = mix_backward(dx, masks, delta, d_delta=d_delta, token_sums=True, **options)
     assert sums is not None
-    per_token = without_padding(dx, lengths) if T in (base_shape[1], constants_shape[2] if constants_shape else 0) else sums[:, :, None]
-    d_base = base_gradient(per_token if base_shape[1] == T else sums, base_shape[0])
+    d_base = base_gradient(dx if base_shape[1] == T else sums, base_shape[0])
     d_constants = None
     if constants_shape is not None:
-        d_constants = constant_gradient(masks, per_token if constants_shape[2] == T else sums, constants_shape[0])
+        d_constants = constant_gradient(masks, dx if constants_shape[2] == T else sums, constants_shape[0])
     return d_base, d_masks, d_delta, d_constants
 
 
@@ -119,7 +111,6 @@ def mix(
     masks: Tensor,
     delta: Tensor,
     *,
-    lengths: Tensor | None = None,
     out: Tensor | None = None,
     backend: Backend = "auto",
     precision: Precision = "ieee",
@@ -127,10 +118,10 @@ def mix(
     """`masked_mix` without autograd, into out [J, B, T, d] (contiguous) if given; with J = 1, F = B, Q = T it may be base's own memory."""
     x = _checked_output(base, masks, delta, out)
     candidates = {
-        "eager": lambda x: _mix_eager(base, masks, delta, lengths, x, precision),
-        "triton": lambda x: _mix_triton(base, masks, delta, lengths, x, None, 0.0, precision),
+        "eager": lambda x: _mix_eager(base, masks, delta, x, precision),
+        "triton": lambda x: _mix_triton(base, masks, delta, x, None, 0.0, precision),
     }
-    return run(backend, ("mix", masks.shape, delta.shape, base.shape, lengths is None, precision), x, candidates)
+    return run(backend, ("mix", masks.shape, delta.shape, base.shape, precision), x, candidates)
 
 
 def mix_and_scale(
@@ -139,7 +130,6 @@ def mix_and_scale(
     delta: Tensor,
     eps: float,
     *,
-    lengths: Tensor | None = None,
     out: Tensor | None = None,
     backend: Backend = "auto",
     precision: Precision = "ieee",
@@ -148,13 +138,13 @@ def mix_and_scale(
     x = _checked_output(base, masks, delta, out)
 
     def eager(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, rms_scale(_mix_eager(base, masks, delta, lengths, x, precision), eps)
+        return x, rms_scale(_mix_eager(base, masks, delta, x, precision), eps)
 
     def fused(x: Tensor) -> tuple[Tensor, Tensor]:
         rstd = x.new_empty(x.shape[:3], dtype=torch.float32)
-        return _mix_triton(base, masks, delta, lengths, x, rstd, eps, precision), rstd
+        return _mix_triton(base, masks, delta, x, rstd, eps, precision), rstd
 
-    key = ("mix_and_scale", masks.shape, delta.shape, base.shape, lengths is None, precision)
+    key = ("mix_and_scale", masks.shape, delta.shape, base.shape, precision)
     return run(backend, key, x, {"eager": eager, "triton": fused})
 
 
@@ -164,21 +154,21 @@ def rms_scale(x: Tensor, eps: float) -> Tensor:
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def _mix_eager(base: Tensor, masks: Tensor, delta: Tensor, lengths: Tensor | None, x: Tensor, precision: Precision) -> Tensor:
-    """One batched GEMM over all masks, or on CPU one GEMM per block of rows (see `in_one_batch`); straight into x, without copies."""
+def _mix_eager(base: Tensor, masks: Tensor, delta: Tensor, x: Tensor, precision: Precision) -> Tensor:
+    """One batched GEMM over all masks, or on CPU one GEMM per mask (see `in_one_batch`); straight into x, without copies."""
     B, M, F, weights = x.shape[1], masks.shape[0], base.shape[0], masks.to(delta.dtype)
-    if in_one_batch(x, lengths):
+    if in_one_batch(x):
         if base.data_ptr() != x.data_ptr():  # else in place: base is there already
             x.unflatten(1, (F, -1)).copy_(base[:, None])  # [J, F, B / F, T, d]
         with matmul_precision(precision):
             _by_mask(x, M).baddbmm_(weights, _by_mask(delta, M))
-        return x if lengths is None else x.masked_fill_(padding(x, lengths), 0)
+        return x
     by_row = base.repeat_interleave(B // F, 0)  # [B, Q, d]
-    for m, rows, n_tokens in mask_groups(M, x, lengths):
-        block = x[:, rows, :n_tokens]
-        block.copy_(by_row[rows, :n_tokens].expand(block.shape))  # row by row: still in cache when the GEMM adds to it
-        block.flatten(1).addmm_(weights[m], delta[:, rows, :n_tokens].flatten(1))
-        x[:, rows, n_tokens:] = 0
+    for m in range(M):
+        rows = slice(m * B // M, (m + 1) * B // M)
+        block = x[:, rows]
+        block.copy_(by_row[rows].expand(block.shape))  # mask by mask: still in cache when the GEMM adds to it
+        block.flatten(1).addmm_(weights[m], delta[:, rows].flatten(1))
     return x
 
 
@@ -188,7 +178,6 @@ def mix_backward(
     delta: Tensor,
     *,
     d_delta: Tensor,
-    lengths: Tensor | None = None,
     token_sums: bool = False,
     backend: Backend = "auto",
     precision: Precision = "ieee",
@@ -207,20 +196,18 @@ def mix_backward(
     _check_contiguous("dx", dx, (masks.shape[1], *delta.shape[1:]), delta.dtype)
     _check_contiguous("d_delta", d_delta, delta.shape, delta.dtype, accumulator_dtype(delta.dtype))
     candidates = {
-        "eager": lambda d_delta: _mix_backward_eager(dx, masks, delta, d_delta, lengths, token_sums, precision),
-        "triton": lambda d_delta: _mix_backward_triton(dx, masks, delta, d_delta, lengths, token_sums, precision),
+        "eager": lambda d_delta: _mix_backward_eager(dx, masks, delta, d_delta, token_sums, precision),
+        "triton": lambda d_delta: _mix_backward_triton(dx, masks, delta, d_delta, token_sums, precision),
     }
-    key = ("mix_backward", masks.shape, delta.shape, delta.dtype, lengths is None, token_sums, precision)
+    key = ("mix_backward", masks.shape, delta.shape, delta.dtype, token_sums, precision)
     return run(backend, key, d_delta, candidates)
 
 
 def _mix_backward_eager(
-    dx: Tensor, masks: Tensor, delta: Tensor, d_delta: Tensor, lengths: Tensor | None, token_sums: bool, precision: Precision
+    dx: Tensor, masks: Tensor, delta: Tensor, d_delta: Tensor, token_sums: bool, precision: Precision
 ) -> tuple[Tensor, Tensor | None]:
-    J, B, _, d = dx.shape
-    M, weights, wide = masks.shape[0], masks.to(delta.dtype).mT, accumulator_dtype(delta.dtype)
-    if in_one_batch(dx, lengths):
-        dx, delta = without_padding(dx, lengths), without_padding(delta, lengths)
+    B, M, weights, wide = dx.shape[1], len(masks), masks.to(delta.dtype).mT, accumulator_dtype(delta.dtype)
+    if in_one_batch(dx):
         with matmul_precision(precision):
             if d_delta.dtype == delta.dtype:
                 _by_mask(d_delta, M).baddbmm_(weights, _by_mask(dx, M))
@@ -228,19 +215,17 @@ def _mix_backward_eager(
                 _by_mask(d_delta, M).add_(torch.bmm(weights, _by_mask(dx, M)))
             d_masks = torch.bmm(_by_mask(dx, M), _by_mask(delta, M).mT).to(wide)
         return d_masks, dx.sum(2, dtype=wide) if token_sums else None
-    d_masks = torch.zeros(M, *masks.shape[1:], dtype=wide)
-    sums = torch.zeros(J, B, d, dtype=wide) if token_sums else None
-    for m, rows, n_tokens in mask_groups(M, dx, lengths):
-        block = dx[:, rows, :n_tokens].flatten(1)  # [J, n]
-        target = d_delta[:, rows, :n_tokens].flatten(1)  # [S, n], a view
+    d_masks = torch.empty(masks.shape, dtype=wide)
+    for m in range(M):
+        rows = slice(m * B // M, (m + 1) * B // M)
+        block = dx[:, rows].flatten(1)  # [J, n]
+        target = d_delta[:, rows].flatten(1)  # [S, n], a view
         if d_delta.dtype == delta.dtype:
             target.addmm_(weights[m], block)
         else:
             target += weights[m] @ block
-        d_masks[m] += block @ delta[:, rows, :n_tokens].flatten(1).T
-        if sums is not None:
-            torch.sum(dx[:, rows, :n_tokens], 2, dtype=wide, out=sums[:, rows])
-    return d_masks, sums
+        d_masks[m] = block @ delta[:, rows].flatten(1).T
+    return d_masks, dx.sum(2, dtype=wide) if token_sums else None
 
 
 def constant_gradient(masks: Tensor, dx: Tensor, n_fits: int) -> Tensor:
@@ -248,7 +233,7 @@ def constant_gradient(masks: Tensor, dx: Tensor, n_fits: int) -> Tensor:
 
     Args:
         masks: [M, J, S].
-        dx: [J, B, T, d] without garbage in its padding, or its token sums [J, B, d].
+        dx: [J, B, T, d], or its token sums [J, B, d].
         n_fits: Fc, a divisor of B.
 
     Returns:
@@ -264,7 +249,7 @@ def constant_gradient(masks: Tensor, dx: Tensor, n_fits: int) -> Tensor:
 
 
 def base_gradient(dx: Tensor, n_bases: int) -> Tensor:
-    """Gradient of the base: dx [J, B, T, d] (no garbage in its padding) or its token sums [J, B, d] -> [F, T or 1, d]."""
+    """Gradient of the base: dx [J, B, T, d] or its token sums [J, B, d] -> [F, T or 1, d]."""
     return dx.sum(0).view(n_bases, dx.shape[1] // n_bases, -1, dx.shape[-1]).sum(1)
 
 
@@ -312,7 +297,6 @@ def mix_kernel(  # type: ignore[no-untyped-def]
     base,  # [F, Q, d]
     masks,  # [M, J, S]
     delta,  # [S, R, d]
-    lengths,  # [B], or None
     J,
     S,
     R,
@@ -335,11 +319,6 @@ def mix_kernel(  # type: ignore[no-untyped-def]
     token = (tl.program_id(0) // n_blocks).to(tl.int64)
     b, t = token // T, token % T
     j = (tl.program_id(0) % n_blocks) * BJ + tl.arange(0, BJ)
-    n_sources = S
-    live = True
-    if lengths is not None:
-        live = t < tl.load(lengths + b)
-        n_sources = tl.where(live, S, 0)
     mask_rows = masks + (b // rows_per_mask) * mask_stride + j[:, None].to(tl.int64) * destination_stride
     base += (b // rows_per_base) * (T * d if BASE_PER_TOKEN else d)
     if BASE_PER_TOKEN:
@@ -347,8 +326,8 @@ def mix_kernel(  # type: ignore[no-untyped-def]
     squares = tl.zeros([BJ], tl.float32)
     for d0 in range(0, d, BD):
         i = d0 + tl.arange(0, BD)
-        acc = tl.zeros([BJ, BD], tl.float32) + tl.load(base + i, mask=(i < d) & live, other=0.0).to(tl.float32)[None, :]
-        for s0 in range(0, n_sources, BS):
+        acc = tl.zeros([BJ, BD], tl.float32) + tl.load(base + i, mask=i < d, other=0.0).to(tl.float32)[None, :]
+        for s0 in range(0, S, BS):
             s = s0 + tl.arange(0, BS)
             out = tl.load(
                 delta + (s[:, None].to(tl.int64) * R + token) * d + i[None, :], mask=(s[:, None] < S) & (i[None, :] < d), other=0.0
@@ -372,7 +351,6 @@ def mix_backward_kernel(  # type: ignore[no-untyped-def]
     d_delta,  # [S, R, d], added to
     partial,  # [B, splits, J, S]: the part of d_masks of one row and one split of d
     sums,  # [J, B, d], or None
-    lengths,  # [B], or None
     J,
     S,
     R,
@@ -394,9 +372,6 @@ def mix_backward_kernel(  # type: ignore[no-untyped-def]
     block = tl.program_id(0) % n_blocks
     split = tl.program_id(0) // n_blocks % splits
     b = (tl.program_id(0) // n_blocks // splits).to(tl.int64)
-    n_tokens = T
-    if lengths is not None:
-        n_tokens = tl.load(lengths + b).to(tl.int32)
     j = tl.arange(0, BJ)
     s = block * BS + tl.arange(0, BS)
     edge = (j[:, None] < J) & (s[None, :] < S)  # [BJ, BS]
@@ -409,7 +384,7 @@ def mix_backward_kernel(  # type: ignore[no-untyped-def]
         is_dx = (j[:, None] < J) & (i[None, :] < d)
         is_delta = (s[:, None] < S) & (i[None, :] < d)
         total = tl.zeros([BJ, BD], tl.float32)
-        for t in range(0, n_tokens):
+        for t in range(0, T):
             token = b * T + t
             g = tl.load(dx + (j[:, None].to(tl.int64) * R + token) * d + i[None, :], mask=is_dx, other=0.0)
             at = (s[:, None].to(tl.int64) * R + token) * d + i[None, :]
@@ -461,7 +436,6 @@ def _mix_triton(
     base: Tensor,
     masks: Tensor,
     delta: Tensor,
-    lengths: Tensor | None,
     x: Tensor,
     rstd: Tensor | None,
     eps: float,
@@ -476,7 +450,6 @@ def _mix_triton(
         base.contiguous(),
         masks,
         delta,
-        lengths,
         J,
         delta.shape[0],
         B * T,
@@ -496,7 +469,7 @@ def _mix_triton(
 
 
 def _mix_backward_triton(
-    dx: Tensor, masks: Tensor, delta: Tensor, d_delta: Tensor, lengths: Tensor | None, token_sums: bool, precision: Precision
+    dx: Tensor, masks: Tensor, delta: Tensor, d_delta: Tensor, token_sums: bool, precision: Precision
 ) -> tuple[Tensor, Tensor | None]:
     (J, B, T, d), (M, _, S) = dx.shape, masks.shape
     d_masks = dx.new_empty(M, J, S, dtype=torch.float32)
@@ -515,7 +488,6 @@ def _mix_backward_triton(
             d_delta,
             partial,
             None if sums is None else sums[j],
-            lengths,
             j.stop - j0,
             S,
             B * T,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oakernels.masked_mix import check_shapes, mix, mix_and_scale, mix_backward, mix_gradients
-from oakernels.runtime import INTERPRETED, Backend, Precision, matmul_precision, padding, rounded, run
+from oakernels.runtime import INTERPRETED, Backend, Precision, matmul_precision, rounded, run
 
 
 def masked_read(
@@ -33,7 +33,6 @@ def masked_read(
     eps: float,
     *,
     constants: Tensor | None = None,
-    lengths: Tensor | None = None,
     backend: Backend = "auto",
     precision: Precision = "ieee",
     store_inputs: bool = False,
@@ -41,21 +40,21 @@ def masked_read(
     """The masked read, differentiable in base, masks, delta and constants.
 
     Args:
-        base, masks, delta, constants, lengths, backend, precision: as in `masked_mix`.
+        base, masks, delta, constants, backend, precision: as in `masked_mix`.
         weight: [J, d, k], contiguous.
         bias: [J, k].
         eps: of the norm.
         store_inputs: keep x [J, B, T, d] for the backward pass instead of mixing again.
 
     Returns:
-        y [J, B, T, k], zero in the padding.
+        y [J, B, T, k].
 
     Raises:
         ValueError: shapes, strides or dtypes that don't fit together; weight or bias that ask for a gradient.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("weight or bias requires a gradient; allowed: frozen weights")
-    return _MaskedRead.apply(base, masks, delta, weight, bias, eps, constants, lengths, backend, precision, store_inputs)
+    return _MaskedRead.apply(base, masks, delta, weight, bias, eps, constants, backend, precision, store_inputs)
 
 
 class _MaskedRead(torch.autograd.Function):
@@ -69,25 +68,24 @@ class _MaskedRead(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         constants: Tensor | None,
-        lengths: Tensor | None,
         backend: Backend,
         precision: Precision,
         store_inputs: bool,
     ) -> Tensor:
         options: dict[str, Any] = {"backend": backend, "precision": precision}
-        y, rstd, x = read(base, masks, delta, weight, bias, eps, lengths=lengths, store_inputs=store_inputs, **options)
-        ctx.save_for_backward(base, masks, delta, weight, bias, lengths, y, rstd, x)
+        y, rstd, x = read(base, masks, delta, weight, bias, eps, store_inputs=store_inputs, **options)
+        ctx.save_for_backward(base, masks, delta, weight, bias, y, rstd, x)
         ctx.constants_shape, ctx.options = None if constants is None else constants.shape, options
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        base, masks, delta, weight, bias, lengths, y, rstd, x = ctx.saved_tensors
+        base, masks, delta, weight, bias, y, rstd, x = ctx.saved_tensors
         options = ctx.options
-        dx = _read_input_gradient(dy.contiguous(), y, rstd, base, masks, delta, weight, bias, x, lengths, options)
-        gradients = mix_gradients(dx, masks, delta, lengths, base.shape, ctx.constants_shape, options)
-        return *gradients[:3], None, None, None, gradients[3], None, None, None, None
+        dx = _read_input_gradient(dy.contiguous(), y, rstd, base, masks, delta, weight, bias, x, options)
+        gradients = mix_gradients(dx, masks, delta, base.shape, ctx.constants_shape, options)
+        return *gradients[:3], None, None, None, gradients[3], None, None, None
 
 
 def read(
@@ -98,7 +96,6 @@ def read(
     bias: Tensor | None,
     eps: float,
     *,
-    lengths: Tensor | None = None,
     store_inputs: bool = False,
     backend: Backend = "auto",
     precision: Precision = "ieee",
@@ -111,17 +108,17 @@ def read(
     check_shapes(base, masks, delta)
 
     def composed(y: Tensor, kernel: Backend) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, rstd = mix_and_scale(base, masks, delta, eps, lengths=lengths, backend=kernel, precision=precision)
-        return project(x, rstd, weight, bias, lengths=lengths, out=y, precision=precision), rstd, x if store_inputs else None
+        x, rstd = mix_and_scale(base, masks, delta, eps, backend=kernel, precision=precision)
+        return project(x, rstd, weight, bias, out=y, precision=precision), rstd, x if store_inputs else None
 
     def fused(y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *_read_triton(base, masks, delta, weight, bias, eps, lengths, y, precision), None
+        return *_read_triton(base, masks, delta, weight, bias, eps, y, precision), None
 
     candidates = {"eager": lambda y: composed(y, "eager"), "triton": lambda y: composed(y, "triton")}
     if not store_inputs:  # both kernels are candidates: writing x costs bandwidth, keeping it in registers reads the weights once per row
         candidates |= {"triton": fused, "triton, x written": lambda y: composed(y, "triton")}
     y = delta.new_empty(masks.shape[1], *delta.shape[1:3], weight.shape[2])
-    key = ("read", masks.shape, delta.shape, base.shape, weight.shape, bias is None, lengths is None, store_inputs, precision)
+    key = ("read", masks.shape, delta.shape, base.shape, weight.shape, bias is None, store_inputs, precision)
     return run(backend, key, y, candidates)
 
 
@@ -137,15 +134,14 @@ def read_backward(
     *,
     x: Tensor | None = None,
     d_delta: Tensor,
-    lengths: Tensor | None = None,
     token_sums: bool = False,
     backend: Backend = "auto",
     precision: Precision = "ieee",
 ) -> tuple[Tensor, Tensor | None]:
     """Backward of `read` from dy [J, B, T, k], contiguous, and what `read` returned (x None: mixed again). As `mix_backward` otherwise."""
     options: dict[str, Any] = {"backend": backend, "precision": precision}
-    dx = _read_input_gradient(dy, y, rstd, base, masks, delta, weight, bias, x, lengths, options)
-    return mix_backward(dx, masks, delta, d_delta=d_delta, lengths=lengths, token_sums=token_sums, **options)
+    dx = _read_input_gradient(dy, y, rstd, base, masks, delta, weight, bias, x, options)
+    return mix_backward(dx, masks, delta, d_delta=d_delta, token_sums=token_sums, **options)
 
 
 def _read_input_gradient(
@@ -158,12 +154,11 @@ def _read_input_gradient(
     weight: Tensor,
     bias: Tensor | None,
     x: Tensor | None,
-    lengths: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
     """dx [J, B, T, d]; a recomputed x is overwritten by it, a stored one is kept."""
     if x is None:
-        x = out = mix(base, masks, delta, lengths=lengths, **options)
+        x = out = mix(base, masks, delta, **options)
     else:
         out = torch.empty_like(x)
     return project_backward(dy, y, rstd, x, weight, bias, out=out, **options)
@@ -175,11 +170,10 @@ def project(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    lengths: Tensor | None = None,
     out: Tensor | None = None,
     precision: Precision = "ieee",
 ) -> Tensor:
-    """x [J, B, T, d], rstd [J, B, T], weight [J, d, k], bias [J, k] -> y [J, B, T, k], zero in the padding.
+    """x [J, B, T, d], rstd [J, B, T], weight [J, d, k], bias [J, k] -> y [J, B, T, k].
 
     One batched GEMM in torch on every backend: nothing is left to fuse but a scale of the small y.
     """
@@ -189,7 +183,7 @@ def project(
     y *= rstd[..., None]
     if bias is not None:
         y += bias[:, None, None]
-    return y if lengths is None else y.masked_fill_(padding(y, lengths), 0)
+    return y
 
 
 def project_backward(
@@ -204,10 +198,7 @@ def project_backward(
     backend: Backend = "auto",
     precision: Precision = "ieee",
 ) -> Tensor:
-    """dx [J, B, T, d] of RMS scale and projection, from dy and y [J, B, T, k], written to out, which may be x's own memory.
-
-    What it writes in the padding follows from what dy has there; the backward of the mix does not read it.
-    """
+    """dx [J, B, T, d] of RMS scale and projection, from dy and y [J, B, T, k], written to out, which may be x's own memory."""
     for name, tensor in (("dy", dy), ("y", y), ("x", x), ("weight", weight), ("out", out)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} {list(tensor.shape)} of strides {tensor.stride()}; allowed: contiguous")
@@ -242,7 +233,6 @@ def read_kernel(  # type: ignore[no-untyped-def]
     delta,  # [S, R, d]
     weight,  # [J, d, k]
     bias,  # [J, k], or None
-    lengths,  # [B], or None
     J,
     S,
     R,
@@ -272,10 +262,6 @@ def read_kernel(  # type: ignore[no-untyped-def]
     j = (block // n_k % n_j) * BJ + tl.arange(0, BJ)
     t0 = (block // n_k // n_j % n_t) * BT
     b = (block // n_k // n_j // n_t).to(tl.int64)
-    n_tokens = T
-    if lengths is not None:
-        n_tokens = tl.load(lengths + b).to(tl.int32)
-    n_sources = tl.where(t0 < n_tokens, S, 0)
     t = t0 + tl.arange(0, BT)
     flat = tl.arange(0, BT * BD)  # token-major
     flat_t, flat_i = t0 + flat // BD, flat % BD
@@ -285,12 +271,12 @@ def read_kernel(  # type: ignore[no-untyped-def]
     squares = tl.zeros([BJ, BT], tl.float32)
     acc = tl.zeros([BJ, BT, BK], tl.float32)
     for d0 in range(0, d, BD):
-        live = (flat_t < n_tokens) & (d0 + flat_i < d)
+        live = (flat_t < T) & (d0 + flat_i < d)
         at_base = base + d0 + flat_i
         if BASE_PER_TOKEN:
             at_base += flat_t * d
         x = tl.zeros([BJ, BT * BD], tl.float32) + tl.load(at_base, mask=live, other=0.0).to(tl.float32)[None, :]
-        for s0 in range(0, n_sources, BS):
+        for s0 in range(0, S, BS):
             s = s0 + tl.arange(0, BS)
             at = delta + (s[:, None].to(tl.int64) * R + b * T) * d + (flat_t * d + d0 + flat_i)[None, :]
             out = tl.load(at, mask=(s[:, None] < S) & live[None, :], other=0.0)
@@ -312,7 +298,6 @@ def read_kernel(  # type: ignore[no-untyped-def]
         acc += tl.load(bias + j[:, None] * k + column[None, :], mask=(j[:, None] < J) & (column[None, :] < k), other=0.0).to(tl.float32)[
             :, None, :
         ]
-    acc = tl.where((t < n_tokens)[None, :, None], acc, 0.0)
     token = j[:, None].to(tl.int64) * R + b * T + t[None, :]  # [BJ, BT]
     inside = (j[:, None] < J) & (t[None, :] < T)
     tl.store(rstd + token, scale, mask=inside)
@@ -383,7 +368,6 @@ def _read_triton(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
-    lengths: Tensor | None,
     y: Tensor,
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:
@@ -399,7 +383,6 @@ def _read_triton(
         delta,
         weight,
         bias,
-        lengths,
         J,
         S,
         B * T,

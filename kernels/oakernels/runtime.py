@@ -1,4 +1,4 @@
-"""What the ops share: which backend runs, matrix precision, and the padding that `lengths` describes.
+"""What the ops share: which backend runs, and in which precision.
 
 Symbols: B rows, T ablatable tokens, J destinations, S sources, d model width, M masks.
 """
@@ -48,7 +48,7 @@ def run(backend: Backend, key: tuple[object, ...], target: Tensor, candidates: d
         return candidates["eager"](target)
     key = (target.device, target.dtype, *key)
     if key not in _fastest and not torch.cuda.is_current_stream_capturing():
-        scratch = torch.empty_like(target)
+        scratch = torch.zeros_like(target)  # some candidates add to it
         times = {name: _milliseconds(call, scratch) for name, call in candidates.items()}
         _fastest[key] = min(times, key=lambda name: times[name])
     return candidates[_fastest.get(key, "eager")](target)
@@ -89,35 +89,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def padding(x: Tensor, lengths: Tensor) -> Tensor:
-    """bool [B, T, 1]: where position t of row b of x [., B, T, .] is past lengths[b]."""
-    return (torch.arange(x.shape[2], device=x.device) >= lengths[:, None])[..., None]
-
-
-def without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """x [., B, T, .] with zeros past lengths [B], whatever was there: a copy, or x itself without lengths."""
-    return x if lengths is None else x.masked_fill(padding(x, lengths), 0)
-
-
-def in_one_batch(x: Tensor, lengths: Tensor | None) -> bool:
-    """Whether eager runs all masks as one batched GEMM: always on CUDA; on CPU unless rows are cut at their lengths, which saves the work
-    in the padding, or in bf16, whose batched GEMM took twice the time of one per row at S 100, J 37, d 768."""
-    return x.is_cuda or (lengths is None and x.dtype != torch.bfloat16)
-
-
-def mask_groups(n_masks: int, x: Tensor, lengths: Tensor | None) -> Iterator[tuple[int, slice, int]]:
-    """The blocks of x [., B, T, .] that one GEMM each can do without a copy: (mask m, its rows b, tokens t to use) of each.
-
-    Rows that share a mask lie side by side and go together, unless they are padded: then each is cut at its own length.
+def in_one_batch(x: Tensor) -> bool:
+    """Whether eager runs all masks as one batched GEMM: always on CUDA; on CPU not in bf16, where that took twice the time of one GEMM per
+    mask at S 100, J 37, d 768.
     """
-    _, B, T, _ = x.shape
-    per_mask = B // n_masks
-    if lengths is None:
-        for m in range(n_masks):
-            yield m, slice(m * per_mask, (m + 1) * per_mask), T
-    else:
-        for b, n_tokens in enumerate(lengths.tolist()):
-            yield b // per_mask, slice(b, b + 1), n_tokens
+    return x.is_cuda or x.dtype != torch.bfloat16
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 What MIB means and what to mind when exporting to it: docs/mib.md. Symbols: L layers, H heads, k head width, d model width, K budgets.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from oacore.errors import UserError
 from oacore.graph import Graph
 from oacore.model import Model
 
+ROUNDING = 1e-6  # of metrics made of fp32 logits
 BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of MIB's edges
 
 
@@ -34,8 +36,11 @@ def faithfulness(m: np.ndarray, m_empty: float, m_full: float) -> np.ndarray:
     """
     if not np.isfinite([*m, m_empty, m_full]).all():
         raise UserError(f"the task metric is {[*m, m_empty, m_full]} for circuits, no circuit, the model; allowed: finite numbers")
-    if m_full == m_empty:
-        raise UserError(f"the task metric is {m_full} both for the model and for the empty circuit, so faithfulness is undefined")
+    if math.isclose(m_full, m_empty, rel_tol=ROUNDING, abs_tol=ROUNDING):
+        raise UserError(
+            f"the task metric is {m_full} for the model and {m_empty} for the empty circuit, which is the same but for rounding: "
+            "faithfulness is undefined"
+        )
     return (m - m_empty) / (m_full - m_empty)
 
 

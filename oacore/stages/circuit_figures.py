@@ -36,12 +36,9 @@ def run(config: Config, task: str) -> None:
 
 
 def _drawing(layout: Layout, task: str, pareto: pd.DataFrame) -> str:
-    """The smallest circuit within twice the lowest loss of its method; of UGS if it was run."""
+    """One circuit of UGS, if it was run, otherwise of the first method."""
     method = "ugs" if (pareto["method"] == "ugs").any() else pareto["method"].iloc[0]
-    own = pareto[(pareto["method"] == method) & (pareto["edges"] <= DRAWN_EDGES)]
-    own = own if len(own) else pareto[pareto["edges"] == pareto["edges"].min()]
-    good = own[own["kl_nats"] <= 2 * own["kl_nats"].min()]
-    row = good.sort_values(["edges", "kl_nats"], kind="stable").iloc[0]
+    row = circuit_plots.smallest_good(pareto[pareto["method"] == method], DRAWN_EDGES)
     circuit = _load(layout, task, row)
     title = f"{row['method']} {row['ablation']}, knob {row['knob']:g}, seed {row['seed']}: {row['edges']} edges, {row['kl_nats']:.3g} nats"
     return circuit_drawing.circuit_svg(edge_table(circuit), circuit.graph, title)

@@ -1,11 +1,12 @@
 """Problems for the kernel tests, their answers by brute force in float64, and the rule by which a kernel passes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 from oakernels.runtime import INTERPRETED
+from poison import poisoned_memory
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -17,12 +18,10 @@ ARITHMETIC = [(torch.float32, "ieee"), (torch.bfloat16, "ieee"), *([(torch.float
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Every buffer that torch allocates uninitialised holds NaN: an element that no kernel writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS without a workspace setting would raise otherwise
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+def poisoned() -> Iterator[None]:
+    """An element that no kernel writes shows: see poison.py."""
+    with poisoned_memory():
+        yield
 
 
 @dataclass(frozen=True)
@@ -35,37 +34,19 @@ class Problem:
     constants: Tensor  # [Fc, S, Qc, d]
     weight: Tensor  # [J, d, k]
     bias: Tensor  # [J, k]
-    lengths: Tensor | None  # [B]
 
     def to(self, dtype: torch.dtype) -> "Problem":
         """A copy on the test device; masks stay in fp32 under bf16, as in the engine."""
         moved = {name: getattr(self, name).to(DEVICE, dtype, copy=True) for name in ("base", "delta", "constants", "weight", "bias")}
         masks = self.masks.to(DEVICE, torch.promote_types(dtype, torch.float32), copy=True)
-        return Problem(**moved, masks=masks, lengths=None if self.lengths is None else self.lengths.to(DEVICE))
+        return Problem(**moved, masks=masks)
 
     def double(self) -> "Problem":
         """A copy of what the operands are after rounding, for the reference to start from."""
-        moved = {
-            name: getattr(self, name).detach().double().cpu().clone() for name in ("base", "masks", "delta", "constants", "weight", "bias")
-        }
-        return Problem(**moved, lengths=None if self.lengths is None else self.lengths.cpu())
-
-    def poisoned(self) -> "Problem":
-        """With NaN wherever nothing may be read."""
-        return self if self.lengths is None else replace(self, delta=poison(self.delta, self.lengths))
+        return Problem(**{name: value.detach().double().cpu().clone() for name, value in vars(self).items()})
 
 
-def poison(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """x [., B, T, .] with NaN in the padding."""
-    x = x.clone()
-    for b, n_tokens in enumerate([] if lengths is None else lengths.tolist()):
-        x[:, b, n_tokens:] = torch.nan
-    return x
-
-
-def problem(
-    J: int, S: int, B: int, T: int, d: int, k: int = 5, M: int = 1, F: int = 1, Q: int = 1, Fc: int = 1, Qc: int = 1, padded: bool = False
-) -> Problem:
+def problem(J: int, S: int, B: int, T: int, d: int, k: int = 5, M: int = 1, F: int = 1, Q: int = 1, Fc: int = 1, Qc: int = 1) -> Problem:
     """Random operands: a third of the mask entries are 0, a third 1, the rest between, some of them close to the threshold of 1e-3."""
     g = torch.Generator().manual_seed(J * 1000 + S * 100 + B * 10 + T)
 
@@ -74,7 +55,6 @@ def problem(
 
     masks = (torch.rand(M, J, S, generator=g, dtype=torch.float64) * 3 - 1).clamp(0, 1)
     masks[:, -1, -1], masks[:, 0, 0] = 2e-3, 5e-4
-    lengths = torch.randint(0, T + 1, (B,), generator=g) if padded else None
     return Problem(
         base=normal(F, Q, d),
         masks=masks,
@@ -82,7 +62,6 @@ def problem(
         constants=normal(Fc, S, Qc, d),
         weight=normal(J, d, k) / d**0.5,
         bias=normal(J, k),
-        lengths=lengths,
     )
 
 
@@ -95,19 +74,19 @@ CASES = {
     "many sources": problem(3, 255, 1, 2, 20, k=7),
     "wide": problem(2, 3, 1, 2, 507, k=37, Q=2, Qc=2),
     "many destinations": problem(66, 5, 2, 1, 33, k=65, M=2),
-    "padded": problem(6, 10, 3, 17, 37, M=3, padded=True),
-    "padded, shared": problem(4, 5, 6, 3, 40, M=2, F=6, Q=3, Fc=3, Qc=3, padded=True),
+    "many tokens": problem(6, 10, 3, 17, 37, M=3),
+    "positional": problem(4, 5, 6, 3, 40, M=2, F=6, Q=3, Fc=3, Qc=3),
 }
 
 
-def brute_force_mix(p: Problem, base: Tensor, masks: Tensor, delta: Tensor) -> Tensor:
+def brute_force_mix(base: Tensor, masks: Tensor, delta: Tensor) -> Tensor:
     """x [J, B, T, d] from its definition, one entry of [J, B, T] at a time."""
     (S, B, T, d), J = delta.shape, masks.shape[1]
     x = [torch.zeros(d, dtype=torch.float64)] * (J * B * T)
     for j in range(J):
         for b in range(B):
             m = masks[b // (B // len(masks)), j]
-            for t in range(T if p.lengths is None else int(p.lengths[b])):
+            for t in range(T):
                 r = base[b // (B // len(base)), t if base.shape[1] > 1 else 0]
                 x[(j * B + b) * T + t] = r + sum(m[s] * delta[s, b, t] for s in range(S))
     return torch.stack(x).view(J, B, T, d)
@@ -115,13 +94,9 @@ def brute_force_mix(p: Problem, base: Tensor, masks: Tensor, delta: Tensor) -> T
 
 def brute_force_read(p: Problem, base: Tensor, masks: Tensor, delta: Tensor, eps: float) -> Tensor:
     """y [J, B, T, k] as the models compute it: normalise first, project after."""
-    x = brute_force_mix(p, base, masks, delta)
+    x = brute_force_mix(base, masks, delta)
     normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-    y = torch.stack([normed[j] @ p.weight[j] + p.bias[j] for j in range(len(x))])
-    if p.lengths is not None:
-        for b, n_tokens in enumerate(p.lengths.tolist()):
-            y[:, b, n_tokens:] = 0
-    return y
+    return torch.stack([normed[j] @ p.weight[j] + p.bias[j] for j in range(len(x))])
 
 
 def brute_force_constants(p: Problem, dx: Tensor) -> Tensor:
@@ -130,7 +105,7 @@ def brute_force_constants(p: Problem, dx: Tensor) -> Tensor:
     J, B, T, _ = dx.shape
     Fc, S, Qc, _ = p.constants.shape
     for b in range(B):
-        for t in range(T if p.lengths is None else int(p.lengths[b])):
+        for t in range(T):
             for j in range(J):
                 for s in range(S):
                     m = p.masks[b // (B // len(p.masks)), j, s]

@@ -12,8 +12,7 @@ from kernel_cases import (
     brute_force_constants,
     brute_force_mix,
     error,
-    poison,
-    poisoned_memory,  # noqa: F401 - a fixture for every test
+    poisoned,  # noqa: F401 - a fixture for every test
     problem,
 )
 from oakernels import ABLATED, base_gradient, constant_gradient, masked_mix, mix, mix_and_scale, mix_backward
@@ -31,7 +30,7 @@ def gradient_of(p: Problem, dtype: torch.dtype) -> torch.Tensor:
 def by_brute_force(p: Problem, dx: torch.Tensor) -> list[torch.Tensor]:
     p, dx = p.double(), dx.double().cpu()
     operands = [x.requires_grad_() for x in (p.base, p.masks, p.delta)]
-    x = brute_force_mix(p, *operands)
+    x = brute_force_mix(*operands)
     gradients = torch.autograd.grad(x, operands, dx)
     return [x.detach(), *gradients, brute_force_constants(Problem(**{**vars(p), "masks": p.masks.detach()}), dx)]
 
@@ -45,11 +44,10 @@ def solved(case: str, dtype: torch.dtype) -> tuple[Problem, torch.Tensor, list[t
 
 
 def by_op(p: Problem, dx: torch.Tensor, backend: str, precision: str = "ieee") -> list[torch.Tensor]:
-    p = p.poisoned()
     operands = [x.detach().clone().requires_grad_() for x in (p.base, p.masks, p.delta, p.constants)]
     base, masks, delta, constants = operands
-    x = masked_mix(base, masks, delta, constants=constants, lengths=p.lengths, backend=backend, precision=precision)
-    return [x, *torch.autograd.grad(x, operands, poison(dx, p.lengths))]
+    x = masked_mix(base, masks, delta, constants=constants, backend=backend, precision=precision)
+    return [x, *torch.autograd.grad(x, operands, dx)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,13 +70,11 @@ def test_error_does_not_exceed_that_of_eager(backend: str, dtype: torch.dtype, p
             assert_rivals(error(value, truth), rival, dtype, precision, name)
 
 
-@pytest.mark.parametrize("lengths", [None, [0, 2, 3, 1]])
 @pytest.mark.parametrize(("M", "F", "Q"), [(4, 1, 1), (2, 2, 3), (1, 4, 1)])
-def test_gradcheck(M: int, F: int, Q: int, lengths: list[int] | None) -> None:
+def test_gradcheck(M: int, F: int, Q: int) -> None:
     p = problem(3, 5, 4, 3, 4, M=M, F=F, Q=Q).to(torch.float64)
     operands = tuple(x.requires_grad_() for x in (p.base, p.masks, p.delta))
-    lengths = None if lengths is None else torch.tensor(lengths, device=DEVICE)
-    assert torch.autograd.gradcheck(lambda *x: masked_mix(*x, lengths=lengths, backend="eager"), operands)
+    assert torch.autograd.gradcheck(lambda *x: masked_mix(*x, backend="eager"), operands)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -137,23 +133,22 @@ def test_bf16_gradients_accumulate_in_fp32_if_asked(backend: str) -> None:
         assert (d_delta == total).all()
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_mix_adds_to_the_first(backend: str, padded: bool) -> None:
+def test_a_second_mix_adds_to_the_first(backend: str) -> None:
     """The MLP's destination: same-layer heads are added to what it read of earlier sources, in place."""
-    p = problem(1, 9, 3, 4, 20, M=3, padded=padded).to(torch.float32).poisoned()
-    whole = mix(p.base, p.masks, p.delta, lengths=p.lengths, backend=backend)
-    part = mix(p.base, p.masks[:, :, :4], p.delta[:4], lengths=p.lengths, backend=backend)
-    mix(part[0], p.masks[:, :, 4:], p.delta[4:], lengths=p.lengths, out=part, backend=backend)
+    p = problem(1, 9, 3, 4, 20, M=3).to(torch.float32)
+    whole = mix(p.base, p.masks, p.delta, backend=backend)
+    part = mix(p.base, p.masks[:, :, :4], p.delta[:4], backend=backend)
+    mix(part[0], p.masks[:, :, 4:], p.delta[4:], out=part, backend=backend)
     torch.testing.assert_close(part, whole)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_the_scale_of_a_mix(case: str, backend: str) -> None:
-    p = CASES[case].to(torch.float32).poisoned()
-    x, rstd = mix_and_scale(p.base, p.masks, p.delta, 1e-5, lengths=p.lengths, backend=backend)
-    torch.testing.assert_close(x, mix(p.base, p.masks, p.delta, lengths=p.lengths, backend=backend), rtol=0, atol=0)
+    p = CASES[case].to(torch.float32)
+    x, rstd = mix_and_scale(p.base, p.masks, p.delta, 1e-5, backend=backend)
+    torch.testing.assert_close(x, mix(p.base, p.masks, p.delta, backend=backend), rtol=0, atol=0)
     assert error(rstd, (x.double().cpu().square().mean(-1) + 1e-5).rsqrt()) < 1e-6
 
 

@@ -13,8 +13,7 @@ from kernel_cases import (
     brute_force_mix,
     brute_force_read,
     error,
-    poison,
-    poisoned_memory,  # noqa: F401 - a fixture for every test
+    poisoned,  # noqa: F401 - a fixture for every test
 )
 from oakernels import masked_read, mix, project_backward, read, read_backward
 
@@ -37,10 +36,10 @@ def by_brute_force(p: Problem, dy: torch.Tensor) -> list[torch.Tensor]:
 
 
 def input_gradient(p: Problem, dy: torch.Tensor) -> torch.Tensor:
-    """dx [J, B, T, d] by autograd through normalise-then-project; zero in the padding."""
-    x = brute_force_mix(p, p.base.detach(), p.masks.detach(), p.delta.detach()).requires_grad_()
+    """dx [J, B, T, d] by autograd through normalise-then-project."""
+    x = brute_force_mix(p.base.detach(), p.masks.detach(), p.delta.detach()).requires_grad_()
     y = torch.einsum("jbtd,jdk->jbtk", x / (x.square().mean(-1, keepdim=True) + EPS).sqrt(), p.weight)
-    return poison(torch.autograd.grad(y, x, dy)[0], p.lengths).nan_to_num(0)
+    return torch.autograd.grad(y, x, dy)[0]
 
 
 @cache
@@ -52,7 +51,6 @@ def solved(case: str, dtype: torch.dtype) -> tuple[Problem, torch.Tensor, list[t
 
 
 def by_op(p: Problem, dy: torch.Tensor, backend: str, precision: str = "ieee", store_inputs: bool = False) -> list[torch.Tensor]:
-    p = p.poisoned()
     operands = [x.detach().clone().requires_grad_() for x in (p.base, p.masks, p.delta, p.constants)]
     base, masks, delta, constants = operands
     y = masked_read(
@@ -63,12 +61,11 @@ def by_op(p: Problem, dy: torch.Tensor, backend: str, precision: str = "ieee", s
         p.bias,
         EPS,
         constants=constants,
-        lengths=p.lengths,
         backend=backend,
         precision=precision,
         store_inputs=store_inputs,
     )
-    return [y, *torch.autograd.grad(y, operands, poison(dy, p.lengths))]
+    return [y, *torch.autograd.grad(y, operands, dy)]
 
 
 @pytest.mark.parametrize("store_inputs", [False, True])
@@ -94,7 +91,7 @@ def test_error_does_not_exceed_that_of_eager(backend: str, dtype: torch.dtype, p
 
 
 @pytest.mark.parametrize("store_inputs", [False, True])
-@pytest.mark.parametrize("case", ["shared masks", "padded, shared"])
+@pytest.mark.parametrize("case", ["shared masks", "positional"])
 def test_gradcheck(case: str, store_inputs: bool) -> None:
     p = CASES[case].to(torch.float64)
     d = 4
@@ -103,7 +100,7 @@ def test_gradcheck(case: str, store_inputs: bool) -> None:
 
     def op(base: torch.Tensor, delta: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         weight = p.weight[:, :d].contiguous()
-        return masked_read(base, masks, delta, weight, p.bias, EPS, lengths=p.lengths, backend="eager", store_inputs=store_inputs)
+        return masked_read(base, masks, delta, weight, p.bias, EPS, backend="eager", store_inputs=store_inputs)
 
     assert torch.autograd.gradcheck(op, (*operands, masks))
 
@@ -112,25 +109,23 @@ def test_gradcheck(case: str, store_inputs: bool) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_functional_forms_without_bias(case: str, backend: str) -> None:
     """As the engine calls them: d_delta added to, token sums wanted, dx written over x."""
-    p = CASES[case].to(torch.float32).poisoned()
+    p = CASES[case].to(torch.float32)
     reference = Problem(**{**vars(CASES[case].to(torch.float32).double()), "bias": torch.zeros(p.bias.shape, dtype=torch.float64)})
     dy = gradient_of(p, torch.float32)
     dx = input_gradient(reference, dy.double().cpu())
-    y, rstd, x = read(p.base, p.masks, p.delta, p.weight, None, EPS, lengths=p.lengths, store_inputs=True, backend=backend)
+    y, rstd, x = read(p.base, p.masks, p.delta, p.weight, None, EPS, store_inputs=True, backend=backend)
     assert error(y, brute_force_read(reference, reference.base, reference.masks, reference.delta, EPS)) < 1e-6
     d_delta = torch.ones_like(p.delta)
-    poisoned = poison(dy, p.lengths)
-    operands = (poisoned, y, rstd, p.base, p.masks, p.delta, p.weight, None)
-    d_masks, sums = read_backward(*operands, x=x, d_delta=d_delta, lengths=p.lengths, token_sums=True, backend=backend)
+    operands = (dy, y, rstd, p.base, p.masks, p.delta, p.weight, None)
+    d_masks, sums = read_backward(*operands, x=x, d_delta=d_delta, token_sums=True, backend=backend)
     truth = by_brute_force(reference, dy)
     assert error(d_masks, truth[2]) < 1e-5
     assert error(d_delta, truth[3] + 1) < 1e-5
     assert sums is not None and error(sums, dx.sum(2)) < 1e-5
-    assert torch.equal(x, mix(p.base, p.masks, p.delta, lengths=p.lengths, backend=backend))  # a stored x survives
+    assert torch.equal(x, mix(p.base, p.masks, p.delta, backend=backend))  # a stored x survives
     in_place = project_backward(dy, y, rstd, x, p.weight, None, out=x, backend=backend)
     assert in_place is x
-    padding = torch.zeros_like(x).isnan() if p.lengths is None else poison(torch.zeros_like(x), p.lengths).isnan()
-    assert error(x.masked_fill(padding, 0), dx) < 1e-5
+    assert error(x, dx) < 1e-5
 
 
 def test_weights_that_ask_for_a_gradient_are_refused() -> None:
