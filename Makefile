@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-kill test-slurm lint unlock clean
+.PHONY: help demo test test-kill test-rounding test-slurm lint unlock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,6 +24,9 @@ unlock: ## after a killed run: CONFIG=my-model.yaml; refused while that run, or 
 
 test-slurm: .venv/.installed-slurm ## bring up a SLURM of two nodes on this machine and run a pipeline on it (as root, on Debian)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/slurm
+
+test-rounding: .venv/.installed-dev ## the numeric tests and the tiny run as other CPUs round, with two threads; SELECT="..." for some of it
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/rounding --numprocesses 2 -k "$(SELECT)"
 
 lint: .venv/.installed-dev ## format check, lint, types, workflow lint
 	$(BIN)/ruff format --check .

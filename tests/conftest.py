@@ -13,7 +13,8 @@ import torch
 # A run that a shell put in the background ignores SIGINT, and so would every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(1)  # tiny models: a second thread only waits
+N_THREADS = int(os.environ.get("OA_TEST_THREADS", "1"))  # tiny models: a second thread only waits; for `make test-rounding`
+torch.set_num_threads(N_THREADS)
 
 LONGEST = ("test_pipeline.py", "test_sharing.py", "test_staleness.py", "test_kill.py", "test_stories.py")
 
@@ -112,7 +113,7 @@ def tiny_run(tmp_path_factory):
         update={"cache_dir": root, "results_dir": root / "results"}
     )
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "tests/configs/tiny.yaml"]
-    command += ["--config", f"cache_dir={config.cache_dir}", f"results_dir={config.results_dir}"]
+    command += ["--config", f"cache_dir={config.cache_dir}", f"results_dir={config.results_dir}", f"limits={{threads: {N_THREADS}}}"]
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return config, Layout(config)
