@@ -17,10 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from oacore.plots import ACCENT, FLOOR, HEIGHT, INK, PALE, SLATE, WIDTH, _plain, _styled, in_order, three_digits
+from oacore.plots import ACCENT, FLOOR, HEIGHT, INK, PALE, SLATE, WIDTH, _plain, _styled, in_order, three_digits, verdict
 
 Z95 = 1.96  # half the width of a 95 % interval in standard errors
-SIGNIFICANT = 2.0  # standard errors of a difference: closer than this, two losses count as equal
 DECADES = 1e4  # a KL smaller than the figure's largest by more than this has no place on its axis; nor has one at or below FLOOR
 
 
@@ -148,9 +147,7 @@ def compare_fronts(pareto: pd.DataFrame, ablation: str, method: str) -> pd.DataF
     Columns: method (the other one), edges, kl_nats, se_nats; own_edges, own_kl_nats and own_se_nats of the lowest KL of `method` with at
     most as many edges; verdict. Two falling step functions differ most where the second one steps: these circuits are all that matters.
 
-    Verdicts: `below` and `above` if the own KL differs by more than `SIGNIFICANT` standard errors of the difference, otherwise `equal`;
-    `undecided` without standard errors; `none` if `method` has no circuit so small. The errors are added as if independent, although
-    circuits are scored on the same prompts: of circuits whose losses go up and down together, this calls too few different.
+    Verdicts: those of `plots.verdict`; `none` if `method` has no circuit so small.
     """
     pareto = measured(pareto)
     circuits = pareto[pareto["ablation"] == ablation]
@@ -163,13 +160,8 @@ def compare_fronts(pareto: pd.DataFrame, ablation: str, method: str) -> pd.DataF
             if best is None:
                 rows.append((*theirs, np.nan, np.nan, np.nan, "none"))
                 continue
-            difference, error = best["kl_nats"] - point["kl_nats"], np.hypot(best["se_nats"], point["se_nats"])
-            verdict = "below" if difference < 0 else "above"
-            if not np.isfinite(error):
-                verdict = "undecided"
-            elif abs(difference) <= SIGNIFICANT * error:
-                verdict = "equal"
-            rows.append((*theirs, best["edges"], best["kl_nats"], best["se_nats"], verdict))
+            decided = verdict(best["kl_nats"], best["se_nats"], point["kl_nats"], point["se_nats"])
+            rows.append((*theirs, best["edges"], best["kl_nats"], best["se_nats"], decided))
     columns = ["method", "edges", "kl_nats", "se_nats", "own_edges", "own_kl_nats", "own_se_nats", "verdict"]
     return pd.DataFrame(rows, columns=columns)
 

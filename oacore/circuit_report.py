@@ -84,7 +84,7 @@ def circuit_methods_section(methods: Sequence[str], ablations: Sequence[str]) ->
 def front_sentence(pareto: pd.DataFrame, ablation: str, method: str = "ugs") -> str:
     """Is the front of `method` at or below every other method's under this ablation type, and where is it not?
 
-    Differences count beyond `circuit_plots.SIGNIFICANT` standard errors; see `circuit_plots.compare_fronts`.
+    Differences count beyond `plots.SIGNIFICANT` standard errors; see `circuit_plots.compare_fronts`.
     """
     rows = compare_fronts(pareto, ablation, method)
     name = f"{method} with {ablation} ablation"

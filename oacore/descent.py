@@ -19,7 +19,7 @@ from oacore.resume import State, load_state, save_state
 BETAS, EPSILON = (0.9, 0.999), 1e-10
 MOMENTUM, WEIGHT_DECAY, LARGEST_NORM = 0.9, 1e-3, 1.0  # of `sgd_step`: the tuned lens's official recipe
 DECAY = 0.25  # of the learning rate, each time a fit stops improving
-ABSOLUTE_PROGRESS = 1e-6  # nats: smaller improvements are fp32 rounding of the loss
+ABSOLUTE_PROGRESS = 1e-6  # nats, or probability where that is the loss: smaller improvements do not count
 
 NEVER = torch.iinfo(torch.int64).max
 

@@ -147,7 +147,9 @@ class Reactions:
 
     def row(self, seed: int) -> dict[str, float]:
         """Mean similarity and correlation with 95 % intervals, by bootstrap over perturbations."""
-        x, y, counted = self.log_kl_model, self.log_kl_lens, self.changed.astype(float)
+        counted = self.changed.astype(float)
+        # About their means: the variance of equal values is then 0, and not what squares of 20 leave of their difference.
+        x, y = (v - v[self.changed].mean() if self.changed.any() else v for v in (self.log_kl_model, self.log_kl_lens))
         sums = np.stack([(v * counted).sum(1) for v in (counted, self.similarity, x, y, x * x, y * y, x * y)])  # [7, P]
         draws = np.random.default_rng(seed).integers(0, sums.shape[1], (N_BOOTSTRAP, sums.shape[1]))
 

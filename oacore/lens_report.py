@@ -2,13 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 
 from oacore.lens_plots import LENSES, demonstrations_in_order, lenses_in_order, mean_over_datasets, measured, perturbations_in_order
+from oacore.plots import verdict
 from oacore.report import Estimate, Facts, Figure, Part, Section, Table, human
-
-SIGNIFICANT = 2.0  # standard errors of a difference: closer than this, two losses count as equal
 
 LENS_NOTES = {
     "oca": "Optimal constant attention: the model's own MLPs, final norm and unembedding, with the output of every attention layer from l "
@@ -87,22 +85,14 @@ def lens_methods_section(lenses: Sequence[str]) -> Section:
 def compare_losses(loss: pd.DataFrame, other: str, own: str = "oca") -> pd.DataFrame:
     """The lens `own` against `other` at each layer at which both were measured, of either the init with the lowest KL there.
 
-    Columns: layer; kl_nats, se_nats of `other`; own_kl_nats, own_se_nats; verdict: `below` or `above` if the own KL differs by more than
-    `SIGNIFICANT` standard errors of the difference, otherwise `equal`; `undecided` without standard errors. The errors are added as if
-    independent, although all lenses are scored on the same prompts: this calls too few different.
+    Columns: layer; kl_nats, se_nats of `other`; own_kl_nats, own_se_nats; verdict: of `plots.verdict`.
     """
     loss = measured(loss, "kl_nats", "loss", ("se_nats",))
     ours, theirs = _best(loss, own), _best(loss, other)
     rows = []
     for layer in ours.index.intersection(theirs.index).sort_values():
         (kl, se), (own_kl, own_se) = theirs.loc[layer], ours.loc[layer]
-        difference, error = own_kl - kl, np.hypot(se, own_se)
-        verdict = "below" if difference < 0 else "above"
-        if not np.isfinite(error):
-            verdict = "undecided"
-        elif abs(difference) <= SIGNIFICANT * error:
-            verdict = "equal"
-        rows.append((layer, kl, se, own_kl, own_se, verdict))
+        rows.append((layer, kl, se, own_kl, own_se, verdict(own_kl, own_se, kl, se)))
     return pd.DataFrame(rows, columns=["layer", "kl_nats", "se_nats", "own_kl_nats", "own_se_nats", "verdict"])
 
 
@@ -116,8 +106,8 @@ def loss_sentence(loss: pd.DataFrame, other: str) -> str:
     below = rows["verdict"] == "below"
     text = f"OCA's KL is below {whose} by more than two standard errors at {_share(int(below.sum()), len(rows), 'layer')}"
     notes = []
-    for verdict, what in (("above", "above it by more than that"), ("equal", "within two standard errors of it")):
-        chosen = rows[rows["verdict"] == verdict]
+    for kind, what in (("above", "above it by more than that"), ("equal", "within two standard errors of it")):
+        chosen = rows[rows["verdict"] == kind]
         notes += [f"{what} at {_layers(chosen['layer'])}"] if len(chosen) else []
     if len(unknown := rows[rows["verdict"] == "undecided"]):
         notes.append(f"left open at {_layers(unknown['layer'])} for want of a standard error")

@@ -32,6 +32,7 @@ from oacore.config import Method
 
 METHODS = get_args(Method)
 FLOOR = 1e-6  # nats; an estimated gap at or below it, negative ones included, has no place on a log axis and is drawn here
+SIGNIFICANT = 2.0  # standard errors of a difference: closer than this, two losses count as equal
 
 INK, SLATE, PALE, GRID = "#1f2933", "#64748b", "#b6c0cc", "#e4e8ed"
 ACCENT = "#c8500a"  # `optimal`, in every figure and in the report; told from SLATE and blue under every colour blindness
@@ -100,6 +101,19 @@ def three_digits(value: float) -> str:
         return "0"
     text = f"{value:,.{max(0, 2 - int(exponent))}f}" if int(exponent) >= -4 else f"{mantissa}e{int(exponent)}"
     return text.replace("-", "−", 1) if value < 0 else text
+
+
+def verdict(own: float, own_se: float, other: float, other_se: float) -> str:
+    """`below` or `above` if the loss `own` differs from `other` by more than `SIGNIFICANT` standard errors of the difference, else `equal`;
+    `undecided` without standard errors. Losses at or below `FLOOR` are equal.
+
+    The errors are added as if independent, although losses that are compared come from the same prompts: where they go up and down
+    together, this calls too few different.
+    """
+    error = np.hypot(own_se, other_se)
+    if max(own, other) <= FLOOR or abs(own - other) <= SIGNIFICANT * error:
+        return "equal"
+    return "undecided" if not np.isfinite(error) else "below" if own < other else "above"
 
 
 # ---- Figures -------------------------------------------------------------------------------------------------------------------

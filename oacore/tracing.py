@@ -276,7 +276,7 @@ def effects(traced: Traced, row: int, subjects: np.ndarray) -> dict[str, float]:
         zero_below(change, PROBABILITY_RESOLUTION) for change in (found - corrupted, (clean - found).clamp(min=0), clean - corrupted)
     )
     aie, se = clustered_mean_and_se(brought_back, subjects)
-    share = float(lost.mean() / destroyed.mean()) if float(destroyed.mean()) > 0 else float("nan")
+    share = float(lost.mean() / destroyed.mean()) if float(destroyed.mean()) > PROBABILITY_RESOLUTION else float("nan")
     _, share_se = clustered_mean_and_se((lost - share * destroyed) / destroyed.mean(), subjects)  # delta method for a ratio of means
     means = {"p_clean": clean, "p_corrupted": corrupted, "p_restored": found}
     parts = {name: float(values.mean()) for name, values in means.items()}

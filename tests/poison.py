@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot"}  # of torch.ops.aten; in place with a _
-PRODUCTS |= {f"_scaled_dot_product_{kind}" for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention")}
+PRODUCTS.add("_scaled_dot_product_flash_attention_for_cpu")
 
 
 class FiniteProducts(TorchDispatchMode):
@@ -35,10 +35,11 @@ class FiniteProducts(TorchDispatchMode):
 @contextmanager
 def poisoned_memory() -> Iterator[FiniteProducts]:
     """Within this block memory is poisoned, and products are watched."""
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS without a workspace setting would raise otherwise
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
         with FiniteProducts() as products:
             yield products
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)

@@ -98,6 +98,11 @@ def test_front_table_without_a_small_circuit_or_a_best_above_the_floor(kl):
     assert table["ratio_to_best"].isna().all()
 
 
+def test_losses_below_the_floor_are_equal_whatever_their_errors():
+    rows = compare_fronts(circuits([("ugs", "optimal", 470, 2e-8, 2e-9), ("eap", "optimal", 470, 0.0, 0.0)]), "optimal", "ugs")
+    assert rows["verdict"].tolist() == ["equal"]
+
+
 @pytest.mark.parametrize(
     ("points", "chosen"),
     [

@@ -28,7 +28,7 @@ from oacore.faithfulness import (
 )
 from oacore.forward import last_residual_from, logits_of, residual_after
 from oacore.lens import Lens
-from oacore.metrics import kl_divergence
+from oacore.metrics import RESOLUTION, kl_divergence
 from oacore.model import canonical
 
 
@@ -238,7 +238,7 @@ def test_intervals_by_hand():
     row = Reactions(np.tanh(x), x, y, every).row(0)
     spread = np.tanh(x).mean(1).std() / 40**0.5
     assert row["similarity_high"] - row["similarity_low"] == pytest.approx(2 * 1.96 * spread, rel=0.15)
-    still = Reactions(x, np.ones((40, 3)), y, every).row(0)
+    still = Reactions(x, np.full((40, 3), np.log(RESOLUTION)), y, every).row(0)  # everything below the resolution
     assert np.isnan(still["correlation"]) and np.isnan(still["correlation_low"]), "what never moves correlates with nothing"
     assert np.isnan(Reactions(x, x, y, ~every).row(0)["similarity"])
 

@@ -72,7 +72,7 @@ def test_areas_are_sums_of_trapezoids(f):
 
 def test_faithfulness_of_no_circuit_and_of_the_model():
     assert mib.faithfulness(np.array([-1.0, 3.0, 5.0]), -1.0, 3.0).tolist() == [0, 1, 1.5]
-    for empty in (2.0, 2.0 + 5e-7, 2.0 - 5e-7):  # which of them, rounding decides
+    for empty in (2.0, 2.0 + 5e-6, 2.0 - 5e-6):  # which of them, rounding decides
         with pytest.raises(
             UserError, match=r"task metric is 2\.0 for the model and .* for the empty circuit, .*: faithfulness is undefined"
         ):

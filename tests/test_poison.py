@@ -10,8 +10,9 @@ from test_mask_learning import Setting
 from test_tracing import PLACES, some_recall
 
 from oacore import optimal
-from oacore.ablation import clean_pass, components_of
+from oacore.ablation import Batch, clean_pass, components_of
 from oacore.circuits.evaluate import measure
+from oacore.faithfulness import Continuation
 from oacore.lens import from_all_starts, unembedded_kl
 from oacore.model import canonical
 from oacore.tracing import embedded, restored_all
@@ -85,6 +86,18 @@ def test_traced_places():
         with torch.no_grad():
             clean = clean_pass(model, recall.tokens, recall.lengths)
             return (restored_all(model, recall, clean, PLACES, embedded(model, recall, torch.zeros(model.d_model)), 64),)
+
+    twice(compute)
+
+
+def test_a_prompt_goes_on_from_a_changed_residual():
+    model, draw = canonical(random_hf("qwen2-window")), torch.Generator().manual_seed(0)
+    batch = Batch(torch.randint(1, 97, (3, 9), generator=draw), torch.tensor([9, 7, 8]))
+    changed = torch.randn(2, 3, model.d_model, generator=draw)
+
+    def compute():
+        with torch.no_grad():
+            return (Continuation(model, batch).logits(changed, 1),)
 
     twice(compute)
 

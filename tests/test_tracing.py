@@ -326,6 +326,10 @@ def test_effects_below_the_resolution_of_probabilities_are_none():
     noise = torch.tensor([3e-8, -6e-8, 6e-8, 0.0])
     row = effects(Traced(clean, clean - noise, (clean + noise)[None]), 0, np.arange(4))
     assert row["aie"] == row["se"] == 0 and np.isnan(row["aie_normalised"]) and np.isnan(row["se_normalised"])
+    for change in (1e-6, 2e-5):  # one fact in four lost as much as rounding, and another came back a little too low: a share of -600
+        lost = torch.tensor([4 * change / 5, 0, 0, 0])
+        share = effects(Traced(clean, clean - lost, (clean - torch.tensor([0.0, 0.01, 0.0, 0.0]))[None]), 0, np.arange(4))["aie_normalised"]
+        assert np.isnan(share) == (change == 1e-6)
     row = effects(Traced(clean, clean - 0.5, (clean - 0.5 + noise)[None]), 0, np.arange(4))
     assert row["aie"] == 0 and row["aie_normalised"] == pytest.approx(0, abs=1e-6)
 

@@ -113,7 +113,7 @@ def by_hand(log_probs, label):
         column = np.sort(share[:, label[i]])
         threshold = column[int(np.floor((k - 1) / k * (n - 1) + 1e-9))]
         own = share[i, label[i]]
-        found.append(1 / k if np.isclose(own, threshold, rtol=1e-9, atol=0) else float(own > threshold))
+        found.append(1 / k if np.isclose(own, threshold, rtol=1e-5, atol=0) else float(own > threshold))
     return np.array(found)
 
 

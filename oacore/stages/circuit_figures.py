@@ -36,9 +36,10 @@ def run(config: Config, task: str) -> None:
 
 
 def _drawing(layout: Layout, task: str, pareto: pd.DataFrame) -> str:
-    """One circuit of UGS, if it was run, otherwise of the first method."""
-    method = "ugs" if (pareto["method"] == "ugs").any() else pareto["method"].iloc[0]
-    row = circuit_plots.smallest_good(pareto[pareto["method"] == method], DRAWN_EDGES)
+    """One circuit of UGS, if it was run, otherwise of the first method; of any method, if all of that one's are too large."""
+    pareto = pareto[pareto["kl_nats"].notna()]
+    own = pareto[pareto["method"] == ("ugs" if (pareto["method"] == "ugs").any() else pareto["method"].iloc[0])]
+    row = circuit_plots.smallest_good(own if (own["edges"] <= DRAWN_EDGES).any() else pareto, DRAWN_EDGES)
     circuit = _load(layout, task, row)
     title = f"{row['method']} {row['ablation']}, knob {row['knob']:g}, seed {row['seed']}: {row['edges']} edges, {row['kl_nats']:.3g} nats"
     return circuit_drawing.circuit_svg(edge_table(circuit), circuit.graph, title)

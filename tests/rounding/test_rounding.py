@@ -64,7 +64,8 @@ import os, hashlib, torch
 torch.set_num_threads(int(os.environ.get("OA_TEST_THREADS", "1")))
 x = torch.randn(960, 512, generator=torch.Generator().manual_seed(0))
 y = x.log_softmax(-1) @ x.T
-print(torch.backends.cpu.get_cpu_capability(), hashlib.sha256(y.numpy().tobytes() + x.sum().numpy().tobytes()).hexdigest())
+sums = torch.stack([x[:n].exp().sum() for n in range(100, 960, 20)])  # about half differ between one thread and two
+print(torch.backends.cpu.get_cpu_capability(), hashlib.sha256(y.numpy().tobytes() + sums.numpy().tobytes()).hexdigest())
 """
 
 
@@ -79,7 +80,7 @@ def test_this_machine_can_round_like_that(variant):
 
 @variants
 def test_numeric(variant):
-    assert pytest_passes(variant, *NUMERIC) > 900
+    assert pytest_passes(variant, *NUMERIC, "-k", "not compile_for") > 900
 
 
 @variants
@@ -116,7 +117,9 @@ def test_tiny_run(variant, tiny_run, tmp_path):
         chosen = old[column].isin(names)
         if file.endswith("pareto.csv"):  # edges drawn at random, whatever was learned beside them
             chosen &= old["method"] == "random"
-        assert set(names) <= set(old[column]) and len(new) == len(old)
+        assert set(names) <= set(old[column])
+        keys = [key for key in old if key not in numbers and not pd.api.types.is_float_dtype(old[key]) and key not in ("edges", "nodes")]
+        pd.testing.assert_frame_equal(new[keys], old[keys])
         for number in numbers:
             np.testing.assert_allclose(new[chosen][number], old[chosen][number], rtol=1e-3, atol=1e-5, err_msg=f"{file} {number}")
     assert (pd.read_csv(ours.circuits("ioi", "pareto.csv"))["kl_nats"] >= 0).all()

@@ -94,7 +94,7 @@ def test_aie_table_is_complete(finished):
     assert (table["n"] == 32).all() and (table["p_clean"] > 0.5).all()
     # What the last block writes at the last token is all that the prediction depends on, whatever the corruption.
     last = table[(table["site"] == "block") & (table["position"] == "last") & (table["layer"] == 3)]
-    assert len(last) and (last["p_restored"] - last["p_clean"]).abs().max() < 1e-6
+    assert len(last) and (last["p_restored"] - last["p_clean"]).abs().max() < 1e-5
     assert (last["aie_normalised"] - 1).abs().max() < 1e-5
 
 
@@ -159,9 +159,9 @@ def test_pictures_agree_with_themselves(finished):
         words = picture[picture["in_subject"]].drop_duplicates("position")["token"]
         assert " ".join(words) in picture["prompt"].iloc[0]
         before = picture[(picture["position"] < picture[picture["in_subject"]]["position"].min())]
-        assert (before["p_restored"] - before["p_corrupted"]).abs().max() < 1e-6, "causal attention: nothing before the subject changes"
+        assert (before["p_restored"] - before["p_corrupted"]).abs().max() < 1e-5, "causal attention: nothing before the subject changes"
         last = picture[(picture["site"] == "block") & (picture["position"] == picture["position"].max()) & (picture["layer"] >= 2)]
-        assert (last["p_restored"] - last["p_clean"]).abs().max() < 1e-6
+        assert (last["p_restored"] - last["p_clean"]).abs().max() < 1e-5
 
 
 def test_lens_outputs_are_those_promised(finished):
@@ -312,7 +312,7 @@ def test_gap_table_is_complete(finished):
         assert list(gaps.columns) == ["component", "kind", "layer", "head", "method", "gap_nats", "se_nats", "n_prompts"]
         assert len(gaps) == 20 * len(config.ablation.methods)
         assert not gaps.drop(columns="head").isna().any().any(), task
-        assert (gaps["gap_nats"] > -1e-6).all()
+        assert (gaps["gap_nats"] >= 0).all()
 
 
 @pytest.mark.parametrize("other", ["mean", "zero", "resample"])
@@ -340,7 +340,7 @@ def test_summary_follows_from_the_gaps(finished):
         wide = gaps.pivot(index="component", columns="method", values="gap_nats")
         for method in wide:
             assert summary.loc[method, "median_ratio_optimal_to_method"] == pytest.approx(
-                (wide["optimal"] / wide[method]).median(), rel=1e-6
+                (wide["optimal"] / wide[method])[wide[method] > 0].median(), rel=1e-6
             )
             rank = wide[method].rank().corr(wide["counterfactual"].rank())
             assert summary.loc[method, "spearman_with_counterfactual"] == pytest.approx(rank, rel=1e-6)
@@ -358,7 +358,7 @@ def test_gap_of_a_fitted_constant_with_plain_hugging_face(finished):
     last = (torch.arange(len(batch)), batch.lengths - 1)
     constants = load_file(layout.constants("ioi", "optimal"))
     with torch.no_grad():
-        clean = hf(batch.tokens).logits[last].log_softmax(-1)
+        clean = hf(batch.tokens).logits[last].double().log_softmax(-1)
         for name in ("a1.h2", "a3.h1", "m0", "m2"):
             layer = hf.transformer.h[int(name[1])]
 
@@ -369,7 +369,7 @@ def test_gap_of_a_fitted_constant_with_plain_hugging_face(finished):
                 return value if output is not None else (value,)
 
             place = layer.mlp.register_forward_hook(replace) if name[0] == "m" else layer.attn.c_proj.register_forward_pre_hook(replace)
-            ablated = hf(batch.tokens).logits[last].log_softmax(-1)
+            ablated = hf(batch.tokens).logits[last].double().log_softmax(-1)
             place.remove()
             losses = (clean.exp() * (clean - ablated)).sum(-1)
             row = gaps[(gaps["component"] == name) & (gaps["method"] == "optimal")].iloc[0]
