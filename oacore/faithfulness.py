@@ -25,7 +25,7 @@ from oacore.model import Model
 from oacore.progress import progress
 
 RIDGE = 3e-4  # of the mean variance, on the covariance's diagonal
-SMALLEST_CHANGE = (2 * RESOLUTION) ** 0.5  # nats, the root mean square log-ratio of two distributions that are RESOLUTION apart
+SMALLEST_CHANGE = 1e-7  # root mean square log-ratio; a higher one cuts through real changes, whose similarity would flip by rounding
 SMALLEST_MOVE = 1e-5  # of a residual's norm
 N_JACOBIAN = 64  # training rows over which a lens is linearised
 BISECTIONS = 14  # of the steering magnitude between 1e-3 and 1e3 whitened units: to within 0.1 %

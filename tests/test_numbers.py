@@ -138,7 +138,7 @@ VARIES = ("fit_seconds", "peak_mb")  # from run to run
 
 
 def test_other_batch_sizes_give_the_same_numbers(tiny_run, own_copy):
-    """Every stage that measures, with batches of a few rows, within 1e-5 of the tables made with batches of thousands of tokens."""
+    """Every stage that measures, with batches of a few rows, within 2e-5 of the tables made with batches of thousands of tokens."""
     theirs, config = Layout(tiny_run[0]), own_copy
     small = config.model_copy(update={"limits": config.limits.model_copy(update={"tokens_per_batch": 70, "memory_gb": 0.004})})
     ours = Layout(small)
@@ -161,7 +161,7 @@ def test_other_batch_sizes_give_the_same_numbers(tiny_run, own_copy):
         assert list(new.columns) == list(old.columns)
         for column in new:
             if pd.api.types.is_float_dtype(old[column]):
-                within = {"rtol": 0, "atol": 0.02} if column == "top1_agreement" else {"rtol": 1e-5, "atol": 1e-5}  # a tie of 60 prompts
+                within = {"rtol": 0, "atol": 0.02} if column == "top1_agreement" else {"rtol": 1e-4, "atol": 2e-5}  # a tie of 60 prompts
                 np.testing.assert_allclose(new[column], old[column], **within, err_msg=f"{mine} {column}")
             else:
                 assert (new[column] == old[column]).all(), f"{mine} {column}"
