@@ -17,7 +17,7 @@ test: .venv/.installed-dev ## install and run all tests, two files at a time
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-kill: .venv/.installed-dev ## kill every long stage four times, at random moments
-	HF_HUB_OFFLINE=1 OA_KILLS=4 $(BIN)/python -m pytest tests/test_kill.py
+	HF_HUB_OFFLINE=1 OA_KILLS=4 $(BIN)/python -m pytest tests/workflow/test_kill.py
 
 unlock: ## after a killed run: CONFIG=my-model.yaml; refused while that run, or a job of it, is alive
 	$(BIN)/snakemake --unlock --configfile $(or $(CONFIG),config/demo.yaml)

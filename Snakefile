@@ -6,13 +6,14 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-from oacore.__main__ import estimated
-from oacore.codehash import codehash
-from oacore.config import FITTED, LEARNED, LENS_SECTIONS, RANKED, parse_config
+from oacore.config.read import parse_config
 from oacore.errors import UserError
-from oacore.layout import Layout, circuit_file, model_settings, task_settings
-from oacore.locks import hold_for_pipeline, mark_cache_complete
-from oacore.tasks import check_files
+from oacore.estimate.run import estimated
+from oacore.jobs import data_sets, files_of
+from oacore.store.codehash import codehash
+from oacore.store.layout import Layout, circuit_file, model_settings, task_settings
+from oacore.store.locks import hold_for_pipeline, mark_cache_complete
+from oacore.tasks.generate import check_files
 
 # Only without --configfile: Snakemake would merge the two, and the demo's keys would become part of every run.
 if not workflow.config_settings.configfiles:
@@ -23,23 +24,34 @@ if not workflow.config_settings.configfiles:
 try:
     run_config = parse_config(config)
     check_files(run_config.tasks.selected())
+    # What a run would need, before it starts; nothing of this in jobs, which are processes of their own, nor in real
+    # runs.
+    if workflow.is_main_process and workflow.output_settings.dryrun:
+        print(estimated(run_config), file=sys.stderr)
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 
-# What a run would need, before it starts; nothing of this in jobs, which are processes of their own, nor in real runs.
-if workflow.is_main_process and workflow.output_settings.dryrun:
-    print(estimated(run_config), file=sys.stderr)
-
 layout = Layout(run_config)
-TASKS = list(run_config.tasks.selected())
+# The same where it lies: as a module of another workflow this one may have a prefix, which Snakemake puts before rules'
+# paths alone.
+placed = Layout(run_config, prefix=workflow.modifier.path_modifier.modify(""))
+SELECTED = list(run_config.tasks.selected())
 # One job takes the whole GPU where it may use one; the profiles say how many there are.
 GPUS = 0 if run_config.device == "cpu" else 1
 
 
 wildcard_constraints:
-    task="|".join(TASKS),
+    task="|".join(SELECTED),
     task_dir="|".join(layout.task_folders),
+
+
+# The first rule is what a call without targets makes. In a workflow that has this one as a module, that workflow's own
+# is.
+rule all:
+    input:
+        layout.report,
+    localrule: True
 
 
 include: "workflow/rules/common.smk"
@@ -51,7 +63,7 @@ if workflow.is_main_process and (asked := asked_for()) is not None:
 
     onsuccess:
         if not asked.targets:
-            mark_cache_complete(layout)
+            mark_cache_complete(placed)
 
 
 include: "workflow/rules/model.smk"
@@ -62,10 +74,3 @@ include: "workflow/rules/circuits.smk"
 include: "workflow/rules/tracing.smk"
 include: "workflow/rules/lenses.smk"
 include: "workflow/rules/report.smk"
-
-
-rule all:
-    default_target: True
-    input:
-        layout.report,
-    localrule: True

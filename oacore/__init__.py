@@ -1,3 +1,18 @@
-"""Optimal ablation for interpretability: the library under the Snakemake pipeline."""
+"""Optimal ablation for interpretability: the library under the Snakemake pipeline.
+
+The house, from the top down; imports point down:
+
+* `__main__` and the workflow are the two ways in; `runner` runs a stage: memory retry, signals, logs; `estimate` says
+  before what it will take
+* `stages/`, one module per rule: read files, call one experiment, write files
+* `ablation/  circuits/  tracing/  lenses/`, the experiments: each has its science, figures and part of the report,
+  and none knows another
+* `inputs`: the gated model and a task's prompts for all of them; `engine/`: clean and masked passes, statistics, parity
+* `models/`: weights, hub, residual graph, demo; `tasks/`: prompts; `fits/`: descent, resume, record;
+  `report/`: numbers, figures, page; `jobs`: every job and its files
+* `store/`: artefacts with checksums and provenance, HDF5, locks, paths, code hashes
+* `config/`: the settings, and the registry rows that names in them come from
+* `metrics  draws  progress  errors`, and `kernels/oakernels`, which knows nothing of all this
+"""
 
 __version__ = "0.1.0"

@@ -12,3 +12,8 @@ class UserError(Exception):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch, on a GPU or a CPU, or Python ran out of memory."""
     return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
+
+
+def cause(error: BaseException) -> str:
+    """Why it happened, in one line: what the system says, else the message's first line."""
+    return (getattr(error, "strerror", None) or str(error)).partition("\n")[0]

@@ -8,12 +8,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 RESOLUTION = 1e-9
-"""Nats. A KL below this is 0: the next computation of the same would give another. Two forward passes of one fp32 model that round
-differently leave logits apart, and with them a KL of second order: 1e-6 and 2e-13 nats for the demo model and random ones of its size, 1e-5
-and 2e-12 for a random GPT-2-small, 2e-5 and 2e-11 for stories260k, whose logits reach 20. Others' reach 100, 5 times the size: 5e-10."""
+"""Nats. A KL below this is 0: the next computation of the same would give another. Two forward passes of one fp32 model
+that round differently leave logits apart, and with them a KL of second order: 1e-6 and 2e-13 nats for the demo model
+and random ones of its size, 1e-5 and 2e-12 for a random GPT-2-small, 2e-5 and 2e-11 for stories260k, whose logits reach
+20. Others' reach 100, 5 times the size: 5e-10.
+"""
 
 PROBABILITY_RESOLUTION = 1e-6
-"""A difference of probabilities that is smaller is 0: these are the exponentials of log-probabilities that are rounded like the logits."""
+"""A difference of probabilities that is smaller is 0: these are the exponentials of log-probabilities that are rounded
+like the logits.
+"""
 
 
 def zero_below(values: Tensor, resolution: float) -> Tensor:
@@ -50,11 +54,14 @@ class _KlDivergence(torch.autograd.Function):
 def kl_of_log_probs(target: Tensor, log_probs: Tensor) -> Tensor:
     """`kl_divergence` of normalised log-probabilities [..., V], without a gradient.
 
-    Sums p d + (q - p), with d = log p - log q, in place of p d: the same, as p and q both sum to 1, but no term is negative, and rounding
-    is an error of second order instead of first. Where the sum of p d came out anywhere in +-5e-7, this has 2e-12.
+    Sums p d + (q - p), with d = log p - log q, in place of p d: the same, as p and q both sum to 1, but no term is
+    negative, and rounding is an error of second order instead of first. Where the sum of p d came out anywhere in
+    +-5e-7, this has 2e-12.
     """
     d = target - log_probs
-    terms = d.abs().neg_().expm1_()  # q - p without cancellation and without overflow: the larger of the two times e^-|d| - 1
+    terms = (
+        d.abs().neg_().expm1_()
+    )  # q - p without cancellation and without overflow: the larger of the two times e^-|d| - 1
     terms.mul_(torch.maximum(target, log_probs).exp_()).mul_(d.sign())
     return zero_below(terms.addcmul_(target.exp(), d).sum(-1), RESOLUTION)
 
@@ -66,7 +73,8 @@ def mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clustered_mean_and_se(values: Tensor, clusters: np.ndarray) -> tuple[float, float]:
-    """Mean over N values and its standard error over clusters: values [N] of the same cluster number [N] may depend on each other.
+    """Mean over N values and its standard error over clusters: values [N] of the same cluster number [N] may depend on
+    each other.
 
     With one value per cluster it is the plain standard error. NaN with a single cluster.
     """

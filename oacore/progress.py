@@ -24,8 +24,12 @@ class _Lines:
         """Every line is flushed as it is written."""
 
 
-def progress(items: Iterable[Any] | None = None, *, what: str, unit: str, total: int | None = None, initial: int = 0) -> Any:
-    """tqdm over `items` (or by hand up to `total`) that prints a line every few seconds and one at the end, or none for `what=""`."""
+def progress(
+    items: Iterable[Any] | None = None, *, what: str, unit: str, total: int | None = None, initial: int = 0
+) -> Any:
+    """tqdm over `items` (or by hand up to `total`) that prints a line every few seconds and one at the end, or none for
+    `what=""`.
+    """
     return tqdm(
         items,
         desc=what,

@@ -13,7 +13,9 @@ import torch
 # A run that a shell put in the background ignores SIGINT, and so would every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-N_THREADS = int(os.environ.get("OA_TEST_THREADS", "1"))  # tiny models: a second thread only waits; for `make test-rounding`
+N_THREADS = int(
+    os.environ.get("OA_TEST_THREADS", "1")
+)  # tiny models: a second thread only waits; for `make test-rounding`
 torch.set_num_threads(N_THREADS)
 
 LONGEST = ("test_pipeline.py", "test_sharing.py", "test_staleness.py", "test_kill.py", "test_stories.py")
@@ -35,7 +37,13 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 GATED = SIZES | {"num_key_value_heads": 2, "intermediate_size": 48}
 
 
@@ -46,8 +54,18 @@ def _rope(kind: str) -> dict:
         "linear": {"factor": 2.0},
         "dynamic": {"factor": 2.0},
         "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
-        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
-        "longrope": {"factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16},
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        "longrope": {
+            "factor": 4.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 16,
+        },
     }
     return parameters | extra[kind]
 
@@ -59,12 +77,24 @@ def random_hf(name: str, scale: float = 0.15):
     family, _, variant = name.partition("-")
     configs = {
         "gpt2": lambda: tf.GPT2Config(
-            vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4, scale_attn_by_inverse_layer_idx=variant == "inverse"
+            vocab_size=97,
+            n_positions=64,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            scale_attn_by_inverse_layer_idx=variant == "inverse",
         ),
-        "neox": lambda: tf.GPTNeoXConfig(**SIZES, intermediate_size=48, rotary_pct=0.25, use_parallel_residual=variant == "parallel"),
-        "llama": lambda: tf.LlamaConfig(**GATED, rope_parameters=_rope(variant or "default"), attention_bias=variant == "linear"),
+        "neox": lambda: tf.GPTNeoXConfig(
+            **SIZES, intermediate_size=48, rotary_pct=0.25, use_parallel_residual=variant == "parallel"
+        ),
+        "llama": lambda: tf.LlamaConfig(
+            **GATED, rope_parameters=_rope(variant or "default"), attention_bias=variant == "linear"
+        ),
         "qwen2": lambda: tf.Qwen2Config(
-            **GATED, **({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1} if variant == "window" else {})
+            **GATED,
+            **(
+                {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1} if variant == "window" else {}
+            ),
         ),
         "gemma2": lambda: tf.Gemma2Config(**GATED, head_dim=8, sliding_window=5, query_pre_attn_scalar=12),
     }
@@ -97,23 +127,32 @@ FAMILIES = (
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """(config, layout) of the finished pipeline run of tests/configs/tiny.yaml: the one place where tests train the demo model.
+    """(config, layout) of the finished pipeline run of tests/configs/tiny.yaml: the one place where tests train the
+    demo model.
 
-    `$OA_TEST_CACHE` keeps it for later runs. Workers of one test run share it: who comes second waits for the first, as any pipeline does.
+    `$OA_TEST_CACHE` keeps it for later runs. Workers of one test run share it: who comes second waits for the first, as
+    any pipeline does.
     """
     import subprocess
     import sys
 
-    from oacore.config import load_config
-    from oacore.layout import Layout
+    from oacore.config.read import load_config
+    from oacore.store.layout import Layout
 
     base = tmp_path_factory.getbasetemp()
-    root = Path(os.environ.get("OA_TEST_CACHE") or (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pipeline")
+    root = Path(
+        os.environ.get("OA_TEST_CACHE") or (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pipeline"
+    )
     config = load_config(Path(__file__).parent / "configs/tiny.yaml").model_copy(
         update={"cache_dir": root, "results_dir": root / "results"}
     )
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "tests/configs/tiny.yaml"]
-    command += ["--config", f"cache_dir={config.cache_dir}", f"results_dir={config.results_dir}", f"limits={{threads: {N_THREADS}}}"]
+    command += [
+        "--config",
+        f"cache_dir={config.cache_dir}",
+        f"results_dir={config.results_dir}",
+        f"limits={{threads: {N_THREADS}}}",
+    ]
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return config, Layout(config)

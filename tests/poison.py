@@ -1,7 +1,8 @@
-"""Uninitialised memory that shows: every buffer that torch allocates without filling it holds NaN, and no product may read one.
+"""Uninitialised memory that shows: every buffer that torch allocates without filling it holds NaN, and no product may
+read one.
 
-A product that reads rows it should not can be right on one machine and wrong on another: on AMX, torch's batched bf16 product lets a NaN
-row of its left operand spoil rows that have nothing to do with it.
+A product that reads rows it should not can be right on one machine and wrong on another: on AMX, torch's batched bf16
+product lets a NaN row of its left operand spoil rows that have nothing to do with it.
 """
 
 from collections.abc import Iterator
@@ -22,13 +23,17 @@ class FiniteProducts(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if function.overloadpacket.__name__.removesuffix("_") in PRODUCTS:
             self.count += 1
             for place, operand in enumerate(args):
                 if isinstance(operand, torch.Tensor) and not operand.isfinite().all():
                     bad = int((~operand.isfinite()).sum())
-                    raise AssertionError(f"{function}: operand {place} {list(operand.shape)} has {bad} elements that are not finite")
+                    raise AssertionError(
+                        f"{function}: operand {place} {list(operand.shape)} has {bad} elements that are not finite"
+                    )
         return function(*args, **(kwargs or {}))
 
 

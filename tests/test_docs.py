@@ -18,15 +18,20 @@ import transformers as tf
 from conftest import GATED, random_hf
 from test_tasks import check_form, settings, word_level
 
-from oacore import config as config_module
-from oacore import model as model_module
-from oacore.activations import read_prompts, write_activations, write_prompts
-from oacore.config import FITTED, Config, describe_fields
-from oacore.demo import make_tokenizer
+from oacore.config import model, tasks
+from oacore.config.ablation import ABLATION_TYPES
+from oacore.config.explain import describe_fields
+from oacore.config.run import Config
+from oacore.engine.activations import write_activations
+from oacore.engine.parity import open_model
+from oacore.engine.prompts import read_prompts, write_prompts
 from oacore.errors import UserError
-from oacore.model import canonical
-from oacore.parity import open_model
-from oacore.tasks import SPLITS, greater_than
+from oacore.models import hub
+from oacore.models.demo import make_tokenizer
+from oacore.models.load import canonical
+from oacore.store.provenance import Provenance
+from oacore.tasks import greater_than
+from oacore.tasks.prompts import SPLITS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "config/README.md", ROOT / "kernels/README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -55,7 +60,9 @@ def test_links_lead_somewhere(page):
         assert found.exists(), f"{page.name}: {target}"
         if anchor:
             titles = re.findall(r"^#+ (.*)$", found.read_text(), re.M)
-            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, f"{page.name}: {target}"
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, (
+                f"{page.name}: {target}"
+            )
 
 
 def exists(name):
@@ -102,9 +109,22 @@ def test_config_keys_exist(page):
 
 
 def test_the_checkers_see_what_is_wrong():
-    assert exists("oacore.gaps.evaluate") and exists("oacore.model.Block.W_Q") and exists("oacore.config.Config.model_fields")
-    assert not exists("oacore.gaps.evaluated") and not exists("oacore.gasp") and not exists("oacore.model.Block.W_X")
-    assert is_key("ablation.optimal.max_steps") and is_key("masks.n_steps") and is_key("circuits.refit.*") and is_key("limits")
+    assert (
+        exists("oacore.ablation.gaps.evaluate")
+        and exists("oacore.models.weights.Block.W_Q")
+        and exists("oacore.config.run.Config.model_fields")
+    )
+    assert (
+        not exists("oacore.ablation.gaps.evaluated")
+        and not exists("oacore.gasp")
+        and not exists("oacore.models.weights.Block.W_X")
+    )
+    assert (
+        is_key("ablation.optimal.max_steps")
+        and is_key("masks.n_steps")
+        and is_key("circuits.refit.*")
+        and is_key("limits")
+    )
     assert not is_key("ablation.optimal.steps") and not is_key("mask.n_steps")
 
 
@@ -124,14 +144,18 @@ def test_ablation_page_has_every_method_key_and_figure():
     for key, default, _ in describe_fields():
         if key.startswith("ablation.optimal."):
             assert re.search(rf"`{re.escape(key)}`.* \| .*\b{re.escape(default)}\b", text), key
-    assert set(FITTED) <= set(settings.methods)
+    assert set(ABLATION_TYPES) == set(settings.methods)
 
 
 def test_shares_measured_are_those_of_the_pages_that_it_cites():
     """Numbers that stand on two pages are the same on both."""
-    page, stories, readme = ((ROOT / name).read_text() for name in ("docs/ablation.md", "docs/stories260k.md", "README.md"))
+    page, stories, readme = (
+        (ROOT / name).read_text() for name in ("docs/ablation.md", "docs/stories260k.md", "README.md")
+    )
     for method in ("zero", "mean", "resample", "counterfactual"):
-        share, ioi, years = re.search(rf"^\| gap\(optimal\) / gap\({method}\) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.M).groups()
+        share, ioi, years = re.search(
+            rf"^\| gap\(optimal\) / gap\({method}\) \| (.*?) \| (.*?) \| (.*?) \|$", page, re.M
+        ).groups()
         assert re.search(rf"^\| {method}\b.*\| {re.escape(share)} \|", stories, re.M), method
         assert re.search(rf"^\| (its share of the|of the) {method} gap.*\| {ioi} \| {years} \|", readme, re.M), method
 
@@ -147,10 +171,10 @@ def cached(tmp_path_factory):
     hf = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=32, n_layer=2, n_head=2))
     counts = SimpleNamespace(n_train=20, n_validation=4, n_test=15)
     prompts = {split: greater_than.generate(counts, tokenizer, 0, split) for split in SPLITS}
-    facts = {"task": "greater_than", "model_hash": "m"}
-    write_prompts(folder / "prompts.h5", prompts, facts)
+    provenance = Provenance({"task": "greater_than", "model_hash": "m"})
+    write_prompts(folder / "prompts.h5", prompts, provenance)
     hashes = {split: own.digest() for split, own in prompts.items()}
-    write_activations(folder / "activations.h5", canonical(hf), prompts, {**facts, "prompts_hash": hashes})
+    write_activations(folder / "activations.h5", canonical(hf), prompts, provenance.requiring(prompts_hash=hashes))
     return folder
 
 
@@ -174,11 +198,11 @@ def test_cache_page_reads_what_we_write(cached, monkeypatch):
 def test_cache_page_reads_bfloat16(tmp_path, monkeypatch, cached):
     import torch
 
-    from oacore.cache import Writer
+    from oacore.store.writer import Writer
 
     shutil.copy(cached / "prompts.h5", tmp_path)
     values = torch.randn(3, 2, 4).bfloat16()
-    with Writer(tmp_path / "activations.h5", {}) as writer:
+    with Writer(tmp_path / "activations.h5", Provenance()) as writer:
         writer.append("test/residual", values)
         writer.put("statistics/head/mean", np.zeros((2, 2, 2), np.float32))
     monkeypatch.chdir(tmp_path)
@@ -195,11 +219,19 @@ def test_cache_page_lists_every_dataset_and_attribute(cached):
             assert all(file[dataset].fletcher32 and f"checksums/{dataset}" in file for dataset in datasets)
         for dataset in datasets:
             group, _, last = dataset.rpartition("/")
-            row = f"`{{split}}/{last}`" if group in SPLITS else f"`{last}`" if group.startswith("statistics/") else f"`{dataset}`"
+            row = (
+                f"`{{split}}/{last}`"
+                if group in SPLITS
+                else f"`{last}`"
+                if group.startswith("statistics/")
+                else f"`{dataset}`"
+            )
             row = f"`statistics/{{source}}/{last}`" if last in ("mean_positional", "cf_mean", "mean") else row
             assert row in text, f"{name}: {dataset}"
     with h5py.File(cached / "prompts.h5") as file:
-        assert file["test/tokens"].dtype == file["test/subject"].dtype == np.int32 and file["test/text"].dtype.kind == "S"
+        assert (
+            file["test/tokens"].dtype == file["test/subject"].dtype == np.int32 and file["test/text"].dtype.kind == "S"
+        )
     with h5py.File(cached / "activations.h5") as file:
         shortest = int(file["statistics/shortest"][0])
         assert file["statistics/head/mean_positional"].shape == (2, 2, shortest + 1, 16)
@@ -237,7 +269,9 @@ def test_the_task_makes_valid_prompts(agreement, words):
     splits = {split: agreement.generate(settings(60), words, 0, split) for split in SPLITS}
     for prompts in splits.values():
         check_form(prompts, words, 60)
-        for text, right, wrong, other in zip(prompts.text, prompts.answers, prompts.wrong_answers, prompts.counterfactual, strict=True):
+        for text, right, wrong, other in zip(
+            prompts.text, prompts.answers, prompts.wrong_answers, prompts.counterfactual, strict=True
+        ):
             plural = text.split()[1].endswith("s")
             assert [words.decode([*right]), words.decode([*wrong])] == (["are", "is"] if plural else ["is", "are"])
             swapped = words.decode(other[1:]).split()
@@ -251,7 +285,7 @@ def test_the_task_makes_valid_prompts(agreement, words):
 
 
 def test_the_task_has_room_for_the_default_numbers_of_prompts(agreement, words):
-    default = config_module.Task()
+    default = tasks.Task()
     assert len(agreement.generate(default, words, 0, "train").text) == default.n_train
     assert len(agreement.generate(default, words, 0, "test").text) == default.n_test
 
@@ -282,12 +316,13 @@ def apply(diff, root):
 
 
 def test_the_edits_bring_the_task_into_the_pipeline(my_model, tmp_path):
-    """In a copy of the library: its file, the page's edits, a config, all stages to the report; and a misspelled key is refused."""
+    """In a copy of the library: its file, the page's edits, a config, all stages to the report; and a misspelled key is
+    refused.
+    """
     for package in ("oacore", "kernels"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "oacore/tasks/agreement.py").write_text(blocks("docs/extending.md", "python")[0])
-    (diff,) = blocks("docs/extending.md", "diff")
-    apply(diff, tmp_path)
+    apply(blocks("docs/extending.md", "diff")[0], tmp_path)
     (tmp_path / "my.yaml").write_text(
         f"model: {my_model / 'my-model'}\ndevice: cpu\nlimits: {{threads: 1}}\n"
         "tasks: {agreement: {n_train: 24, n_validation: 8, n_test: 12}}\n"
@@ -312,17 +347,23 @@ def test_the_edits_bring_the_task_into_the_pipeline(my_model, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "own", "passes"),
-    [("Mistral", {"sliding_window": None}, True), ("Mistral", {"sliding_window": 5}, False), ("Qwen3", {"head_dim": 8}, False)],
+    [
+        ("Mistral", {"sliding_window": None}, True),
+        ("Mistral", {"sliding_window": 5}, False),
+        ("Qwen3", {"head_dim": 8}, False),
+    ],
 )
 def test_what_one_more_architecture_needs(family, own, passes, tmp_path, monkeypatch):
     """The page's three examples: the parity gate tells them apart."""
     import torch
 
-    more = (*config_module.ARCHITECTURES, family.lower())
-    for module in (config_module, model_module):
+    more = (*model.ARCHITECTURES, family.lower())
+    for module in (model, hub):
         monkeypatch.setattr(module, "ARCHITECTURES", more)
     torch.manual_seed(1)
-    hf = tf.AutoModelForCausalLM.from_config(getattr(tf, f"{family}Config")(**GATED, **own), attn_implementation="eager")
+    hf = tf.AutoModelForCausalLM.from_config(
+        getattr(tf, f"{family}Config")(**GATED, **own), attn_implementation="eager"
+    )
     with torch.no_grad():
         for parameter in hf.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))

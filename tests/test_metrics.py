@@ -16,7 +16,9 @@ def in_float64(target_logits, logits):
 @given(st.integers(0, 10**6), st.integers(2, 300), st.floats(0.1, 30.0), st.floats(-8.0, 1.0))
 @settings(max_examples=100, deadline=None)
 def test_small_losses_are_exact_and_none_is_negative(seed, n_tokens, size, exponent):
-    """The logits' own rounding, 1e-6 of their size, is all that shows: |d KL| <= |q - p| |d logits|, and |q - p|^2 is at most 2 KL."""
+    """The logits' own rounding, 1e-6 of their size, is all that shows: |d KL| <= |q - p| |d logits|, and |q - p|^2 is
+    at most 2 KL.
+    """
     draw = torch.Generator().manual_seed(seed)
     logits = size * torch.randn(3, n_tokens, generator=draw)
     target = logits + 10**exponent * torch.randn(3, n_tokens, generator=draw)
@@ -26,7 +28,9 @@ def test_small_losses_are_exact_and_none_is_negative(seed, n_tokens, size, expon
 
 
 def test_a_loss_that_is_rounding_is_0():
-    """Two ways to round the same logits, as two machines or two sizes of a batch have them. Summed term by term it would be anything."""
+    """Two ways to round the same logits, as two machines or two sizes of a batch have them. Summed term by term it
+    would be anything.
+    """
     logits = 10 * torch.randn(200, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     one, two = logits.float(), (logits * (1 + 2e-7)).float()
     target = one.log_softmax(-1)

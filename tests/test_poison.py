@@ -1,4 +1,6 @@
-"""No path hands rows that nobody wrote to a matrix product, padded prompts included: results may not depend on what memory held."""
+"""No path hands rows that nobody wrote to a matrix product, padded prompts included: results may not depend on what
+memory held.
+"""
 
 import pytest
 import torch
@@ -9,19 +11,24 @@ from test_gaps import setting as gaps_setting  # noqa: F401 - a fixture
 from test_mask_learning import Setting
 from test_tracing import PLACES, some_recall
 
-from oacore import optimal
-from oacore.ablation import Batch, clean_pass, components_of
-from oacore.circuits.evaluate import measure
-from oacore.faithfulness import Continuation
-from oacore.lens import from_all_starts, unembedded_kl
-from oacore.model import canonical
-from oacore.tracing import embedded, restored_all
+from oacore.ablation import optimal
+from oacore.ablation.components import components_of
+from oacore.circuits.evaluate import circuit_losses
+from oacore.engine.clean import Batch, clean_pass
+from oacore.lenses.constant import from_all_starts
+from oacore.lenses.faithfulness import Continuation
+from oacore.lenses.kl import unembedded_kl
+from oacore.models.load import canonical
+from oacore.tracing.recall import embedded
+from oacore.tracing.restore import restored_together
 
 NAMES = ("gpt2", "gpt2-inverse", "neox-parallel", "llama", "qwen2-window", "gemma2")
 
 
 def twice(compute):
-    """Everything that `compute` returns, with memory as it comes and with poisoned memory, must be the same to the last bit."""
+    """Everything that `compute` returns, with memory as it comes and with poisoned memory, must be the same to the last
+    bit.
+    """
     plain = compute()
     with poisoned_memory() as products:
         poisoned = compute()
@@ -47,9 +54,11 @@ def test_masked_passes(name, dtype, skip_dead, memory_gb):
         for ablation in ("optimal", "optimal_positional", "counterfactual"):
             replacements = setting.replacements(ablation)
             values, owned = replacements.of(chosen), replacements.per_prompt
-            gradients = passes.gradients("kl", chosen, slots, masks, values, owned=owned, constants=not owned, skip_dead=skip_dead)
+            gradients = passes.gradients(
+                "kl", chosen, slots, masks, values, owned=owned, constants=not owned, skip_dead=skip_dead
+            )
             found += [part for part in gradients if part is not None]
-            found.append(measure(passes, masks, replacements).kl)
+            found.append(circuit_losses(passes, masks, replacements).kl)
         return found
 
     twice(compute)
@@ -57,11 +66,13 @@ def test_masked_passes(name, dtype, skip_dead, memory_gb):
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
 def test_fused_reads(name):
-    from oacore.masked_forward import Engine
+    from oacore.engine.masked import Engine
 
     setting = Setting(name, n=4)
     engine = Engine(setting.model, fused=True)
-    masks = torch.rand(4, *engine.graph.valid.shape, generator=torch.Generator().manual_seed(0)) * torch.tensor(engine.graph.valid)
+    masks = torch.rand(4, *engine.graph.valid.shape, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        engine.graph.valid
+    )
     written = setting.replacements("optimal").start.writes(engine, setting.examples.prompts.n_tokens)
 
     def compute():
@@ -76,7 +87,12 @@ def test_single_components(gaps_setting):  # noqa: F811
     model, prompts, other, statistics = gaps_setting
     items = components_of(model, ("head", "mlp"))
     start = optimal.starting_means(model, items, statistics, positional=True)
-    twice(lambda: [*gaps_of(model, prompts, other, statistics, METHODS, 64).values(), optimal.gradients(model, prompts, items, start, 64)])
+    twice(
+        lambda: [
+            *gaps_of(model, prompts, other, statistics, METHODS, 64).values(),
+            optimal.gradients(model, prompts, items, start, 64),
+        ]
+    )
 
 
 def test_traced_places():
@@ -85,7 +101,11 @@ def test_traced_places():
     def compute():
         with torch.no_grad():
             clean = clean_pass(model, recall.tokens, recall.lengths)
-            return (restored_all(model, recall, clean, PLACES, embedded(model, recall, torch.zeros(model.d_model)), 64),)
+            return (
+                restored_together(
+                    model, recall, clean, PLACES, embedded(model, recall, torch.zeros(model.d_model)), 64
+                ),
+            )
 
     twice(compute)
 
@@ -104,7 +124,10 @@ def test_a_prompt_goes_on_from_a_changed_residual():
 
 def test_lenses():
     model, draw = canonical(random_hf("gemma2")), torch.Generator().manual_seed(0)
-    entering, constants = torch.randn(3, 5, model.d_model, generator=draw), torch.randn(3, 3, model.d_model, generator=draw)
+    entering, constants = (
+        torch.randn(3, 5, model.d_model, generator=draw),
+        torch.randn(3, 3, model.d_model, generator=draw),
+    )
 
     def compute():
         leaf = constants.clone().requires_grad_()

@@ -1,9 +1,10 @@
-"""Compile every kernel ahead of time for sm_80 and sm_90, no GPU needed, and print registers, spills and shared memory of each.
+"""Compile every kernel for sm_80 and sm_90, no GPU needed, and print registers, spills and shared memory of each.
 
     python kernels/bench/compile_report.py [--csv]
 
-The shapes are those of GPT-2-small (up to 37 destinations of a layer, k 64) and an 8B Llama (49 destinations, d 4096, k 128, up to 1057
-sources). They share their tiles, which depend on J, dtype and precision alone; d and k are multiples of 16 in both.
+The shapes are those of GPT-2-small (up to 37 destinations of a layer, k 64) and an 8B Llama (49 destinations, d 4096,
+k 128, up to 1057 sources). They share their tiles, which depend on J, dtype and precision alone; d and k are multiples
+of 16 in both.
 Variants: all optional operands given, or none; `ones`: every size is 1, which Triton compiles in as a constant.
 """
 
@@ -20,8 +21,10 @@ from itertools import product
 
 import torch
 import triton  # type: ignore[import-untyped]
-from oakernels.masked_mix import mix_backward_kernel, mix_backward_tiles, mix_kernel, mix_tiles
-from oakernels.masked_read import PROJECT_BACKWARD_TILES, READ_TILES, project_backward_kernel, read_kernel
+from oakernels.masked_mix import mix_kernel, mix_tiles
+from oakernels.masked_mix_backward import mix_backward_kernel, mix_backward_tiles
+from oakernels.masked_read import READ_TILES, read_kernel
+from oakernels.projection import PROJECT_BACKWARD_TILES, project_backward_kernel
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.backends.nvidia.compiler import get_ptxas  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
@@ -42,6 +45,8 @@ ARCHITECTURES = (80, 90)
 
 @dataclass(frozen=True)
 class Build:
+    """A kernel as one launch would have it compiled."""
+
     kernel: str
     destinations: int  # of a program
     arithmetic: str
@@ -51,6 +56,8 @@ class Build:
 
 @dataclass(frozen=True)
 class Report:
+    """What became of it; registers of a thread, shared memory of a block."""
+
     registers: int
     spilled_bytes: int
     shared_bytes: int
@@ -58,14 +65,21 @@ class Report:
 
 
 def builds() -> list[Build]:
+    """What the report has a line or a part of one for."""
     sizes = {"mix": (16, 64), "mix_backward": (16, 64), "read": (16,), "project_backward": (1,)}
     each = [(kernel, J) for kernel in KERNELS for J in sizes[kernel]]
-    full = [Build(kernel, J, arithmetic, arch, "full") for (kernel, J), arithmetic, arch in product(each, ARITHMETIC, ARCHITECTURES)]
-    others = [Build(kernel, max(sizes[kernel]), "tf32", 90, variant) for kernel, variant in product(KERNELS, ("bare", "ones"))]
+    full = [
+        Build(kernel, J, arithmetic, arch, "full")
+        for (kernel, J), arithmetic, arch in product(each, ARITHMETIC, ARCHITECTURES)
+    ]
+    others = [
+        Build(kernel, max(sizes[kernel]), "tf32", 90, variant) for kernel, variant in product(KERNELS, ("bare", "ones"))
+    ]
     return full + others
 
 
 def tiles(build: Build) -> dict[str, int]:
+    """The build's tile sizes and launch options."""
     dtype, precision = ARITHMETIC[build.arithmetic]
     return {
         "mix": lambda: mix_tiles(build.destinations, dtype, precision),
@@ -76,6 +90,7 @@ def tiles(build: Build) -> dict[str, int]:
 
 
 def compile_one(build: Build) -> Report:
+    """Compile to PTX with Triton, and assemble that."""
     kernel, (dtype, precision) = KERNELS[build.kernel], ARITHMETIC[build.arithmetic]
     constants = {**tiles(build), "BASE_PER_TOKEN": build.variant == "full", "PRECISION": precision, "UP": False}
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
@@ -119,12 +134,15 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
 
 
 def main() -> None:
+    """The command line: compile everything and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", action="store_true", help="comma-separated, not a Markdown table")
     markdown = not parser.parse_args().csv
     todo = builds()
     with ProcessPoolExecutor(2) as pool:
-        rows = [{**asdict(build), **asdict(report)} for build, report in zip(todo, pool.map(compile_one, todo), strict=True)]
+        rows = [
+            {**asdict(build), **asdict(report)} for build, report in zip(todo, pool.map(compile_one, todo), strict=True)
+        ]
     if markdown:
         print("registers / bytes spilled / KiB of shared memory / how products are made")
         print("| kernel | destinations | arithmetic | variant |" + "".join(f" sm_{arch} |" for arch in ARCHITECTURES))

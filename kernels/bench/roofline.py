@@ -1,6 +1,7 @@
-"""What the kernel benchmarks share: operands, time and peak memory of a call, and the least time that the machine allows it.
+"""What the kernel benchmarks share: tensors, time and peak memory of a call, and the least time that it can take.
 
-The machine's bandwidth and rate are measured in the same run: a large copy, and a square matrix product in the same arithmetic.
+The machine's bandwidth and rate are measured in the same run: a large copy, and a square matrix product in the same
+arithmetic.
 """
 
 import argparse
@@ -8,15 +9,21 @@ import csv
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
-from oakernels.runtime import Precision, matmul_precision
+from oakernels import Operands, Projection
+from oakernels.runtime import Backend, Precision, matmul_precision
 from torch import Tensor
 
+EPS = 1e-5
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ("eager", "triton", "auto") if DEVICE.type == "cuda" else ("eager",)
-ARITHMETIC: dict[str, tuple[torch.dtype, Precision]] = {"fp32": (torch.float32, "ieee"), "bf16": (torch.bfloat16, "ieee")}
+BACKENDS: tuple[Backend, ...] = ("eager", "triton", "auto") if DEVICE.type == "cuda" else ("eager",)
+ARITHMETIC: dict[str, tuple[torch.dtype, Precision]] = {
+    "fp32": (torch.float32, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+}
 if DEVICE.type == "cuda":
     ARITHMETIC["tf32"] = (torch.float32, "tf32")
 
@@ -42,39 +49,44 @@ CPU_SHAPES = {"L4 H4 d128, last layer": Shape(13, 16, 60, 15, 128, 32)}
 
 
 @dataclass(frozen=True)
-class Operands:
+class Case:
+    """Random tensors of a shape, for all ops."""
+
     base: Tensor  # [B, 1, d]
     masks: Tensor  # [B, J, S]
     delta: Tensor  # [S, B, T, d]
-    weight: Tensor  # [J, d, k]
-    bias: Tensor  # [J, k]
+    projection: Projection
     dx: Tensor  # [J, B, T, d]
     dy: Tensor  # [J, B, T, k]
 
     @classmethod
-    def random(cls, shape: Shape, dtype: torch.dtype) -> "Operands":
+    def random(cls, shape: Shape, dtype: torch.dtype) -> "Case":
+        """Normal values, and masks uniform in [0, 1]."""
         J, S, B, T, d, k = vars(shape).values()
 
         def normal(*size: int) -> Tensor:
             return torch.randn(size, device=DEVICE, dtype=dtype)
 
-        masks = torch.rand(B, J, S, device=DEVICE)
-        return cls(normal(B, 1, d), masks, normal(S, B, T, d), normal(J, d, k), normal(J, k), normal(J, B, T, d), normal(J, B, T, k))
+        masks, projection = torch.rand(B, J, S, device=DEVICE), Projection(normal(J, d, k), normal(J, k), EPS)
+        return cls(normal(B, 1, d), masks, normal(S, B, T, d), projection, normal(J, B, T, d), normal(J, B, T, k))
 
 
 @dataclass(frozen=True)
 class Work:
-    """An op on a shape: what it must move and multiply at least, and a call of it by backend and precision."""
+    """An op on a case: what it must move and multiply at least, and a call of it, given masks and delta to multiply."""
 
     name: str
     elements: int  # of the working dtype read or written
     fp32_elements: int
     multiply_adds: int
-    call: Callable[..., object]
+    call: Callable[[Operands], object]
 
 
 def seconds_and_bytes(call: Callable[[], object], repeats: int) -> tuple[float, int | None]:
-    """Median time, and peak memory over what was allocated before (None on CPU); two calls first, to compile and to measure backends."""
+    """Median time, and peak memory in bytes over what was allocated before (None on CPU).
+
+    Two calls come first, to compile and to measure backends.
+    """
     call(), call()
     if DEVICE.type == "cpu":
         times = []
@@ -112,7 +124,7 @@ def rate(dtype: torch.dtype, precision: Precision) -> float:
         return n**3 / seconds_and_bytes(lambda: x @ x, 5)[0]
 
 
-def main(description: str, work_of: Callable[[Shape, Operands], list[Work]]) -> None:
+def main(description: str, work_of: Callable[[Shape, Case], list[Work]]) -> None:
     """The command line of a benchmark: time every op, arithmetic and backend."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--shape", type=int, nargs=6, metavar=tuple("JSBTdk"), help="instead of the built-in shapes")
@@ -131,11 +143,13 @@ def main(description: str, work_of: Callable[[Shape, Operands], list[Work]]) -> 
         peak = rate(dtype, precision)
         print(f"{arithmetic}: matrix product {2 * peak / 1e12:.3f} TFLOP/s")
         for label, shape in shapes.items():
-            for work in work_of(shape, Operands.random(shape, dtype)):
+            case = Case.random(shape, dtype)
+            for work in work_of(shape, case):
                 moved = work.elements * dtype.itemsize + work.fp32_elements * 4
                 floor = max(moved / copy, work.multiply_adds / peak)
                 for backend in BACKENDS:
-                    seconds, memory = seconds_and_bytes(lambda: work.call(backend=backend, precision=precision), arguments.repeats)  # noqa: B023
+                    operands = Operands(case.masks, case.delta, precision, backend)
+                    seconds, memory = seconds_and_bytes(partial(work.call, operands), arguments.repeats)
                     row = {
                         "shape": label,
                         "op": work.name,

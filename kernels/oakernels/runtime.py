@@ -20,27 +20,31 @@ Precision = Literal["ieee", "tf32"]
 Result = TypeVar("Result")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Kernels run on CPU tensors in Triton's interpreter. Fixed when the kernels are decorated, so it is read once, here."""
+"""Kernels run on CPU tensors in Triton's interpreter. It is read once, here: kernels are decorated by it."""
 
 _fastest: dict[tuple[object, ...], str] = {}
 
 
-def run(backend: Backend, key: tuple[object, ...], target: Tensor, candidates: dict[str, Callable[[Tensor], Result]]) -> Result:
+def run(
+    backend: Backend, key: tuple[object, ...], target: Tensor, candidates: dict[str, Callable[[Tensor], Result]]
+) -> Result:
     """Call the candidate that `backend` names on target, which it writes to or adds to.
 
-    With "auto" that is "eager" on CPU, and on CUDA the fastest one measured: the first call for a key (op, shapes, dtypes) times every
-    candidate on a scratch target and remembers the winner, so that no kernel runs where it does not pay. While a CUDA graph is captured
-    nothing can be timed, and an unmeasured key takes "eager".
+    With "auto" that is "eager" on CPU, and on CUDA the fastest one measured: the first call for a key (op, shapes,
+    dtypes) times every candidate on a scratch target and remembers the winner, so that no kernel runs where it does
+    not pay. While a CUDA graph is captured nothing can be timed, and an unmeasured key takes "eager".
 
     Raises:
-        ValueError: an unknown backend, or "triton" where there is no kernel: CPU tensors outside the interpreter, other dtypes.
+        ValueError: an unknown backend, or "triton" where there is no kernel: CPU tensors outside the interpreter, and
+            other dtypes than fp32 and bf16.
     """
     has_kernel = (target.is_cuda or INTERPRETED) and target.dtype in (torch.float32, torch.bfloat16)
     if backend not in ("auto", "triton", "eager"):
         raise ValueError(f"backend {backend!r}; allowed: auto, triton, eager")
     if backend == "triton" and not has_kernel:
         raise ValueError(
-            f"backend 'triton' for {target.dtype} on {target.device}; allowed: fp32 and bf16, on CUDA or with TRITON_INTERPRET=1"
+            f"backend 'triton' for {target.dtype} on {target.device}; "
+            "allowed: fp32 and bf16, on CUDA or with TRITON_INTERPRET=1"
         )
     if backend != "auto":
         return candidates[backend](target)
@@ -90,15 +94,16 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def in_one_batch(x: Tensor) -> bool:
-    """Whether eager runs all masks as one batched GEMM: always on CUDA; on CPU not in bf16, where that took twice the time of one GEMM per
-    mask at S 100, J 37, d 768.
+    """Whether eager runs all masks as one batched GEMM: always on CUDA; on CPU not in bf16.
+
+    There it took twice the time of one GEMM per mask at S 100, J 37, d 768.
     """
     return x.is_cuda or x.dtype != torch.bfloat16
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr, UP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """fp32 x in the dtype that it is stored in. The interpreter truncates to bf16; a GPU, and this, rounds to nearest even."""
+    """fp32 x in the dtype that it is stored in, to nearest even as a GPU does; the interpreter truncates to bf16."""
     if UP and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)

@@ -1,31 +1,85 @@
-"""ACDC (Conmy et al. 2023): walk the edges from the logits back to the input and drop each one that the loss hardly misses.
+"""ACDC (Conmy et al. 2023): walk the edges from the logits back to the input and drop each one that the loss hardly
+misses.
 
-All thresholds are swept at once. Edges are judged several at a time on the guess that all of them go: the guess is checked in order, and
-what follows the first edge that stays is judged again, so the result is that of one edge after the other.
+All thresholds are swept at once. Edges are judged several at a time on the guess that all of them go: the guess is
+checked in order, and what follows the first edge that stays is judged again, so the result is that of one edge after
+the other.
 
 Symbols: C thresholds, n chosen prompts, J destinations, S sources.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oacore.circuits.patching import Passes, Replacements
-from oacore.config import Objective
-from oacore.graph import Graph
+from oacore.circuits.passes import Passes
+from oacore.circuits.replacements import Replacements
+from oacore.circuits.search import Search, SearchRequest, seed_by_seed
+from oacore.config.circuits import CIRCUIT_METHODS, Objective
+from oacore.fits.resume import NOT_KEPT, Resumable, State
+from oacore.models.graph import Graph
 from oacore.progress import progress
-from oacore.resume import Kept
+from oacore.store.artefacts import digest_of_tensors
 
-STATE = ("masks", "rises", "current", "place")
-GUESSES = 4  # edges judged at once: more waste passes where an edge stays, fewer leave a GPU idle
+GUESSES = CIRCUIT_METHODS["acdc"].masks_at_once  # edges judged at once
 
 
 def sweep_order(graph: Graph) -> np.ndarray:
-    """Every edge (j, s) [E, 2], from the last destination to the first, and for each from its latest source to its earliest."""
+    """Every edge (j, s) [E, 2]: from the last destination to the first, for each from its latest source to its
+    first.
+    """
     order: np.ndarray = np.argwhere(graph.valid)[::-1]
     return order
+
+
+@dataclass
+class _Walk:
+    """How far the walk of every threshold has come."""
+
+    order: np.ndarray  # [E, 2]
+    masks: np.ndarray  # bool [C, J, S]
+    rises: np.ndarray  # [C, J, S] of the loss, by which each edge was judged
+    current: np.ndarray  # [C] loss with the edges that are left
+    place: np.ndarray  # [C] in the order
+
+    def state(self) -> State:
+        """What goes on from here."""
+        parts = {"masks": self.masks, "rises": self.rises, "current": self.current, "place": self.place}
+        return {name: torch.from_numpy(value.copy()) for name, value in parts.items()}
+
+    def guess(self, graph: Graph, c: int, guesses: int) -> tuple[list[int], list[np.ndarray]]:
+        """The places of the next edges of threshold c, on the guess that all of them go, and what is left after
+        each.
+        """
+        mask, places, candidates = self.masks[c], list[int](), list[np.ndarray]()
+        at = int(self.place[c])
+        while at < len(self.order) and len(places) < guesses:
+            j, s = self.order[at]
+            if mask[j, s]:
+                mask = mask.copy()
+                mask[j, s] = False
+                mask = graph.prune(mask)
+                candidates.append(mask)
+                places.append(at)
+            at += 1
+        return places, candidates
+
+    def judge(
+        self, c: int, threshold: float, places: list[int], candidates: list[np.ndarray], losses: np.ndarray
+    ) -> None:
+        """Take the guesses of threshold c in order, up to the first edge that stays."""
+        if not places:
+            self.place[c] = len(self.order)
+        for at, mask, loss in zip(places, candidates, losses, strict=True):
+            j, s = self.order[at]
+            self.rises[c, j, s] = loss - self.current[c]
+            self.place[c] = at + 1
+            if self.rises[c, j, s] >= threshold:
+                return
+            self.masks[c], self.current[c] = mask, loss
 
 
 def acdc(
@@ -35,66 +89,67 @@ def acdc(
     chosen: Tensor,
     objective: Objective,
     guesses: int = GUESSES,
-    kept: Kept | None = None,
+    resumable: Resumable = NOT_KEPT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Circuits of all thresholds.
 
     Args:
-        kept: what goes on from an earlier call; removed by the caller when its result is safe.
+        resumable: where the walk is kept.
 
     Returns:
-        masks bool [C, J, S] and the rise of the loss [C, J, S] by which each edge was judged; 0 where it dangled already.
+        masks bool [C, J, S] and the rise of the loss [C, J, S] by which each edge was judged; 0 where it dangled
+        already.
     """
     graph = passes.engine.graph
-    order, device = sweep_order(graph), chosen.device
-    masks = np.repeat(graph.valid[None], len(thresholds), 0)
-    rises = np.zeros(masks.shape)
-    replacement, slots = replacements.of(chosen), torch.arange(len(chosen), device=device)
-
-    def losses(candidates: np.ndarray) -> np.ndarray:
-        own = torch.from_numpy(candidates).to(device).float()
-        found = passes.losses(objective, chosen, slots.repeat(len(own)), own, replacement, owned=replacements.per_prompt)
-        result: np.ndarray = found.view(len(own), -1).double().mean(1).cpu().numpy()
-        return result
-
-    kept = kept or Kept(None)
-    if (state := kept.load()) is not None:
-        masks, rises, current, place = (state[name].numpy() for name in STATE)
+    losses = _mean_losses(passes, replacements, chosen, objective)
+    order, C = sweep_order(graph), len(thresholds)
+    if (state := resumable.load()) is not None:
+        walk = _Walk(order, **{name: value.numpy() for name, value in state.items()})
     else:
-        current = np.repeat(losses(masks[:1]), len(thresholds))
-        place = np.zeros(len(thresholds), int)  # in the order
-    with progress(what="acdc", unit="edges", total=len(order) * len(thresholds), initial=int(place.sum())) as bar:
-        while (running := np.flatnonzero(place < len(order))).size:
-            chains: list[tuple[int, list[int]]] = []  # a threshold, and the places of the edges guessed to go
-            candidates = []
-            for c in running.tolist():
-                mask = masks[c].copy()
-                guessed: list[int] = []
-                at = int(place[c])
-                while at < len(order) and len(guessed) < guesses:
-                    j, s = order[at]
-                    if mask[j, s]:
-                        mask = mask.copy()
-                        mask[j, s] = False
-                        mask = graph.prune(mask)
-                        candidates.append(mask)
-                        guessed.append(at)
-                    at += 1
-                chains.append((c, guessed))
-                if not guessed:
-                    bar.update(len(order) - place[c])
-                    place[c] = len(order)
-            found = losses(np.stack(candidates)) if candidates else np.zeros(0)
+        masks = np.repeat(graph.valid[None], C, 0)
+        current = np.repeat(losses(masks[:1]), C)
+        walk = _Walk(order, masks, np.zeros(masks.shape), current, np.zeros(C, int))
+    done = int(walk.place.sum())
+    with progress(what="acdc", unit="edges", total=len(order) * C, initial=done) as bar:
+        while (running := np.flatnonzero(walk.place < len(order))).size:
+            chains = {c: walk.guess(graph, c, guesses) for c in running.tolist()}
+            candidates = [mask for _, masks_of_c in chains.values() for mask in masks_of_c]
+            judged = losses(np.stack(candidates)) if candidates else np.zeros(0)
             first = 0
-            for c, guessed in chains:
-                for index, at in enumerate(guessed):
-                    loss, (j, s) = found[first + index], order[at]
-                    rises[c, j, s] = loss - current[c]
-                    bar.update(at + 1 - place[c])
-                    place[c] = at + 1
-                    if rises[c, j, s] >= thresholds[c]:
-                        break
-                    masks[c], current[c] = candidates[first + index], loss
-                first += len(guessed)
-            kept.save({name: torch.from_numpy(value.copy()) for name, value in zip(STATE, (masks, rises, current, place), strict=True)})
-    return masks, rises
+            for c, (places, masks_of_c) in chains.items():
+                walk.judge(c, thresholds[c], places, masks_of_c, judged[first : first + len(places)])
+                first += len(places)
+            bar.update(int(walk.place.sum()) - done)
+            done = int(walk.place.sum())
+            resumable.save_sometimes(walk.state())
+    return walk.masks, walk.rises
+
+
+def _mean_losses(
+    passes: Passes, replacements: Replacements, chosen: Tensor, objective: Objective
+) -> Callable[[np.ndarray], np.ndarray]:
+    """From masks bool [M, J, S] to the mean loss [M] over the chosen prompts."""
+    replacement, slots = replacements.of(chosen), torch.arange(len(chosen), device=chosen.device)
+
+    def mean_losses(masks: np.ndarray) -> np.ndarray:
+        wide, owned = torch.from_numpy(masks).to(chosen.device).float(), replacements.per_prompt
+        losses = passes.losses(objective, chosen, slots.repeat(len(wide)), wide, replacement, owned=owned)
+        means: np.ndarray = losses.view(len(wide), -1).double().mean(1).cpu().numpy()
+        return means
+
+    return mean_losses
+
+
+def search(request: SearchRequest) -> Search:
+    """ACDC's circuits, one for each threshold and seed."""
+    task, ablation = request.task, request.ablation
+    constants = task.component_constants(ablation)
+    replacements = task.replacements(ablation, "train", constants)
+    digest = digest_of_tensors(constants._asdict())
+
+    def find(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = request.prompts(seed)
+        resumable = request.resumable.part(str(seed), chosen.tolist(), digest)
+        return acdc(task.passes["train"], replacements, request.knobs, chosen, request.objective, resumable=resumable)
+
+    return seed_by_seed(request, find)

@@ -1,23 +1,32 @@
-"""What every circuit is judged by, whichever method found it: constants fitted anew for it, then its loss on held-out prompts.
+"""What every circuit is judged by, whichever method found it: constants fitted anew for it, then its loss on held-out
+prompts.
 
 Symbols: C circuits, N prompts, J destinations, S sources.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from oacore.circuits.patching import Constants, Passes, Replacements
-from oacore.config import OptimalFit
-from oacore.descent import Descent, descend, prompts_of_step
+from oacore.circuits.constants import Constants
+from oacore.circuits.numbers import REPLACED_AT_ONCE
+from oacore.circuits.passes import Passes
+from oacore.circuits.replacements import Replacements
+from oacore.config.base import OptimalFit
+from oacore.draws import prompts_of_step
+from oacore.fits.descent import Descent, descend
+from oacore.fits.resume import NOT_KEPT, Resumable
 
 
-class Measured(NamedTuple):
+class CircuitLosses(NamedTuple):
+    """Of every circuit on every prompt of a split."""
+
     kl: Tensor  # [C, N] nats
-    logit_diff: Tensor  # [C, N] log odds of the right answers against the wrong ones; NaN where a task has no wrong answers
+    logit_diff: (
+        Tensor  # [C, N] log odds of the right answers against the wrong ones; NaN where a task has no wrong answers
+    )
 
 
 def refit_constants(
@@ -30,15 +39,15 @@ def refit_constants(
     *,
     names: Sequence[str],
     seed: int = 0,
-    checkpoint: Path | None = None,
-    identity: str = "",
+    resumable: Resumable = NOT_KEPT,
     what: str = "refit",
 ) -> tuple[Constants, Descent]:
-    """Fit constants for each of C discrete circuits [C, J, S], all at once, to the KL on `passes`' prompts (paper, appendix).
+    """Fit constants for each of C discrete circuits [C, J, S], all at once, to the KL on `passes`' prompts (paper,
+    appendix).
 
     Every circuit of every method starts from the same constants, sees the same prompts and stops by the same test.
     """
-    engine, device = passes.engine, masks.device
+    engine, device, on_cpu = passes.engine, masks.device, masks.device.type == "cpu"
     shapes = [part.shape[1:] for part in start]
     sizes = [shape.numel() for shape in shapes]
 
@@ -52,20 +61,20 @@ def refit_constants(
         with torch.enable_grad():
             leaf = values.detach().requires_grad_()
             written = unpack(leaf).writes(engine, passes.examples.prompts.n_tokens)
-            found = passes.gradients(
-                "kl", chosen, slots, masks[rows], written.detach(), owned=False, constants=True, skip_dead=device.type == "cpu"
+            computed = passes.gradients(
+                "kl", chosen, slots, masks[rows], written.detach(), owned=False, constants=True, skip_dead=on_cpu
             )
-            assert found.constants is not None
-            written.backward(found.constants / len(chosen))
+            assert computed.constants is not None
+            written.backward(computed.constants / len(chosen))
         assert leaf.grad is not None
         return leaf.grad
 
     def validate(rows: Tensor, values: Tensor) -> Tensor:
-        return _measure(validation, masks[rows], unpack(values)).kl.double().mean(1).float()
+        return _losses_with_constants(validation, masks[rows], unpack(values)).kl.double().mean(1).float()
 
     flat = torch.cat([part.flatten(1) for part in start.repeat(len(masks))], 1)
     scale = torch.cat([part.expand(1, *shape).flatten(1) for part, shape in zip(scales, shapes, strict=True)], 1)
-    found = descend(
+    descent = descend(
         flat,
         scale,
         gradient,
@@ -73,33 +82,34 @@ def refit_constants(
         settings,
         names=names,
         key="circuits.refit.learning_rate",
-        checkpoint=checkpoint,
-        identity=identity,
+        resumable=resumable,
         what=what,
     )
-    return unpack(found.best), found
+    return unpack(descent.best), descent
 
 
-def measure(passes: Passes, masks: Tensor, replacements: Replacements, constants: Constants | None = None) -> Measured:
-    """Losses of C circuits [C, J, S] on all prompts of a split; `constants` are each circuit's own, in place of the replacements."""
+def circuit_losses(
+    passes: Passes, masks: Tensor, replacements: Replacements, constants: Constants | None = None
+) -> CircuitLosses:
+    """Losses of C circuits [C, J, S] on all prompts of a split; `constants` are each circuit's own, in place of the
+    replacements.
+    """
     if constants is not None:
-        return _measure(passes, masks, constants)
+        return _losses_with_constants(passes, masks, constants)
     everything = torch.arange(len(passes.examples), device=masks.device)
-    kl, logit_diff = [], []
+    kl: list[Tensor] = []
+    logit_diff: list[Tensor] = []
     for chosen in everything.split(REPLACED_AT_ONCE if replacements.per_prompt else len(everything)):
         replacement = replacements.of(chosen)
         slots = torch.arange(len(chosen), device=masks.device).repeat(len(masks))
-        found = passes.measure(chosen, slots, masks, replacement, owned=replacements.per_prompt)
-        kl.append(found[0].view(len(masks), -1))
-        logit_diff.append(found[1].view(len(masks), -1))
-    return Measured(torch.cat(kl, 1), torch.cat(logit_diff, 1))
+        of_rows = passes.measure(chosen, slots, masks, replacement, owned=replacements.per_prompt)
+        for losses, part in zip((kl, logit_diff), of_rows, strict=True):
+            losses.append(part.view(len(masks), -1))
+    return CircuitLosses(torch.cat(kl, 1), torch.cat(logit_diff, 1))
 
 
-REPLACED_AT_ONCE = 64  # prompts whose activations are held as replacements
-
-
-def _measure(passes: Passes, masks: Tensor, constants: Constants) -> Measured:
+def _losses_with_constants(passes: Passes, masks: Tensor, constants: Constants) -> CircuitLosses:
     written = constants.writes(passes.engine, passes.examples.prompts.n_tokens)
     chosen = torch.arange(len(passes.examples), device=masks.device)
-    found = passes.measure(chosen, chosen.repeat(len(masks)), masks, written, owned=False)
-    return Measured(*(part.view(len(masks), -1) for part in found))
+    of_rows = passes.measure(chosen, chosen.repeat(len(masks)), masks, written, owned=False)
+    return CircuitLosses(*(part.view(len(masks), -1) for part in of_rows))

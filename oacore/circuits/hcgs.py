@@ -1,7 +1,8 @@
-"""Hard concrete masks, the relaxation of L0 regularisation (Louizos et al. 2018) that Edge Pruning uses: the baseline of UGS.
+"""Hard concrete masks, the relaxation of L0 regularisation (Louizos et al. 2018) that Edge Pruning uses: the baseline
+of UGS.
 
-alpha = clamp(1.2 sigmoid((log u - log(1 - u) + log_alpha) / beta) - 0.1, 0, 1) with a learned location and temperature per edge
-(reference-figures A.5). The size that lambda weighs is P(alpha > 0).
+alpha = clamp(1.2 sigmoid((log u - log(1 - u) + log_alpha) / beta) - 0.1, 0, 1) with a learned location and temperature
+per edge (reference-figures A.5). The size that lambda weighs is P(alpha > 0).
 
 Symbols: F fits, R samples of a fit's step, E edges.
 """
@@ -12,7 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from oacore.circuits.ugs import State
+from oacore.circuits.learn import search_lambdas
+from oacore.circuits.search import Search, SearchRequest
+from oacore.fits.resume import State
 
 STRETCH = (-0.1, 1.1)
 TEMPERATURE, COLDEST = 2 / 3, 1e-3
@@ -25,6 +28,7 @@ class HardConcreteSampler:
     slower: ClassVar[dict[str, float]] = {"counterfactual": 3.0, "resample": 1.5}
 
     def start(self, n_fits: int, n_edges: int) -> State:
+        """Locations at 0 and temperatures at `TEMPERATURE`, [F, E] each."""
         return {"location": torch.zeros(n_fits, n_edges), "temperature": torch.full((n_fits, n_edges), TEMPERATURE)}
 
     def sample(self, parameters: State, noise: Tensor, second: State, step_share: float) -> tuple[Tensor, Tensor]:
@@ -39,3 +43,8 @@ class HardConcreteSampler:
     def score(self, parameters: State) -> Tensor:
         """What the threshold rule compares with 1/2: sigmoid(location) [F, E], above 1/2 where a mask's median is."""
         return parameters["location"].sigmoid()
+
+
+def search(request: SearchRequest) -> Search:
+    """Circuits by hard concrete masks, one for each lambda and seed."""
+    return search_lambdas(request, HardConcreteSampler())

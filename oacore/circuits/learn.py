@@ -1,32 +1,37 @@
-"""Learning edge masks: all lambdas and seeds of a sweep are one vectorised fit (Li & Janson 2024, section 3 and appendix).
+"""Learning edge masks: all lambdas and seeds of a sweep are one vectorised fit (Li & Janson 2024, section 3 and
+appendix).
 
-Each fit has its own parameters, Adam state, constants, prompts and random numbers, all drawn from its own stream, so that a sweep equals
-its fits made one by one. Loss = E[objective] + lambda sum(theta) + node regulariser; sampled masks lose their dangling edges; constants
-are trained along, through edges that are fully ablated only. The state is one dictionary of tensors and every step's random numbers
-follow from stream and step: a checkpoint resumes bit by bit.
+Each fit has its own parameters, Adam state, constants, prompts and random numbers, all drawn from its own stream, so
+that a sweep equals its fits made one by one. Loss = E[objective] + lambda sum(theta) + node regulariser; sampled masks
+lose their dangling edges; constants are trained along, through edges that are fully ablated only. The state is one
+dictionary of tensors and every step's random numbers follow from stream and step: a checkpoint resumes bit by bit.
 
 Symbols: F fits, K samples, P prompts a step, R = K P, E edges, S sources, J destinations.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oacore.circuits.patching import Constants, Passes, Replacements
-from oacore.circuits.ugs import State
-from oacore.config import MaskFit, Objective
-from oacore.descent import Watch, adam_step, prompts_of_step
-from oacore.graph import Graph
+from oacore.circuits.circuit import by_threshold
+from oacore.circuits.constants import Constants
+from oacore.circuits.edges import Edges
+from oacore.circuits.passes import Passes
+from oacore.circuits.replacements import Replacements
+from oacore.circuits.search import Search, SearchRequest, bool_masks
+from oacore.config.circuits import EDGE_ABLATIONS, MaskFit, Objective
+from oacore.draws import prompts_of_step
+from oacore.fits.descent import adam_step
+from oacore.fits.resume import NOT_KEPT, Resumable, State
+from oacore.fits.watch import Watch
 from oacore.progress import progress
-from oacore.resume import load_state, save_state
 
-CLIP = 5.0  # gradient norm per edge group
+KEPT = 0.5  # the one threshold for learned scores
 NODE_WEIGHT = 2e-4  # largest weight of the node regulariser
 
 
@@ -75,60 +80,8 @@ def base_rate(weight: float) -> float:
     return 0.15 if weight <= 1e-4 else 0.1 if weight <= 5e-4 else 0.05
 
 
-@dataclass(frozen=True)
-class Edges:
-    """The graph's E edges as flat indices, and what the regulariser and the clip group them by."""
-
-    graph: Graph
-    index: Tensor  # [E] into a flattened [J S]
-    group: Tensor  # [E] layer, kind of destination (attention, MLP or logits), kind of source (head; MLP or input)
-    n_groups: int
-    writer: Tensor  # [L H] the source of each head
-    readers: tuple[Tensor, Tensor, Tensor]  # its q, k and v destinations
-
-    @classmethod
-    def of(cls, graph: Graph, device: torch.device) -> "Edges":
-        j, s = np.nonzero(graph.valid)
-        layer = np.searchsorted([graph.first_destination(layer + 1) for layer in range(graph.n_layers)], j, side="right")
-        is_mlp = np.isin(j, [graph.mlp_destination(layer) for layer in range(graph.n_layers)] + [graph.n_destinations - 1])
-        from_head = ~np.isin(s, [0] + [graph.mlp_source(layer) for layer in range(graph.n_layers)])
-        heads = np.arange(graph.n_heads)
-        layers = range(graph.n_layers)
-        readers = (
-            np.concatenate([graph.qkv(layer)[0].start + heads for layer in layers]),
-            *(np.concatenate([graph.qkv(layer)[part].start + heads // graph.group_size for layer in layers]) for part in (1, 2)),
-        )
-
-        def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-        return cls(
-            graph,
-            tensor(j * graph.n_sources + s),
-            tensor(layer * 4 + is_mlp * 2 + from_head),
-            4 * (graph.n_layers + 1),
-            tensor(np.concatenate([graph.first_source(layer) + heads for layer in layers])),
-            tuple(map(tensor, readers)),  # type: ignore[arg-type]
-        )
-
-    def full(self, values: Tensor) -> Tensor:
-        """Values [..., E] as [..., J, S], zeros where there is no edge; differentiable."""
-        flat = values.new_zeros((*values.shape[:-1], self.graph.n_destinations * self.graph.n_sources))
-        return flat.index_copy(-1, self.index, values).unflatten(-1, (self.graph.n_destinations, self.graph.n_sources))
-
-    def node_term(self, theta: Tensor) -> Tensor:
-        """tanh(2 in-and-out-degree / (L H)) L H / 2 summed over heads, [F]: it favours circuits with few heads."""
-        full = self.full(theta)
-        into, out = full.sum(2), full.sum(1)  # [F, J], [F, S]
-        q, k, v = (into[:, reader] for reader in self.readers)
-        n = len(self.writer)
-        degree = out[:, self.writer] + q + (k + v) / self.graph.group_size
-        return ((2 * degree / n).tanh() * n / 2).sum(1)
-
-    def clip(self, gradient: Tensor) -> Tensor:
-        """A gradient [F, E] with the norm of every group of edges of every fit at most CLIP."""
-        squares = gradient.new_zeros((len(gradient), self.n_groups)).index_add(1, self.group, gradient.square())
-        return gradient * (CLIP / squares.sqrt().clamp(min=CLIP))[:, self.group]
+ADVICE = "allowed: a smaller circuits.masks.learning_rate or constants_rate, and a model with finite weights"
+CONSTANTS = tuple(f"constants/{name}" for name in Constants._fields)
 
 
 def learn(
@@ -142,8 +95,7 @@ def learn(
     settings: MaskFit,
     *,
     train_constants: bool,
-    checkpoint: Path | None = None,
-    identity: str = "",
+    resumable: Resumable = NOT_KEPT,
     what: str = "masks",
 ) -> Masks:
     """Fit the masks of all knobs.
@@ -151,99 +103,147 @@ def learn(
     Args:
         weights: lambda of each fit; 0 for samplers that fix the size.
         scales: unit of the constants' learning rate.
-        checkpoint: file to resume from and to save to; removed by the caller when its result is safe.
+        resumable: where the state is kept, at every point of the curves.
+        what: named in the progress lines and in errors.
 
     Raises:
         UserError: a loss or gradient is not finite; names step, parameters, knobs, and the last good checkpoint.
     """
-    engine, graph = passes.engine, passes.engine.graph
-    device, n_fits = engine.model.device, len(knobs)
-    edges = Edges.of(graph, device)
-    lambdas = torch.tensor(weights, device=device)
-    rates = torch.tensor([base_rate(weight) for weight in weights], device=device)[:, None] * settings.learning_rate
-    rates = rates / sampler.slower.get(replacements.ablation, 1.0)
-    names = tuple(sampler.start(1, 1))
-    state = load_state(checkpoint, identity, device) or _initial_state(sampler, replacements.start, n_fits, len(edges.index), device)
-    K, P = settings.n_samples, min(settings.n_prompts, len(passes.examples))
-    slots = (torch.arange(n_fits)[:, None, None] * P + torch.arange(P)).expand(n_fits, K, P).flatten().to(device)
-    generator = torch.Generator(device)
+    sweep = _Sweep(sampler, knobs, weights, passes, replacements, scales, objective, settings, train_constants)
+    device, n_fits = passes.engine.model.device, len(knobs)
+    state = resumable.load(device) or sweep.initial_state()
     loss_sum, since = torch.zeros(n_fits, device=device), 0
-    watch, every_fit = Watch(checkpoint, int(state["step"])), torch.arange(n_fits, device=device)
+    watch, every_fit = Watch(resumable.path, int(state["step"])), torch.arange(n_fits, device=device)
     fits = [f"{what} {knob.value:g} (seed {knob.seed})" for knob in knobs]
     with progress(what=what, unit="steps", total=settings.n_steps, initial=int(state["step"])) as bar:
         while int(state["step"]) < settings.n_steps:
-            step = int(state["step"])
-            chosen = torch.cat([prompts_of_step(len(passes.examples), P, knob.stream, step) for knob in knobs]).to(device)
-            noise = torch.stack([_uniform(generator, knob, step, (K * P, len(edges.index))) for knob in knobs])
-            parameters = {name: state[name].requires_grad_() for name in names}
-            second = {name: state[f"{name}/second"] for name in names}
-            alpha, theta = sampler.sample(parameters, noise, second, step / settings.n_steps)
-            masks = edges.full(alpha.flatten(0, 1))  # [F R, J, S]
-            masks = masks * graph.prune(masks.detach() > 0)
-            constants = Constants(*(state[name].requires_grad_() for name in CONSTANTS)) if train_constants else None
-            written = replacements.of(chosen, step) if constants is None else constants.writes(engine, passes.examples.prompts.n_tokens)
-            found = passes.gradients(
-                objective,
-                chosen,
-                slots,
-                masks.detach(),
-                written.detach(),
-                owned=replacements.per_prompt,
-                constants=train_constants,
-                skip_dead=device.type == "cpu",
-            )
-            penalty = (lambdas * theta.sum(1) + (lambdas / 2).clamp(max=NODE_WEIGHT) * edges.node_term(theta)).sum()
-            torch.autograd.backward([masks, penalty], [found.masks / (K * P), None])
-            if constants is not None:
-                assert found.constants is not None
-                written.backward(found.constants / (K * P))
+            losses, gradients, sizes = sweep.gradients(state)
             state["step"] += 1
-            with torch.no_grad():
-                losses = found.losses.view(n_fits, -1).mean(1)
-                gradients = {name: edges.clip(_gradient(parameters[name])) for name in names}
-                if constants is not None:
-                    gradients |= {name: _gradient(state[name]) for name in CONSTANTS}
-                for seen, values in {"loss": losses, **{f"gradient of {name}": value for name, value in gradients.items()}}.items():
-                    watch.see(seen, values, step + 1, every_fit)
-                for name in names:
-                    _adam(state, name, gradients[name], rates, sampler.betas)
-                if constants is not None:
-                    for name, scale in zip(CONSTANTS, scales, strict=True):
-                        _adam(state, name, gradients[name], scale * settings.constants_rate, (0.9, 0.999))
-                loss_sum += losses
+            named = {"loss": losses} | {f"gradient of {name}": value for name, value in gradients.items()}
+            for name, values in named.items():
+                watch.see(name, values, int(state["step"]), every_fit)
+            sweep.descend(state, gradients)
+            loss_sum += losses
             since += 1
             bar.update()
             if since == settings.record_every or int(state["step"]) == settings.n_steps:
                 watch.check(fits, ADVICE)  # the one place where the host waits for the device
-                _record(state, loss_sum / since, theta.detach().sum(1))
+                _record(state, loss_sum / since, sizes)
                 loss_sum, since = torch.zeros(n_fits, device=device), 0
-                if checkpoint is not None:
-                    save_state(checkpoint, state, identity)
-                    watch.saved = int(state["step"])
-    fitted = Constants(*(state[name].detach() for name in CONSTANTS)) if train_constants else None
-    scores = edges.full(sampler.score({name: state[name].detach() for name in names}))
-    return Masks(scores, fitted, state["curve_steps"], state["curve_losses"], state["curve_sizes"])
+                resumable.save(state)
+                watch.saved = int(state["step"])
+    return sweep.masks(state)
 
 
-ADVICE = "allowed: a smaller circuits.masks.learning_rate or constants_rate, and a model with finite weights"
-CONSTANTS = tuple(f"constants/{name}" for name in Constants._fields)
+class _Sweep:
+    """The fits of all knobs side by side; what changes from step to step is the state."""
 
+    def __init__(
+        self,
+        sampler: Sampler,
+        knobs: Sequence[Knob],
+        weights: Sequence[float],
+        passes: Passes,
+        replacements: Replacements,
+        scales: Constants,
+        objective: Objective,
+        settings: MaskFit,
+        train_constants: bool,
+    ):
+        device, F = passes.engine.model.device, len(knobs)
+        self.sampler, self.knobs, self.passes, self.replacements = sampler, knobs, passes, replacements
+        self.scales, self.objective, self.settings, self.train_constants = scales, objective, settings, train_constants
+        self.device, self.edges = device, Edges.of(passes.engine.graph, device)
+        self.parameters = tuple(sampler.start(1, 1))  # their names
+        self.lambdas = torch.tensor(weights, device=device)
+        rates = torch.tensor([base_rate(weight) for weight in weights], device=device)[:, None]
+        self.rates = rates * settings.learning_rate / sampler.slower.get(replacements.ablation, 1.0)
+        self.n_prompts = min(settings.n_prompts, len(passes.examples))
+        self.n_rows = settings.n_samples * self.n_prompts  # R of a fit
+        K, P = settings.n_samples, self.n_prompts
+        slots = torch.arange(F)[:, None, None] * P + torch.arange(P)
+        self.slots = slots.expand(F, K, P).flatten().to(device)
+        self.generator = torch.Generator(device)
 
-def _initial_state(sampler: Sampler, start: Constants, n_fits: int, n_edges: int, device: torch.device) -> State:
-    state = {name: value.to(device) for name, value in sampler.start(n_fits, n_edges).items()}
-    state |= dict(zip(CONSTANTS, (part.clone() for part in start.repeat(n_fits)), strict=True))
-    state |= {f"{name}/{moment}": torch.zeros_like(value) for name, value in state.items() for moment in ("first", "second")}
-    nothing = torch.zeros(0, n_fits)
-    return state | {
-        "step": torch.zeros((), dtype=torch.int64),
-        "curve_steps": torch.zeros(0, dtype=torch.int64),
-        "curve_losses": nothing,
-        "curve_sizes": nothing.clone(),
-    }
+    def initial_state(self) -> State:
+        """Parameters, constants, their moments, and empty curves."""
+        F = len(self.knobs)
+        start = self.sampler.start(F, len(self.edges.index))
+        state = {name: value.to(self.device) for name, value in start.items()}
+        constants = self.replacements.start.repeat(F)
+        state |= dict(zip(CONSTANTS, (part.clone() for part in constants), strict=True))
+        moments = {
+            f"{name}/{moment}": torch.zeros_like(value)
+            for name, value in state.items()
+            for moment in ("first", "second")
+        }
+        curves = {"curve_losses": torch.zeros(0, F), "curve_sizes": torch.zeros(0, F)}
+        steps = {"step": torch.zeros((), dtype=torch.int64), "curve_steps": torch.zeros(0, dtype=torch.int64)}
+        return state | moments | steps | curves
+
+    def gradients(self, state: State) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Of one step: mean losses [F], gradients by the names of the state, and expected sizes [F]."""
+        step, edges, passes = int(state["step"]), self.edges, self.passes
+        drawn = [prompts_of_step(len(passes.examples), self.n_prompts, knob.stream, step) for knob in self.knobs]
+        chosen = torch.cat(drawn).to(self.device)
+        shape = (self.n_rows, len(edges.index))
+        noise = torch.stack([_uniform(self.generator, knob, step, shape) for knob in self.knobs])
+        parameters = {name: state[name].requires_grad_() for name in self.parameters}
+        second = {name: state[f"{name}/second"] for name in self.parameters}
+        alpha, theta = self.sampler.sample(parameters, noise, second, step / self.settings.n_steps)
+        masks = edges.full(alpha.flatten(0, 1))  # [F R, J, S]
+        masks = masks * edges.graph.prune(masks.detach() > 0)
+        constants, written = self._written(state, chosen, step)
+        computed = passes.gradients(
+            self.objective,
+            chosen,
+            self.slots,
+            masks.detach(),
+            written.detach(),
+            owned=self.replacements.per_prompt,
+            constants=self.train_constants,
+            skip_dead=self.device.type == "cpu",
+        )
+        node_weight = (self.lambdas / 2).clamp(max=NODE_WEIGHT)
+        penalty = (self.lambdas * theta.sum(1) + node_weight * edges.node_term(theta)).sum()
+        torch.autograd.backward([masks, penalty], [computed.masks / self.n_rows, None])
+        if constants is not None:
+            assert computed.constants is not None
+            written.backward(computed.constants / self.n_rows)
+        with torch.no_grad():
+            losses = computed.losses.view(len(self.knobs), -1).mean(1)
+            gradients = {name: edges.clip(_gradient(parameters[name])) for name in self.parameters}
+            if constants is not None:
+                gradients |= {name: _gradient(state[name]) for name in CONSTANTS}
+        return losses, gradients, theta.detach().sum(1)
+
+    def _written(self, state: State, chosen: Tensor, step: int) -> tuple[Constants | None, Tensor]:
+        """What ablated edges carry, and the constants that it is differentiable in, if these are trained."""
+        if not self.train_constants:
+            return None, self.replacements.of(chosen, step)
+        constants = Constants(*(state[name].requires_grad_() for name in CONSTANTS))
+        return constants, constants.writes(self.passes.engine, self.passes.examples.prompts.n_tokens)
+
+    @torch.no_grad()
+    def descend(self, state: State, gradients: dict[str, Tensor]) -> None:
+        """Adam's step number `state["step"]`, in place."""
+        for name in self.parameters:
+            _adam(state, name, gradients[name], self.rates, self.sampler.betas)
+        if self.train_constants:
+            for name, scale in zip(CONSTANTS, self.scales, strict=True):
+                _adam(state, name, gradients[name], scale * self.settings.constants_rate, (0.9, 0.999))
+
+    def masks(self, state: State) -> Masks:
+        """What the sweep has learned."""
+        constants = Constants(*(state[name].detach() for name in CONSTANTS)) if self.train_constants else None
+        scores = self.edges.full(self.sampler.score({name: state[name].detach() for name in self.parameters}))
+        return Masks(scores, constants, state["curve_steps"], state["curve_losses"], state["curve_sizes"])
 
 
 def _uniform(generator: torch.Generator, knob: Knob, step: int, shape: tuple[int, int]) -> Tensor:
-    """The noise of one fit's step, drawn on the device; seeded by both, so that any step can be drawn without those before it."""
+    """The noise of one fit's step, drawn on the device; seeded by both, so that any step can be drawn without those
+    before it.
+    """
     generator.manual_seed((knob.stream << 24) + step)
     return torch.rand(shape, generator=generator, device=generator.device)
 
@@ -267,3 +267,47 @@ def _record(state: State, losses: Tensor, sizes: Tensor) -> None:
     state["curve_steps"] = torch.cat((state["curve_steps"], state["step"][None]))
     state["curve_losses"] = torch.cat((state["curve_losses"], losses.cpu()[None]))
     state["curve_sizes"] = torch.cat((state["curve_sizes"], sizes.cpu()[None]))
+
+
+def search_masks(
+    request: SearchRequest,
+    sampler: Sampler,
+    weights: Sequence[float],
+    kept: Callable[[np.ndarray], np.ndarray],
+) -> Search:
+    """The circuits of all knobs and seeds from learned masks, all fitted at once.
+
+    Args:
+        weights: lambda of each fit.
+        kept: from scores float64 [F, J, S] in (0, 1) to the edges of each circuit, bool [F, J, S].
+    """
+    knobs = sweep_knobs(request)
+    start = request.task.start(request.ablation)
+    learned = learn(
+        sampler,
+        knobs,
+        weights,
+        request.task.passes["train"],
+        request.task.replacements(request.ablation, "train", start),
+        request.task.constant_scales,
+        request.objective,
+        request.settings.masks,
+        train_constants=EDGE_ABLATIONS[request.ablation].fitted,
+        resumable=request.resumable,
+        what=f"{request.task.name} {request.method} {request.ablation}",
+    )
+    circuits = kept(learned.scores.double().cpu().numpy())
+    curves = {"steps": learned.curve_steps, "losses": learned.curve_losses, "sizes": learned.curve_sizes}
+    values, seeds = [knob.value for knob in knobs], [knob.seed for knob in knobs]
+    return Search(bool_masks(circuits), learned.scores, values, seeds, curves)
+
+
+def search_lambdas(request: SearchRequest, sampler: Sampler) -> Search:
+    """The circuits of a sampler whose sizes lambda decides: of each fit the edges that are rather kept than not."""
+    weights = [knob.value for knob in sweep_knobs(request)]
+    return search_masks(request, sampler, weights, lambda scores: by_threshold(request.graph, scores, KEPT))
+
+
+def sweep_knobs(request: SearchRequest) -> list[Knob]:
+    """One fit for each knob and seed."""
+    return [Knob(value, seed) for value in request.knobs for seed in request.settings.seeds]

@@ -1,11 +1,12 @@
-"""The MIB benchmark, circuit track: CPR and CMD as it computes them, and optimal constants in the form that its evaluator reads.
+"""The MIB benchmark, circuit track: CPR and CMD as it computes them, and optimal constants in the form that its
+evaluator reads.
 
-What MIB means and what to mind when exporting to it: docs/mib.md. Symbols: L layers, H heads, k head width, d model width, K budgets.
+What MIB means and what to mind when exporting to it: docs/mib.md. Symbols: L layers, H heads, k head width, d model
+width, K budgets.
 """
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from oacore.artefacts import write_tensors
-from oacore.circuits.circuit import by_size, group_masks, ungroup
+from oacore.circuits.circuit import by_size
+from oacore.circuits.mib_file import group_masks, ungroup
 from oacore.errors import UserError
-from oacore.graph import Graph
-from oacore.model import Model
+from oacore.models.graph import Graph
+from oacore.models.weights import Model
 
 ROUNDING = 1e-5  # of metrics that are differences of fp32 logits
 BUDGETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of MIB's edges
@@ -29,17 +30,20 @@ def n_edges_of(graph: Graph, budgets: tuple[float, ...] = BUDGETS) -> np.ndarray
 
 
 def faithfulness(m: np.ndarray, m_empty: float, m_full: float) -> np.ndarray:
-    """f = (m - m_empty) / (m_full - m_empty): 0 for a circuit as good as none, 1 for one as good as the model; no upper bound.
+    """f = (m - m_empty) / (m_full - m_empty): 0 for a circuit as good as none, 1 for one as good as the model; no upper
+    bound.
 
     Raises:
         UserError: the empty circuit is as good as the model, or a metric is NaN or infinite.
     """
     if not np.isfinite([*m, m_empty, m_full]).all():
-        raise UserError(f"the task metric is {[*m, m_empty, m_full]} for circuits, no circuit, the model; allowed: finite numbers")
+        raise UserError(
+            f"the task metric is {[*m, m_empty, m_full]} for circuits, no circuit, the model; allowed: finite numbers"
+        )
     if math.isclose(m_full, m_empty, rel_tol=ROUNDING, abs_tol=ROUNDING):
         raise UserError(
-            f"the task metric is {m_full} for the model and {m_empty} for the empty circuit, which is the same but for rounding: "
-            "faithfulness is undefined"
+            f"the task metric is {m_full} for the model and {m_empty} for the empty circuit, which is the same but for "
+            "rounding: faithfulness is undefined"
         )
     return (m - m_empty) / (m_full - m_empty)
 
@@ -47,8 +51,8 @@ def faithfulness(m: np.ndarray, m_empty: float, m_full: float) -> np.ndarray:
 def cpr(x: np.ndarray, f: np.ndarray) -> float:
     """Integrated circuit performance ratio: the trapezoid area under f [K] over x [K]; more is better.
 
-    MIB takes x = budgets, so that a perfect circuit scores 0.999 and half of all weight lies between the last two budgets. Our log
-    variant takes x = `log_axis(budgets)`.
+    MIB takes x = budgets, so that a perfect circuit scores 0.999 and half of all weight lies between the last two
+    budgets. Our log variant takes x = `log_axis(budgets)`.
     """
     return float(np.trapezoid(f, x))
 
@@ -59,7 +63,9 @@ def cmd(x: np.ndarray, f: np.ndarray) -> float:
 
 
 def log_axis(budgets: np.ndarray) -> np.ndarray:
-    """ln k / ln(k_max / k_min) [K]: an axis of length 1, so that areas over it are averages over orders of magnitude."""
+    """ln k / ln(k_max / k_min) [K]: an axis of length 1, so that areas over it are averages over orders of
+    magnitude.
+    """
     return np.log(budgets) / np.log(budgets[-1] / budgets[0])
 
 
@@ -76,13 +82,14 @@ class Score(NamedTuple):
 def score(graph: Graph, scores: np.ndarray, evaluate: Callable[[np.ndarray], Any], *, absolute: bool) -> Score:
     """Judge a ranking of edges at every budget.
 
-    Each budget's circuit is its highest-scoring edges of MIB's graph, pruned; the areas are over the *requested* budgets, as MIB has
-    it. Where a budget cuts through a group of query heads, the shared key or value counts as in.
+    Each budget's circuit is its highest-scoring edges of MIB's graph, pruned; the areas are over the *requested*
+    budgets, as MIB has it. Where a budget cuts through a group of query heads, the shared key or value counts as in.
 
     Args:
         scores: [J, S].
-        evaluate: masks bool [n, J, S] -> the mean task metric of each circuit [n]; MIB's is the logit difference at the last position,
-            with counterfactual patching. It is called once, with the empty circuit, the budgets' circuits and the whole graph.
+        evaluate: masks bool [n, J, S] -> the mean task metric of each circuit [n]; MIB's is the logit difference at the
+            last position, with counterfactual patching. It is called once, with the empty circuit, the budgets'
+            circuits and the whole graph.
         absolute: rank by magnitude.
 
     Raises:
@@ -96,7 +103,13 @@ def score(graph: Graph, scores: np.ndarray, evaluate: Callable[[np.ndarray], Any
     m = np.asarray(evaluate(masks), np.float64)
     f = faithfulness(m[1:-1], m[0], m[-1])
     table = pd.DataFrame(
-        {"budget": BUDGETS, "edges_requested": requested, "edges": chosen.sum((1, 2)), "metric": m[1:-1], "faithfulness": f}
+        {
+            "budget": BUDGETS,
+            "edges_requested": requested,
+            "edges": chosen.sum((1, 2)),
+            "metric": m[1:-1],
+            "faithfulness": f,
+        }
     )
     x = np.array(BUDGETS)
     log_x = log_axis(x)
@@ -106,18 +119,18 @@ def score(graph: Graph, scores: np.ndarray, evaluate: Callable[[np.ndarray], Any
 def export_constants(model: Model, constants: dict[str, Tensor], lengths: Tensor | None) -> dict[str, Tensor]:
     """Constants of our graph in the basis of MIB's model, under the names that EAP-IG 7af394a looks up.
 
-    MIB loads models with TransformerLens's default weight processing. It folds the bias of the LayerNorm that attention reads through
-    W_V into b_V, and b_V through W_O into b_O, so a head's output lacks (b_V + b_LN W_V) W_O: attention rows sum to one, so that is the
-    same everywhere, and is subtracted here. It makes LayerNorm models write vectors of mean 0, which LayerNorm can't tell apart: so are
-    these. Heads come through W_O, without b_O; MLPs with their bias.
+    MIB loads models with TransformerLens's default weight processing. It folds the bias of the LayerNorm that attention
+    reads through W_V into b_V, and b_V through W_O into b_O, so a head's output lacks (b_V + b_LN W_V) W_O: attention
+    rows sum to one, so that is the same everywhere, and is subtracted here. It makes LayerNorm models write vectors of
+    mean 0, which LayerNorm can't tell apart: so are these. Heads come through W_O, without b_O; MLPs with their bias.
 
-    MIB's input node is the token embedding alone; learned positions stay. A constant for token plus position can only be carried over
-    on average: the mean position embedding of the prompts is subtracted.
+    MIB's input node is the token embedding alone; learned positions stay. A constant for token plus position can only
+    be carried over on average: the mean position embedding of the prompts is subtracted.
 
     Args:
         constants: `input` [d], `head` [L, H, k] at z, `mlp` [L, d].
-        lengths: int [n], tokens of each prompt that `input` was fitted on, if it replaces token plus position; None if it replaces the
-            token embedding alone. Of no effect on models without learned positions.
+        lengths: int [n], tokens of each prompt that `input` was fitted on, if it replaces token plus position; None if
+            it replaces the token embedding alone. Of no effect on models without learned positions.
 
     Returns:
         fp32 on the CPU: `hook_embed` [d], `blocks.{l}.attn.hook_result` [H, d], `blocks.{l}.hook_mlp_out` [d].
@@ -154,18 +167,15 @@ def _check_shapes(model: Model, constants: dict[str, Tensor]) -> None:
         "mlp": (model.n_layers, model.d_model),
     }
     if set(constants) != set(allowed):
-        raise UserError(f"constants for {', '.join(sorted(constants)) or 'nothing'}; allowed: {', '.join(allowed)}, all of them")
+        raise UserError(
+            f"constants for {', '.join(sorted(constants)) or 'nothing'}; allowed: {', '.join(allowed)}, all of them"
+        )
     for name, shape in allowed.items():
-        found = tuple(constants[name].shape)
-        if len(found) == len(shape) + 1:
+        given = tuple(constants[name].shape)
+        if len(given) == len(shape) + 1:
             raise UserError(
-                f"constants for {name} have the shape {list(found)}, one per position; allowed: {list(shape)}, because EAP-IG puts one "
-                "vector at all positions: fit constants that are not positional"
+                f"constants for {name} have the shape {list(given)}, one per position; allowed: {list(shape)}, because "
+                "EAP-IG puts one vector at all positions: fit constants that are not positional"
             )
-        if found != shape:
-            raise UserError(f"constants for {name} have the shape {list(found)}; allowed for this model: {list(shape)}")
-
-
-def save_constants(path: str | Path, exported: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write what `export_constants` returns as safetensors with the facts as JSON; docs/mib.md has the converter to EAP-IG's own format."""
-    write_tensors(path, exported, facts)
+        if given != shape:
+            raise UserError(f"constants for {name} have the shape {list(given)}; allowed for this model: {list(shape)}")

@@ -1,15 +1,22 @@
-"""Mask learning under a budget: UGS whose probabilities always add up to k edges, so that circuits come at a chosen size without lambda.
+"""Mask learning under a budget: UGS whose probabilities always add up to k edges, so that circuits come at a chosen
+size without lambda.
 
-theta = sigmoid(logit + shift) with the one shift per fit that makes sum theta = k; gradients flow through the shift. k falls geometrically
-from three quarters of the edges to its target over the first half of the fit, because a circuit cut out at once can't be found again.
+theta = sigmoid(logit + shift) with the one shift per fit that makes sum theta = k; gradients flow through the shift. k
+falls geometrically from three quarters of the edges to its target over the first half of the fit, because a circuit cut
+out at once can't be found again.
 
 Symbols: F fits, E edges.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from oacore.circuits.ugs import State, UniformSampler
+from oacore.circuits.circuit import by_size
+from oacore.circuits.learn import search_masks, sweep_knobs
+from oacore.circuits.search import Search, SearchRequest, checked_sizes
+from oacore.circuits.ugs import UniformSampler
+from oacore.fits.resume import State
 
 START = 0.73  # share of edges at first: sigmoid(1), as UGS starts
 ANNEALED = 0.5  # share of the fit until k is reached
@@ -24,14 +31,18 @@ class TopKSampler(UniformSampler):
         self.sizes = sizes
 
     def start(self, n_fits: int, n_edges: int) -> State:
+        """Logits at 0, [F, E]."""
         return {"logit": torch.zeros(n_fits, n_edges)}
 
     def probability(self, parameters: State, step_share: float) -> Tensor:
+        """theta [F, E] of the expected size that is left at this part of the fit: it shrinks to the budget."""
         logit = parameters["logit"]
         full = START * logit.shape[1]
         sizes = self.sizes.to(logit)
         share = min(1.0, step_share / ANNEALED)
-        budget = torch.where(sizes < full, full ** (1 - share) * sizes.clamp(min=1e-3) ** share, sizes.clamp(max=logit.shape[1] - 1e-3))
+        budget = torch.where(
+            sizes < full, full ** (1 - share) * sizes.clamp(min=1e-3) ** share, sizes.clamp(max=logit.shape[1] - 1e-3)
+        )
         return budgeted(logit, budget)
 
 
@@ -48,3 +59,11 @@ def budgeted(logit: Tensor, budget: Tensor) -> Tensor:
         slope = slope * (1 - slope)
         weight = slope / slope.sum(1, keepdim=True)
     return (logit + shift - (weight * (logit - logit.detach())).sum(1, keepdim=True)).sigmoid()
+
+
+def search(request: SearchRequest) -> Search:
+    """Circuits of the highest scores, one for each size and seed; the size is fixed, so that no edge has a price."""
+    sizes = checked_sizes([knob.value for knob in sweep_knobs(request)], request.graph.n_edges)
+    sampler = TopKSampler(torch.tensor(sizes, dtype=torch.float32), request.settings.masks.dynamic_window)
+    weights = [0.0] * len(sizes)
+    return search_masks(request, sampler, weights, lambda scores: by_size(request.graph, scores, np.array(sizes)))

@@ -1,8 +1,10 @@
-"""Uniform gradient sampling: edge masks that are 0, 1, or uniform in a window, so that their gradient is unbiased (Li & Janson 2024, 3).
+"""Uniform gradient sampling: edge masks that are 0, 1, or uniform in a window, so that their gradient is unbiased (Li &
+Janson 2024, 3).
 
 theta = sigmoid(logit) is the probability that an edge is kept. With u ~ U(0, 1) and a window w = theta (1 - theta),
-alpha = 1 - clamp((u - theta) / w + 1/2, 0, 1) is 1 with probability theta - w/2, uniform on (0, 1) with probability w, else 0. The mean of
-the loss's derivative in alpha over U(0, 1) is L(1) - L(0), so the mean over the samples in the window estimates dE[L]/dtheta.
+alpha = 1 - clamp((u - theta) / w + 1/2, 0, 1) is 1 with probability theta - w/2, uniform on (0, 1) with probability w,
+else 0. The mean of the loss's derivative in alpha over U(0, 1) is L(1) - L(0), so the mean over the samples in the
+window estimates dE[L]/dtheta.
 
 Symbols: F fits, R samples of a fit's step, E edges.
 """
@@ -12,11 +14,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+from oacore.circuits.learn import search_lambdas
+from oacore.circuits.search import Search, SearchRequest
+from oacore.fits.resume import State
 
 
 class _Window(torch.autograd.Function):
-    """alpha [F, R, E] of theta [F, E] and noise, with d alpha / d theta = 1 in the window, averaged over the samples in it."""
+    """alpha [F, R, E] of theta [F, E] and noise, with d alpha / d theta = 1 in the window, averaged over the samples in
+    it.
+    """
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, window: Tensor, noise: Tensor) -> Tensor:
@@ -37,8 +43,8 @@ class UniformSampler:
     """The mask distribution of UGS.
 
     Args:
-        dynamic_window: widen the window of edges whose gradient is noisy: times the Adam estimate of its standard deviation over the
-            fit's mean, between 0.5 and 2.
+        dynamic_window: widen the window of edges whose gradient is noisy: times the Adam estimate of its standard
+            deviation over the fit's mean, between 0.5 and 2.
     """
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.995)
@@ -51,6 +57,7 @@ class UniformSampler:
         self.dynamic_window = dynamic_window
 
     def start(self, n_fits: int, n_edges: int) -> State:
+        """Logits at 1, [F, E]."""
         return {"logit": torch.ones(n_fits, n_edges)}
 
     def probability(self, parameters: State, step_share: float) -> Tensor:
@@ -58,7 +65,8 @@ class UniformSampler:
         return parameters["logit"].sigmoid()
 
     def sample(self, parameters: State, noise: Tensor, second: State, step_share: float) -> tuple[Tensor, Tensor]:
-        """Masks alpha [F, R, E] from noise in [0, 1), and theta [F, E], the size that lambda weighs; both differentiable.
+        """Masks alpha [F, R, E] from noise in [0, 1), and theta [F, E], the size that lambda weighs; both
+        differentiable.
 
         `second` holds Adam's running mean square of each parameter's gradient.
         """
@@ -73,3 +81,8 @@ class UniformSampler:
     def score(self, parameters: State) -> Tensor:
         """What the threshold rule compares with 1/2: theta [F, E]."""
         return self.probability(parameters, 1.0)
+
+
+def search(request: SearchRequest) -> Search:
+    """Circuits by uniform gradient sampling, one for each lambda and seed."""
+    return search_lambdas(request, UniformSampler(request.settings.masks.dynamic_window))

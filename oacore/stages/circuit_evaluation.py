@@ -1,5 +1,7 @@
 """Judge all circuits of one ablation type on equal terms: constants fitted anew, then held-out losses."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,109 +10,135 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from oacore.artefacts import read_json, write_table, write_tensors
-from oacore.circuits.circuit import Circuit, save
-from oacore.circuits.evaluate import Measured, measure, refit_constants
-from oacore.circuits.patching import Constants
-from oacore.codehash import codehash
-from oacore.config import FITTED, CircuitMethod, Circuits, Config, EdgeAblation
-from oacore.layout import Layout, circuit_file, short_hash
+from oacore.circuits.circuit import Circuit
+from oacore.circuits.constants import Constants
+from oacore.circuits.evaluate import CircuitLosses, circuit_losses, refit_constants
+from oacore.circuits.mib_file import save_circuit
+from oacore.circuits.search import Search
+from oacore.circuits.task import CircuitTask
+from oacore.config.circuits import EDGE_ABLATIONS, Circuits, EdgeAblation
+from oacore.config.run import Config
+from oacore.fits.resume import NOT_KEPT, Resumable
+from oacore.jobs import Files
 from oacore.metrics import mean_and_se
-from oacore.stages.circuit_setting import Found, Setting, circuit_folder
-from oacore.stages.common import need
+from oacore.store.artefacts import read_json, write_table, write_tensors
+from oacore.store.codehash import codehash
+from oacore.store.layout import circuit_file
+from oacore.store.provenance import Provenance
 
 
-def run(config: Config, task: str, ablation: EdgeAblation) -> None:
+def run(config: Config, inputs: Files, outputs: Files, task: str, ablation: EdgeAblation) -> None:
     """Write every method's circuits, pareto.csv and, for fitted ablations, constants.safetensors."""
-    settings, layout = config.circuits, Layout(config)
+    settings = config.circuits
     assert settings is not None
-    setting = Setting.open(config, task)
-    found = {
-        method: Found.load(
-            need(circuit_folder(layout, task, method, ablation) / "search.safetensors", "circuit_search"),
-            setting.expect | {"method": method, "ablation": ablation},
-        )
-        for method in settings.methods
-    }
-    masks = torch.cat([part.masks for part in found.values()])
+    opened = CircuitTask.open(config, inputs, task)
+    judged = _read(settings, opened, ablation, inputs, outputs)
+    masks = torch.cat([part.search.masks for part in judged])
     # Different methods, and neighbouring knobs, often find the same circuit: it is fitted once.
     unique, which = np.unique(np.packbits(masks.flatten(1).numpy(), axis=1), axis=0, return_inverse=True)
     first = torch.tensor([int(np.flatnonzero(which == index)[0]) for index in range(len(unique))])
-    own = masks[first].float().to(setting.engine.model.device)
-    names = [_name(found, int(row)) for row in first]
-    constants, measured = _judge(setting, settings, ablation, own, names)
-    start = 0
-    for method, part in found.items():
-        rows = torch.from_numpy(which[start : start + len(part.knobs)]).flatten()
-        start += len(part.knobs)
-        picked = Measured(measured.kl[rows], measured.logit_diff[rows])
-        _write(setting, settings, method, ablation, part, picked, None if constants is None else Constants(*(x[rows] for x in constants)))
-    _checkpoint(layout, task, ablation).unlink(missing_ok=True)
+    names = [name for part in judged for name in part.names]
+    names = [names[row] for row in first.tolist()]
+    distinct = masks[first].float().to(opened.engine.model.device)
+    with _resumable(settings, opened, ablation, outputs, names, distinct) as resumable:
+        constants, losses = _judge(settings, opened, ablation, distinct, names, resumable)
+        start = 0
+        for part in judged:
+            rows = torch.from_numpy(which[start : start + len(part.names)]).flatten()
+            start += len(part.names)
+            own_constants = None if constants is None else Constants(*(values[rows] for values in constants))
+            _write(opened, part, CircuitLosses(losses.kl[rows], losses.logit_diff[rows]), own_constants)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One method's circuits, and where what is said of them goes."""
+
+    method: str
+    search: Search
+    timing: dict[str, Any]
+    pareto: Path
+    provenance: Provenance
+
+    @property
+    def names(self) -> list[str]:
+        """What errors call the circuits."""
+        return [f"{self.method} {knob:g}" for knob in self.search.knobs]
+
+
+def _read(
+    settings: Circuits, opened: CircuitTask, ablation: EdgeAblation, inputs: Files, outputs: Files
+) -> list[_Judged]:
+    files = zip(settings.methods, inputs.all("searches"), inputs.all("timings"), outputs.all("paretos"), strict=True)
+    judged = []
+    for method, search, timing, pareto in files:
+        provenance = opened.provenance.requiring(method=method, ablation=ablation)
+        read = Search.load(search, provenance), read_json(timing, provenance)
+        judged.append(_Judged(method, *read, pareto, provenance.noting(objective=settings.objective_of(method))))
+    return judged
+
+
+def _resumable(
+    settings: Circuits,
+    opened: CircuitTask,
+    ablation: EdgeAblation,
+    outputs: Files,
+    names: Sequence[str],
+    masks: Tensor,
+) -> Resumable:
+    """Where the fit of all circuits' constants is kept, beside the methods' folders."""
+    if not EDGE_ABLATIONS[ablation].fitted:
+        return NOT_KEPT
+    folder = outputs.all("paretos")[0].parents[1]
+    depends_on = [ablation, settings.refit.model_dump(), names, masks.sum((1, 2)).tolist()]
+    depends_on.append(codehash(EDGE_ABLATIONS[ablation].module))
+    return Resumable.beside(folder / f"refit-{ablation}", opened.provenance, "oacore.circuits.evaluate", *depends_on)
 
 
 def _judge(
-    setting: Setting, settings: Circuits, ablation: EdgeAblation, masks: Tensor, names: list[str]
-) -> tuple[Constants | None, Measured]:
-    start, constants = setting.start(ablation), None
-    if ablation in FITTED:
-        identity = short_hash([setting.identity, ablation, settings.refit.model_dump(), names, masks.sum((1, 2)).tolist(), _code()])
-        constants, fit = refit_constants(
-            setting.passes["train"],
-            setting.passes["validation"],
+    settings: Circuits,
+    opened: CircuitTask,
+    ablation: EdgeAblation,
+    masks: Tensor,
+    names: Sequence[str],
+    resumable: Resumable,
+) -> tuple[Constants | None, CircuitLosses]:
+    """Constants of every circuit, where the ablation type has fitted ones, and all losses on the test prompts."""
+    start, constants = opened.start(ablation), None
+    if EDGE_ABLATIONS[ablation].fitted:
+        constants, descent = refit_constants(
+            opened.passes["train"],
+            opened.passes["validation"],
             start,
-            setting.scales,
+            opened.constant_scales,
             masks,
             settings.refit,
             names=names,
-            seed=setting.config.seed,
-            checkpoint=_checkpoint(setting.layout, setting.task, ablation),
-            identity=identity,
-            what=f"{setting.task} {ablation} refit",
+            seed=opened.seed,
+            resumable=resumable,
+            what=f"{opened.name} {ablation} refit",
         )
-        print(f"{setting.task} {ablation}: constants of {int(fit.converged.sum())} of {len(masks)} circuits converged")
-    return constants, measure(setting.passes["test"], masks, setting.replacements(ablation, "test", start), constants)
+        converged = int(descent.converged.sum())
+        print(f"{opened.name} {ablation}: constants of {converged} of {len(masks)} circuits converged")
+    replacements = opened.replacements(ablation, "test", start)
+    return constants, circuit_losses(opened.passes["test"], masks, replacements, constants)
 
 
-def _code() -> str:
-    return codehash("oacore.stages.circuit_evaluation")
-
-
-def _checkpoint(layout: Layout, task: str, ablation: EdgeAblation) -> Path:
-    return Path(layout.circuits(task, f".refit-{ablation}-checkpoint.safetensors"))
-
-
-def _name(found: dict[CircuitMethod, Found], row: int) -> str:
-    for method, part in found.items():
-        if row < len(part.knobs):
-            return f"{method} {part.knobs[row]:g}"
-        row -= len(part.knobs)
-    raise IndexError(row)
-
-
-def _write(
-    setting: Setting,
-    settings: Circuits,
-    method: CircuitMethod,
-    ablation: EdgeAblation,
-    found: Found,
-    measured: Measured,
-    constants: Constants | None,
-) -> None:
-    folder = circuit_folder(setting.layout, setting.task, method, ablation)
-    graph, rows = setting.engine.graph, []
-    timing = read_json(need(folder / "timing.json", "circuit_search"), setting.expect | {"method": method, "ablation": ablation})
-    kl, se = (part.cpu().tolist() for part in mean_and_se(measured.kl))
-    logit_diff = measured.logit_diff.double().mean(1).cpu().tolist()
-    about = {**setting.identity, "method": method, "ablation": ablation, "objective": settings.objective_of(method)}
-    for index, (knob, seed) in enumerate(zip(found.knobs, found.seeds, strict=True)):
-        facts: dict[str, Any] = {**about, "knob": knob, "seed": seed, "d_model": setting.engine.model.d_model, "kl_nats": kl[index]}
-        circuit = Circuit.of(graph, found.scores[index].double().numpy(), found.masks[index].numpy(), facts)
-        save(folder / circuit_file(knob, seed), circuit)
+def _write(opened: CircuitTask, judged: _Judged, losses: CircuitLosses, constants: Constants | None) -> None:
+    """The files of one method."""
+    folder, search, model, rows = judged.pareto.parent, judged.search, opened.engine.model, []
+    kl, se = (part.cpu().tolist() for part in mean_and_se(losses.kl))
+    logit_diff = losses.logit_diff.double().mean(1).cpu().tolist()
+    for index, (knob, seed) in enumerate(zip(search.knobs, search.seeds, strict=True)):
+        facts = judged.provenance.noting(knob=knob, seed=seed, d_model=model.d_model, kl_nats=kl[index]).facts
+        scores, mask = search.scores[index].double().numpy(), search.masks[index].numpy()
+        circuit = Circuit.of(opened.engine.graph, scores, mask, facts)
+        save_circuit(folder / circuit_file(knob, seed), circuit)
         rows.append(
             {
-                "method": method,
-                "ablation": ablation,
-                "objective": about["objective"],
+                "method": judged.method,
+                "ablation": facts["ablation"],
+                "objective": facts["objective"],
                 "knob": knob,
                 "seed": seed,
                 "edges": circuit.n_edges,
@@ -118,10 +146,11 @@ def _write(
                 "kl_nats": kl[index],
                 "se_nats": se[index],
                 "logit_diff": logit_diff[index],
-                "fit_seconds": timing["seconds_per_circuit"],
-                "peak_mb": timing["peak_mb"],
+                "fit_seconds": judged.timing["seconds_per_circuit"],
+                "peak_mb": judged.timing["peak_mb"],
             }
         )
     if constants is not None:
-        write_tensors(folder / "constants.safetensors", constants._asdict(), {**about, "knobs": found.knobs, "seeds": found.seeds})
-    write_table(folder / "pareto.csv", pd.DataFrame(rows), about)
+        provenance = judged.provenance.noting(knobs=search.knobs, seeds=search.seeds)
+        write_tensors(folder / "constants.safetensors", constants._asdict(), provenance)
+    write_table(judged.pareto, pd.DataFrame(rows), judged.provenance)

@@ -1,68 +1,86 @@
 """Draw a task's circuit figures from its tables and circuit files."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
-from oacore import circuit_drawing, circuit_plots, plots
-from oacore.artefacts import read_table, write_svg, write_table
-from oacore.circuits.circuit import Circuit, edge_frequency, edge_table, load, stability
-from oacore.config import Config
-from oacore.layout import Layout, circuit_file
-from oacore.stages.common import model_facts, need, origin
+from oacore.circuits.circuit import Circuit, edge_table
+from oacore.circuits.drawing import circuit_svg
+from oacore.circuits.mib_file import load_circuit
+from oacore.circuits.plots import circuit_figures, smallest_good
+from oacore.circuits.stability import edge_frequency, stability
+from oacore.config.circuits import leading
+from oacore.config.run import Config
+from oacore.inputs import provenance_of
+from oacore.jobs import Files
+from oacore.report.figures import save
+from oacore.store.artefacts import read_json, read_table, write_svg, write_table
+from oacore.store.layout import circuit_file
 
 DRAWN_EDGES = 1000  # more make a page of megabytes that nobody can read
 
 
-def run(config: Config, task: str) -> None:
-    """Write pareto.csv of all methods, stability.csv, edge_frequency.csv, the figures and one drawing per ablation type."""
-    layout = Layout(config)
-    settings = config.circuits
-    assert settings is not None
-    folders = [f"{method}-{ablation}" for ablation in settings.ablations for method in settings.methods]
-    belongs = origin(layout, task)
-    tables = [read_table(need(layout.circuits(task, f"{folder}/pareto.csv"), "circuit_evaluation"), belongs) for folder in folders]
-    pareto = pd.concat(tables, ignore_index=True)
-    n_edges = model_facts(layout)["sizes"]["n_edges"]
-    write_table(layout.circuits(task, "pareto.csv"), pareto, belongs)
-    frequency, alike = _over_seeds(layout, task, pareto)
-    write_table(layout.circuits(task, "stability.csv"), alike, belongs)
-    write_table(layout.circuits(task, "edge_frequency.csv"), frequency, belongs)
-    figures = circuit_plots.circuit_figures(pareto, n_edges)
-    for name, figure in figures.items():
-        plots.save(figure, layout.circuits(task, f"figures/{name}"), belongs)
-    for ablation in settings.ablations:
-        svg = _drawing(layout, task, pareto[pareto["ablation"] == ablation])
-        write_svg(layout.circuits(task, f"figures/circuit_{ablation}.svg"), svg, belongs)
+def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
+    """Write pareto.csv of all methods, stability.csv, edge_frequency.csv, the figures and one drawing per ablation
+    type.
+    """
+    assert config.circuits is not None
+    provenance, facts = provenance_of(config, inputs["model"], task), read_json(inputs["model"])
+    files = _CircuitFiles(inputs, facts["model_hash"])
+    pareto = pd.concat([read_table(path, provenance) for path in inputs.all("paretos")], ignore_index=True)
+    frequency, alike = _over_seeds(files, pareto)
+    write_table(outputs["pareto"], pareto, provenance)
+    write_table(outputs["stability"], alike, provenance)
+    write_table(outputs["edge_frequency"], frequency, provenance)
+    figures = circuit_figures(pareto, facts["sizes"]["n_edges"])
+    for svg in outputs.all("figures", ".svg"):
+        save(figures[svg.stem], svg.with_suffix(""), provenance)
+    for ablation, svg in zip(config.circuits.ablations, outputs.all("drawings"), strict=True):
+        write_svg(svg, _drawing(files, pareto[pareto["ablation"] == ablation]), provenance)
 
 
-def _drawing(layout: Layout, task: str, pareto: pd.DataFrame) -> str:
-    """One circuit of UGS, if it was run, otherwise of the first method; of any method, if all of that one's are too large."""
+class _CircuitFiles:
+    """Circuits by the rows of pareto.csv."""
+
+    def __init__(self, inputs: Files, model_hash: str):
+        self._paths = {(path.parent.name, path.name): path for path in inputs.all("circuits")}
+        self._model_hash = model_hash
+
+    def load(self, row: pd.Series) -> Circuit:
+        """The circuit of one row."""
+        folder, name = f"{row['method']}-{row['ablation']}", circuit_file(row["knob"], int(row["seed"]))
+        path: Path = self._paths[folder, name]
+        return load_circuit(path, model_hash=self._model_hash, signed=True)
+
+
+def _drawing(files: _CircuitFiles, pareto: pd.DataFrame) -> str:
+    """One circuit of the leading method; of any method, if all of that one's are too large."""
     pareto = pareto[pareto["kl_nats"].notna()]
-    own = pareto[pareto["method"] == ("ugs" if (pareto["method"] == "ugs").any() else pareto["method"].iloc[0])]
-    row = circuit_plots.smallest_good(own if (own["edges"] <= DRAWN_EDGES).any() else pareto, DRAWN_EDGES)
-    circuit = _load(layout, task, row)
-    title = f"{row['method']} {row['ablation']}, knob {row['knob']:g}, seed {row['seed']}: {row['edges']} edges, {row['kl_nats']:.3g} nats"
-    return circuit_drawing.circuit_svg(edge_table(circuit), circuit.graph, title)
+    of_leading = pareto[pareto["method"] == leading(dict.fromkeys(pareto["method"]))]
+    row = smallest_good(of_leading if (of_leading["edges"] <= DRAWN_EDGES).any() else pareto, DRAWN_EDGES)
+    circuit = files.load(row)
+    title = f"{row['method']} {row['ablation']}, knob {row['knob']:g}, seed {row['seed']}: {row['edges']} edges, "
+    return circuit_svg(edge_table(circuit), circuit.graph, f"{title}{row['kl_nats']:.3g} nats")
 
 
-def _load(layout: Layout, task: str, row: pd.Series) -> Circuit:
-    path = layout.circuits(task, f"{row['method']}-{row['ablation']}/{circuit_file(row['knob'], int(row['seed']))}")
-    return load(path, model_hash=model_facts(layout)["model_hash"], signed=True)
-
-
-def _over_seeds(layout: Layout, task: str, pareto: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How often each edge is in a circuit, and how alike circuits are, over the seeds of each method, ablation type and knob."""
+def _over_seeds(files: _CircuitFiles, pareto: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How often each edge is in a circuit, and how alike circuits are, over the seeds of each method, ablation type and
+    knob.
+    """
     frequencies, rows = [], []
     for (method, ablation, knob), group in pareto.groupby(["method", "ablation", "knob"], sort=False):
         if len(group) < 2:
             continue
-        circuits = [_load(layout, task, row) for _, row in group.iterrows()]
+        circuits = [files.load(row) for _, row in group.iterrows()]
         masks = np.stack([circuit.mask for circuit in circuits])
         share, graph = edge_frequency(masks), circuits[0].graph
         names = [graph.edge_name(int(s), int(j)) for j, s in np.argwhere(share > 0)]
-        frequencies.append(pd.DataFrame({"method": method, "ablation": ablation, "knob": knob, "edge": names, "share": share[share > 0]}))
-        alike = stability(masks)
-        rows.append((method, ablation, knob, len(group), *alike))
-    columns = ["method", "ablation", "knob", "n_circuits", "jaccard", "jaccard_low", "jaccard_high"]
+        columns = {"method": method, "ablation": ablation, "knob": knob, "edge": names, "share": share[share > 0]}
+        frequencies.append(pd.DataFrame(columns))
+        rows.append((method, ablation, knob, len(group), *stability(masks)))
     empty = pd.DataFrame(columns=["method", "ablation", "knob", "edge", "share"])
-    return pd.concat(frequencies, ignore_index=True) if frequencies else empty, pd.DataFrame(rows, columns=columns)
+    alike = pd.DataFrame(
+        rows, columns=["method", "ablation", "knob", "n_circuits", "jaccard", "jaccard_low", "jaccard_high"]
+    )
+    return pd.concat(frequencies, ignore_index=True) if frequencies else empty, alike

@@ -1,11 +1,11 @@
 """Train the embedded model."""
 
-from oacore import demo
-from oacore.config import Config
-from oacore.layout import Layout
+from oacore.config.run import Config
+from oacore.jobs import Files
+from oacore.models import demo
 
 
-def run(config: Config) -> None:
+def run(config: Config, inputs: Files, outputs: Files) -> None:
     """Write the demo model's directory."""
-    measured = demo.build(Layout(config).demo_model, config.demo_model)
-    print("demo model, held out: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
+    held_out = demo.build_demo(outputs["demo"], config.demo_model)
+    print("demo model, held out: " + ", ".join(f"{name} {value:.3f}" for name, value in held_out.items()))

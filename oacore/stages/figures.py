@@ -2,20 +2,25 @@
 
 import pandas as pd
 
-from oacore import plots
-from oacore.artefacts import read_table
-from oacore.config import Config
-from oacore.constants import load_curves
-from oacore.layout import Layout
-from oacore.stages.common import need, origin
+from oacore.ablation.plots import ablation_figures
+from oacore.config.run import Config
+from oacore.fits.record import read_curves
+from oacore.inputs import provenance_of
+from oacore.jobs import Files
+from oacore.report.figures import save
+from oacore.store.artefacts import read_table
 
 
-def run(config: Config, task: str) -> None:
+def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write every figure as SVG and PNG."""
-    layout = Layout(config)
-    belongs = origin(layout, task)
-    gaps = read_table(need(layout.ablation(task, "gaps.csv"), "gaps"), belongs, dtype={"head": "Int64"})
-    curves = [load_curves(need(layout.constants(task, method), "optimal"), method, belongs) for method in config.ablation.fitted()]
-    figures = plots.ablation_figures(gaps, pd.concat(curves, ignore_index=True) if curves else None)
-    for name, figure in figures.items():
-        plots.save(figure, layout.ablation(task, name), belongs)
+    provenance = provenance_of(config, inputs["model"], task)
+    gaps = read_table(inputs["gaps"], provenance, dtype={"head": "Int64"})
+    curves = [
+        read_curves(path, provenance)
+        .rename(columns={"fit": "component", "validation_loss": "validation_gap_nats"})
+        .assign(method=method)
+        for method, path in zip(config.ablation.fitted(), inputs.all("constants"), strict=True)
+    ]
+    figures = ablation_figures(gaps, pd.concat(curves, ignore_index=True) if curves else None)
+    for svg in outputs.all("figures", ".svg"):
+        save(figures[svg.stem], svg.with_suffix(""), provenance)

@@ -1,46 +1,45 @@
 """Measure the ablation loss gap of every component under every method, on the test prompts."""
 
-import torch
+from oacore.ablation.components import components_of
+from oacore.ablation.gaps import evaluate, gap_table, summary_table
+from oacore.ablation.optimal import load_constants
+from oacore.config.ablation import ABLATION_TYPES
+from oacore.config.run import Config
+from oacore.engine.activations import read_statistics
+from oacore.engine.prompts import batch_of
+from oacore.fits.resume import Resumable
+from oacore.inputs import gated_model, read_splits
+from oacore.jobs import Files
+from oacore.store.artefacts import digest_of_tensors, write_table
+from oacore.store.codehash import codehash
 
-from oacore import constants
-from oacore.activations import batch_of, read_statistics
-from oacore.artefacts import digest_of_tensors, write_table
-from oacore.codehash import codehash
-from oacore.config import Config
-from oacore.gaps import evaluate, gap_table, summary_table
-from oacore.layout import Layout, short_hash
-from oacore.resume import Kept
-from oacore.stages.common import components, gated_model, need, read_splits
 
-
-def run(config: Config, task: str) -> None:
+def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write gaps.csv and summary.csv."""
-    layout = Layout(config)
-    model = gated_model(config, layout).model
-    prompts, expect = read_splits(config, layout, task)
-    statistics = read_statistics(need(layout.activations(task), "activations"), expect, model.device)
-    items = components(config, model)
-    fitted = {
-        method: constants.load(need(layout.constants(task, method), "optimal"), items, {**expect, "method": method}).to(model.device)
-        for method in config.ablation.fitted()
+    model, methods = gated_model(config, inputs["model"]).model, config.ablation.methods
+    prompts, provenance = read_splits(config, inputs, task)
+    statistics = read_statistics(inputs["activations"], provenance, model.device)
+    components = components_of(model, config.ablation.components)
+    constants = {
+        method: load_constants(path, components, provenance.requiring(method=method)).to(model.device)
+        for method, path in zip(config.ablation.fitted(), inputs.all("constants"), strict=True)
     }
-    about = [expect, config.ablation.methods, [item.name for item in items], config.seed, codehash("oacore.stages.gaps"), torch.__version__]
-    identity = short_hash([about, *(digest_of_tensors({"": rows}) for rows in fitted.values())])
-    kept = Kept(layout.ablation(task, ".gaps-checkpoint.safetensors"), identity)
-    gaps = evaluate(
-        model,
-        items,
-        config.ablation.methods,
-        statistics,
-        fitted,
-        batch_of(prompts["test"], model.device),
-        batch_of(prompts["test"], model.device, counterfactual=True),
-        seed=config.seed,
-        tokens_per_batch=config.limits.tokens_per_batch,
-        kept=kept,
-        what=f"{task} gaps",
-    )
-    table = gap_table(items, gaps)
-    for name, frame in {"gaps.csv": table, "summary.csv": summary_table(table)}.items():
-        write_table(layout.ablation(task, name), frame, expect)
-    kept.remove()
+    depends_on = [methods, [item.name for item in components], digest_of_tensors(constants)]
+    depends_on += [codehash(ABLATION_TYPES[method].module) for method in methods]
+    with Resumable.beside(outputs["gaps"], provenance, "oacore.stages.gaps", *depends_on) as resumable:
+        gaps = evaluate(
+            model,
+            components,
+            methods,
+            statistics,
+            constants,
+            batch_of(prompts["test"], model.device),
+            batch_of(prompts["test"], model.device, counterfactual=True),
+            seed=config.seed,
+            tokens_per_batch=config.limits.tokens_per_batch,
+            resumable=resumable,
+            what=f"{task} gaps",
+        )
+        table = gap_table(components, gaps)
+        write_table(outputs["summary"], summary_table(table), provenance)
+        write_table(outputs["gaps"], table, provenance)

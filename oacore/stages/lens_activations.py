@@ -1,15 +1,14 @@
 """Cache what lenses read at every position: wanted only by `lenses.positions: all`."""
 
-from oacore.activations import write_every_position
-from oacore.config import Config
-from oacore.layout import Layout
-from oacore.stages.common import gated_model, read_splits, stamp
+from oacore.config.run import Config
+from oacore.engine.activations import write_every_position
+from oacore.inputs import gated_model, read_splits
+from oacore.jobs import Files
 
 
-def run(config: Config, task: str) -> None:
+def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write activations-all.h5."""
-    layout = Layout(config)
-    model = gated_model(config, layout).model
-    splits, belongs = read_splits(config, layout, task)
-    metadata = stamp(config, layout, task) | belongs
-    write_every_position(layout.lens_rows(task), model, splits, metadata, tokens_per_batch=config.limits.tokens_per_batch)
+    model = gated_model(config, inputs["model"]).model
+    splits, provenance = read_splits(config, inputs, task)
+    limit = config.limits.tokens_per_batch
+    write_every_position(outputs["rows"], model, splits, provenance, tokens_per_batch=limit)

@@ -1,31 +1,30 @@
 """Change residuals, and compare how lenses and model react."""
 
-from oacore.activations import batch_of
-from oacore.artefacts import write_table
-from oacore.config import Config
+from oacore.config.run import Config
+from oacore.engine.prompts import batch_of
 from oacore.errors import UserError
-from oacore.faithfulness import faithfulness
-from oacore.lens import read_rows
-from oacore.stages.lens_setting import Setting
+from oacore.jobs import Files
+from oacore.lenses.faithfulness import faithfulness_table
+from oacore.lenses.numbers import TRAIN_ROWS
+from oacore.lenses.task import LensTask
+from oacore.store.artefacts import write_table
 
-TRAIN_ROWS = 10_000  # that directions are whitened by
 
-
-def run(config: Config, task: str) -> None:
+def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write faithfulness.csv."""
-    assert config.lenses is not None and config.lenses.faithfulness is not None
-    settings, setting = config.lenses.faithfulness, Setting.open(config, task)
-    model = setting.loaded.model
+    opened = LensTask.open(config, inputs, task, inputs.all("lenses"))
+    settings, model = opened.settings.faithfulness, opened.loaded.model
+    assert settings is not None
     layers = settings.layers if settings.layers is not None else tuple(range(model.n_layers))
     if beyond := [layer for layer in layers if layer >= model.n_layers]:
-        raise UserError(f"lenses.faithfulness.layers: {', '.join(map(str, beyond))}; allowed: 0 to {model.n_layers - 1}")
-    test = batch_of(setting.splits["test"], model.device).take(slice(0, settings.n_prompts))
-    train = read_rows(setting.rows, "train", setting.expect, model.device, TRAIN_ROWS)
-    table = faithfulness(
+        raise UserError(
+            f"lenses.faithfulness.layers: {', '.join(map(str, beyond))}; allowed: 0 to {model.n_layers - 1}"
+        )
+    table = faithfulness_table(
         model,
-        setting.lenses(settings.lenses),
-        test,
-        train.residual,
+        opened.lenses(settings.lenses),
+        batch_of(opened.splits["test"], model.device).take(slice(0, settings.n_prompts)),
+        opened.sources.cache.read("train", TRAIN_ROWS).residual,
         layers,
         n_directions=settings.n_directions,
         resample_sizes=settings.resample_sizes,
@@ -33,4 +32,4 @@ def run(config: Config, task: str) -> None:
         seed=config.seed,
         tokens_per_batch=config.limits.tokens_per_batch,
     )
-    write_table(setting.layout.lens(task, "faithfulness.csv"), table, setting.expect)
+    write_table(outputs["table"], table, opened.provenance)

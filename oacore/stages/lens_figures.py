@@ -1,35 +1,24 @@
 """Draw what lenses predict."""
 
-import pandas as pd
-
-from oacore import plots
-from oacore.artefacts import read_table, write_svg
-from oacore.config import Config, Lenses
-from oacore.layout import Layout
-from oacore.lens_drawing import token_grid_svg
-from oacore.lens_plots import lens_figures
-from oacore.stages.common import need, origin
+from oacore.config.run import Config
+from oacore.inputs import provenance_of
+from oacore.jobs import Files
+from oacore.lenses.drawing import token_grid_svg
+from oacore.lenses.plots import lens_figures
+from oacore.report.figures import save
+from oacore.store.artefacts import read_table, write_svg
 
 
-def run(config: Config, task: str) -> None:
+def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write every figure as SVG and PNG, and the pictures of single prompts as SVG."""
-    layout, settings = Layout(config), config.lenses
-    assert settings is not None
-    belongs = origin(layout, task)
-    fitted_at = config.tasks.text.n_tokens if task == "text" and config.tasks.text is not None else None
-    for name, figure in lens_figures(**read_tables(layout, settings, task), fitted_at=fitted_at).items():
-        plots.save(figure, layout.lens(task, f"figures/{name}"), belongs)
+    assert config.lenses is not None
+    provenance = provenance_of(config, inputs["model"], task)
+    tables = {name: read_table(inputs[name], provenance) for name in config.lenses.tables()}
+    fitted_at = getattr(config.tasks.selected()[task], "n_tokens", None)
+    figures = lens_figures(**tables, fitted_at=fitted_at)
+    for svg in outputs.all("figures", ".svg"):
+        save(figures[svg.stem], svg.with_suffix(""), provenance)
     # Tokens may read "NA" or "null".
-    pictures = read_table(need(layout.lens(task, "pictures.csv"), "lens_evaluation"), belongs, keep_default_na=False)
-    for number in range(settings.pictures):
-        write_svg(layout.lens(task, f"figures/prompt_{number}.svg"), token_grid_svg(pictures[pictures["prompt"] == number]), belongs)
-
-
-def read_tables(layout: Layout, settings: Lenses, task: str) -> dict[str, pd.DataFrame]:
-    """The tables of a task's lenses by name."""
-    stage_of = {"faithfulness": "lens_faithfulness", "truthfulness": "lens_truthfulness"}
-    belongs = origin(layout, task)
-    return {
-        name: read_table(need(layout.lens(task, f"{name}.csv"), stage_of.get(name, "lens_evaluation")), belongs)
-        for name in settings.tables()
-    }
+    pictures = read_table(inputs["pictures"], provenance, keep_default_na=False)
+    for number, path in enumerate(outputs.all("drawings")):
+        write_svg(path, token_grid_svg(pictures[pictures["prompt"] == number]), provenance)

@@ -2,32 +2,37 @@
 
 from pathlib import Path
 
-from oacore.artefacts import write_table
-from oacore.config import Config
-from oacore.stages.lens_setting import Setting
-from oacore.tasks.labelled import few_shot, read
-from oacore.truthfulness import truthfulness
+from oacore.config.run import Config
+from oacore.inputs import model_source
+from oacore.jobs import Files
+from oacore.lenses.labelled import few_shot, read_examples
+from oacore.lenses.task import LensTask
+from oacore.lenses.truthfulness import truthfulness_table
+from oacore.store.artefacts import write_table
 
 
-def run(config: Config, task: str) -> None:
+def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write truthfulness.csv."""
-    assert config.lenses is not None and config.lenses.truthfulness is not None
-    settings, setting = config.lenses.truthfulness, Setting.open(config, task)
-    paths = settings.datasets if settings.datasets is not None else (Path(setting.layout.source) / "labels.csv",)
+    opened = LensTask.open(config, inputs, task, inputs.all("lenses"))
+    settings, loaded = opened.settings.truthfulness, opened.loaded
+    assert settings is not None
+    # Only the demo model has a data set of its own, beside it.
+    paths = inputs.all("datasets") or [Path(model_source(config, inputs["model"])) / "labels.csv"]
     prompts = {
         (path.stem, demonstrations): few_shot(
-            read(path.expanduser()),
-            setting.loaded.tokenizer,
+            read_examples(path),
+            loaded.tokenizer,
             n_demonstrations=settings.n_demonstrations,
             n_inputs=settings.n_inputs,
             permuted=demonstrations == "permuted",
             seed=config.seed,
-            max_length=setting.loaded.model.max_length,
+            max_length=loaded.model.max_length,
             template=settings.template,
             separator=settings.separator,
         )
         for path in paths
         for demonstrations in ("true", "permuted")
     }
-    table = truthfulness(setting.loaded.model, setting.lenses(settings.lenses), prompts, config.limits.tokens_per_batch)
-    write_table(setting.layout.lens(task, "truthfulness.csv"), table, setting.expect)
+    lenses = opened.lenses(settings.lenses)
+    table = truthfulness_table(loaded.model, lenses, prompts, config.limits.tokens_per_batch)
+    write_table(outputs["table"], table, opened.provenance)

@@ -6,19 +6,20 @@ from importlib.metadata import version
 import torch
 
 from oacore import __version__
-from oacore.artefacts import write_json
-from oacore.config import Config
-from oacore.layout import Layout
-from oacore.model import named_tensors
-from oacore.parity import open_model
-from oacore.stages.common import model_source
+from oacore.config.run import Config
+from oacore.engine.parity import open_model
+from oacore.inputs import model_source
+from oacore.jobs import Files
+from oacore.models.weights import named_tensors
+from oacore.store.artefacts import write_json
 
 
-def run(config: Config) -> None:
+def run(config: Config, inputs: Files, outputs: Files) -> None:
     """Write model.json: family, sizes, revision, weight hash, parity."""
-    layout = Layout(config)
     torch.set_num_threads(config.limits.threads)
-    loaded, parity = open_model(model_source(layout), revision=config.revision, dtype=config.dtype, device=config.device)
+    loaded, parity = open_model(
+        model_source(config, outputs["model"]), revision=config.revision, dtype=config.dtype, device=config.device
+    )
     model = loaded.model
     sizes = {
         "n_layers": model.n_layers,
@@ -41,7 +42,12 @@ def run(config: Config) -> None:
         "revision": loaded.revision,
         "model_hash": loaded.weight_hash,
         "parity": asdict(parity),
-        "versions": {"oacore": __version__, **{name: version(name) for name in ("torch", "transformers", "transformer-lens")}},
+        "versions": {
+            "oacore": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "transformer-lens")},
+        },
     }
-    write_json(layout.model_json, facts)
-    print(f"model: {model.family}, {model.n_layers} layers, parity with Hugging Face {parity.max_abs_log_prob:.2g} nats")
+    write_json(outputs["model"], facts)
+    print(
+        f"model: {model.family}, {model.n_layers} layers, parity with Hugging Face {parity.max_abs_log_prob:.2g} nats"
+    )

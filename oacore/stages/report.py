@@ -1,36 +1,53 @@
 """Put all results of a run into one HTML page."""
 
-from pathlib import Path
 from typing import Any
 
-from oacore import circuit_report, lens_report, report, tracing_report
-from oacore.activations import read_facts
-from oacore.artefacts import read_json, read_svg, read_table
-from oacore.config import Circuits, Config, Lenses, Tracing
-from oacore.layout import Layout
-from oacore.stages.common import model_facts, need, origin
-from oacore.stages.lens_figures import read_tables
-from oacore.stages.tracing_figures import read_tables as read_tracing
+from oacore.ablation.report import ablation_section, methods_section
+from oacore.circuits.report import circuit_methods_section, circuit_section
+from oacore.config.run import Config
+from oacore.engine.prompts import read_facts
+from oacore.inputs import provenance_of
+from oacore.jobs import Files
+from oacore.lenses.report import lens_methods_section, lens_section
+from oacore.report.page import provenance_section, write
+from oacore.report.parts import Section
+from oacore.store.artefacts import read_json, read_svg, read_table
+from oacore.store.provenance import Provenance
+from oacore.tracing.report import tracing_methods_section, tracing_section
 
 
-def run(config: Config) -> None:
+def run(config: Config, inputs: Files, outputs: Files) -> None:
     """Write report.html."""
-    layout = Layout(config)
-    facts = model_facts(layout)
+    facts = read_json(inputs["model"])
     sections, counts = [], {}
     for task in config.tasks.selected():
-        about_prompts = read_facts(need(layout.prompts(task), "prompts"), origin(layout, task))
-        counts[task] = about_prompts["counts"]
+        provenance = provenance_of(config, inputs["model"], task)
+        of_prompts = read_facts(inputs[f"prompts_{task}"], provenance)
+        counts[task] = of_prompts["counts"]
         if task in config.ablation_tasks():
-            sections.append(_ablation(config, layout, task, about_prompts["example"]))
+            sections.append(_ablation(inputs, task, provenance, of_prompts["example"]))
         if task in config.circuit_tasks():
-            sections.append(_circuits(layout, config.circuits, task))
+            sections.append(_circuits(config, inputs, task, provenance))
         if task == "facts" and config.tracing is not None:
-            sections.append(_tracing(layout, config.tracing))
+            sections.append(_tracing(config, inputs, provenance))
         if task in config.lens_tasks():
-            sections.append(_lenses(layout, config.lenses, task))
+            sections.append(_lenses(inputs, task, provenance))
+    appendix = [methods_section(config.ablation.methods)] if config.ablation_tasks() else []
+    if config.circuits is not None:
+        appendix.append(circuit_methods_section(config.circuits.methods, config.circuits.ablations))
+    if config.tracing is not None:
+        appendix.append(tracing_methods_section(config.tracing.corruption_names()))
+    if config.lenses is not None:
+        appendix.append(lens_methods_section(config.lenses.lenses))
+    appendix.append(provenance_section(config.model_dump(mode="json")))
+    write(outputs["report"], "Optimal ablation", _run_facts(config, facts, counts), sections, appendix)
+    print(f"report: {outputs['report'].resolve()}")
+
+
+def _run_facts(config: Config, facts: dict[str, Any], counts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was run: the model, the prompts, seed and versions."""
     sizes, parity = facts["sizes"], facts["parity"]
-    about: dict[str, dict[str, Any]] = {
+    return {
         "Model": {
             "name": facts["model"],
             "family": facts["family"],
@@ -45,71 +62,60 @@ def run(config: Config) -> None:
         "Prompts": {task: ", ".join(f"{c[split]['n_prompts']} {split}" for split in c) for task, c in counts.items()},
         "Run": {"name": config.run, "seed": str(config.seed), "precision": config.dtype, **facts["versions"]},
     }
-    appendix = [report.methods_section(config.ablation.methods)] if config.ablation_tasks() else []
-    if config.circuits is not None:
-        appendix.append(circuit_report.circuit_methods_section(config.circuits.methods, config.circuits.ablations))
-    if config.tracing is not None:
-        appendix.append(tracing_report.tracing_methods_section(config.tracing.corruption_names()))
-    if config.lenses is not None:
-        appendix.append(lens_report.lens_methods_section(config.lenses.lenses))
-    appendix += [report.provenance_section(config.model_dump(mode="json"))]
-    report.write(layout.report, "Optimal ablation", about, sections, appendix)
-    print(f"report: {Path(layout.report).resolve()}")
 
 
-def _ablation(config: Config, layout: Layout, task: str, example: dict[str, object]) -> report.Section:
-    belongs = origin(layout, task)
-    gaps = read_table(need(layout.ablation(task, "gaps.csv"), "gaps"), belongs, dtype={"head": "Int64"})
-    summary = read_table(need(layout.ablation(task, "summary.csv"), "gaps"), belongs)
-    names = config.ablation.figures()
-    figures = {name: read_svg(need(layout.ablation(task, f"{name}.svg"), "figures"), belongs) for name in names}
-    return report.ablation_section(task, gaps, summary, figures, example)
+def _svgs(inputs: Files, name: str, provenance: Provenance) -> dict[str, str]:
+    """The drawings of an input by the names of their files, in order."""
+    return {path.stem: read_svg(path, provenance) for path in inputs.all(name)}
 
 
-def _circuits(layout: Layout, settings: Circuits | None, task: str) -> report.Section:
-    assert settings is not None
-    belongs = origin(layout, task)
+def _ablation(inputs: Files, task: str, provenance: Provenance, example: dict[str, object]) -> Section:
+    gaps = read_table(inputs[f"gaps_gaps_{task}"], provenance, dtype={"head": "Int64"})
+    summary = read_table(inputs[f"gaps_summary_{task}"], provenance)
+    return ablation_section(task, gaps, summary, _svgs(inputs, f"figures_figures_{task}", provenance), example)
 
-    def text(name: str) -> str:
-        return read_svg(need(layout.circuits(task, f"figures/{name}.svg"), "circuit_figures"), belongs)
 
-    pareto, stability = (
-        read_table(need(layout.circuits(task, f"{name}.csv"), "circuit_figures"), belongs) for name in ("pareto", "stability")
-    )
-    drawings = {
-        f"A circuit under {ablation} ablation. Point at an edge to see its score.": text(f"circuit_{ablation}")
-        for ablation in settings.ablations
+def _circuits(config: Config, inputs: Files, task: str, provenance: Provenance) -> Section:
+    assert config.circuits is not None
+    pareto = read_table(inputs[f"circuit_figures_pareto_{task}"], provenance)
+    stability = read_table(inputs[f"circuit_figures_stability_{task}"], provenance)
+    drawings = _svgs(inputs, f"circuit_figures_drawings_{task}", provenance)
+    captioned = {
+        f"A circuit under {ablation} ablation. Point at an edge to see its score.": drawings[f"circuit_{ablation}"]
+        for ablation in config.circuits.ablations
     }
-    figures = {name: text(name) for name in settings.figures()}
-    return circuit_report.circuit_section(task, pareto, figures, drawings, stability if len(stability) else None)
+    figures = _svgs(inputs, f"circuit_figures_figures_{task}", provenance)
+    return circuit_section(task, pareto, figures, captioned, stability if len(stability) else None)
 
 
-def _tracing(layout: Layout, settings: Tracing) -> report.Section:
-    belongs = origin(layout, "facts")
-    figures = {name: read_svg(need(layout.tracing(f"figures/{name}.svg"), "tracing_figures"), belongs) for name in settings.figures()}
-    facts = read_json(need(layout.tracing("facts.json"), "tracing"), belongs)
+def _tracing(config: Config, inputs: Files, provenance: Provenance) -> Section:
+    assert config.tracing is not None
+    figures = _svgs(inputs, "tracing_figures_figures_facts", provenance)
+    facts = read_json(inputs["tracing_facts_facts"], provenance)
     counts = {
-        f"{split} facts": f"{c['n_traced']} traced, about the subjects of this split alone; of {c['n_rows']} in the file the model gets "
-        f"{c['n_wrong'] + c['n_wrong_later']} wrong, {c['n_no_counterfactual']} have no other subject of the same length"
+        f"{split} facts": f"{c['n_traced']} traced, about the subjects of this split alone; of {c['n_rows']} in the "
+        f"file the model gets {c['n_wrong'] + c['n_wrong_later']} wrong, {c['n_no_counterfactual']} have no other "
+        "subject of the same length"
         for split, c in facts["counts"].items()
     }
-    aie, pictures = read_tracing(layout)
     counts["test subjects"] = f"{facts['n_subjects']}, over which standard errors are taken"
-    counts["probability of"] = {"first_token": "the answer's first token", "joint": "all of the answer's tokens together"}[settings.answer]
-    return tracing_report.tracing_section(aie, figures, counts, pictures)
+    whose = {"first_token": "the answer's first token", "joint": "all of the answer's tokens together"}
+    counts["probability of"] = whose[config.tracing.answer]
+    aie = read_table(inputs["tracing_aie_facts"], provenance)
+    # Tokens may read "NA" or "null".
+    pictures = read_table(inputs["tracing_pictures_facts"], provenance, keep_default_na=False)
+    return tracing_section(aie, figures, counts, pictures)
 
 
-def _lenses(layout: Layout, settings: Lenses | None, task: str) -> report.Section:
-    assert settings is not None
-    belongs = origin(layout, task)
-    figures = {name: read_svg(need(layout.lens(task, f"figures/{name}.svg"), "lens_figures"), belongs) for name in settings.figures()}
-    tables = read_tables(layout, settings, task)
-    drawings = {
-        f"What each layer predicts, by lens: test prompt {number + 1}. Point at a cell to see its most likely tokens.": read_svg(
-            need(layout.lens(task, f"figures/prompt_{number}.svg"), "lens_figures"), belongs
-        )
-        for number in range(settings.pictures)
+def _lenses(inputs: Files, task: str, provenance: Provenance) -> Section:
+    figures = _svgs(inputs, f"lens_figures_figures_{task}", provenance)
+    drawings = _svgs(inputs, f"lens_figures_drawings_{task}", provenance).values()
+    caption = "What each layer predicts, by lens: test prompt {}. Point at a cell to see its most likely tokens."
+    captioned = {caption.format(number): svg for number, svg in enumerate(drawings, 1)}
+    loss = read_table(inputs[f"lens_evaluation_loss_{task}"], provenance)
+    tables = {
+        name: read_table(inputs[f"lens_{name}_table_{task}"], provenance)
+        for name in ("faithfulness", "truthfulness")
+        if f"lens_{name}_table_{task}" in inputs.named()
     }
-    return lens_report.lens_section(
-        task, tables["loss"], figures, drawings, faithfulness=tables.get("faithfulness"), truthfulness=tables.get("truthfulness")
-    )
+    return lens_section(task, loss, figures, captioned, **tables)

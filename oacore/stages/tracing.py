@@ -1,97 +1,58 @@
 """Trace facts: average indirect effects on held-out subjects, and a few facts token by token."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import pandas as pd
 import torch
-from torch import Tensor
 
-from oacore.artefacts import digest_of_tensors, write_json, write_table
-from oacore.codehash import codehash
-from oacore.config import Config
-from oacore.corruption import Corrupt, corruption, trace_own, trace_shared
-from oacore.layout import short_hash
-from oacore.progress import progress
-from oacore.resume import Kept
-from oacore.stages.tracing_setting import Setting
-from oacore.tasks.prompts import token_text
-from oacore.tracing import NOWHERE, Place, Recall, Traced, aie_table, place
+from oacore.config.run import Config
+from oacore.config.tracing import CORRUPTIONS
+from oacore.fits.resume import Resumable
+from oacore.inputs import gated_model, read_splits
+from oacore.jobs import Files
+from oacore.store.artefacts import digest_of_tensors, write_json, write_table
+from oacore.store.codehash import codehash
+from oacore.tracing.corruptions import corruptor
+from oacore.tracing.effects import aie_table
+from oacore.tracing.facts import traced_facts
+from oacore.tracing.fit import load_place_constants
+from oacore.tracing.pictures import picture_table
+from oacore.tracing.places import NOWHERE, curves_of, places_of
+from oacore.tracing.trace import trace_all
 
-PARTS = ("clean", "corrupted", "restored")  # of what is traced
-USUAL_NOISE = 3.0  # standard deviations, of ROME and the paper
 
-
-def run(config: Config) -> None:
+def run(config: Config, inputs: Files, outputs: Files) -> None:
     """Write aie.csv, pictures.csv and facts.json."""
-    setting = Setting.open(config)
-    places, recall, n_layers = setting.places, setting.recall["test"], setting.loaded.model.n_layers
-    chosen = setting.pictured
-    subjects = recall.subject_numbers
-    tables = []
-    names = setting.tracing.corruption_names()
-    fitted = setting.constants([*places, NOWHERE] if "oat" in names else [NOWHERE]) if setting.tracing.fitted else torch.zeros(0)
-    about = [setting.expect, setting.tracing.model_dump(), config.seed, codehash("oacore.stages.tracing"), torch.__version__]
-    kept = Kept(setting.layout.tracing(".aie-checkpoint.safetensors"), short_hash([about, digest_of_tensors({"": fitted})]))
-    done = kept.load() or {}
-    for name in names:
-        if f"{name}/clean" in done:
-            traced = Traced(*(done[f"{name}/{part}"] for part in PARTS))
-        else:
-            traced = _traced(setting, name, places)
-            done |= {f"{name}/{part}": getattr(traced, part) for part in PARTS}
-            kept.save(done)
-        tables.append(aie_table(name, traced, places, subjects, setting.settings, n_layers))
-    belongs = setting.expect
-    about_facts = {"counts": setting.counts, "n_subjects": len(set(subjects.tolist()))}
-    write_json(setting.layout.tracing("facts.json"), {**belongs, **about_facts})
-    write_table(setting.layout.tracing("pictures.csv"), _pictures(setting, chosen), belongs)
-    write_table(setting.layout.tracing("aie.csv"), pd.concat(tables, ignore_index=True), belongs)
-    kept.remove()
-    print(f"tracing: {len(recall)} facts about {len(set(subjects.tolist()))} subjects, {len(places)} places, {len(tables)} corruptions")
-
-
-def _traced(setting: Setting, name: str, places: list[Place]) -> Traced:
-    """All places under one corruption."""
-    model, recall, limit = setting.loaded.model, setting.recall["test"], setting.config.limits.tokens_per_batch
-    if name == "oat":
-        return trace_own(model, recall, places, setting.constants([*places, NOWHERE]), limit, name)
-    constant = setting.constants([NOWHERE])[0] if name == "oat_shared" else None
-    corrupt, n_draws = corruption(model, name, setting.statistics, constant, setting.config.seed, setting.tracing.n_draws)
-    return trace_shared(model, recall, places, corrupt, n_draws, limit, name)
-
-
-def _picture_corruptions(setting: Setting) -> list[str]:
-    """Optimal ablation's shared constant and noise of about three standard deviations, where there are any."""
-    names = setting.tracing.corruption_names()
-    noise = sorted((name for name in names if name.startswith("gaussian-")), key=lambda name: abs(float(name.split("-")[1]) - USUAL_NOISE))
-    found = ["oat_shared"] * setting.tracing.fitted + noise[:1]
-    return found or [names[0]]
-
-
-def _pictures(setting: Setting, chosen: list[int]) -> pd.DataFrame:
-    """Probability of the answer with each token's output of each layer restored, fact by fact."""
-    model, limit, n_layers = setting.loaded.model, setting.config.limits.tokens_per_batch, setting.loaded.model.n_layers
-    tokenizer, width = setting.loaded.tokenizer, setting.tracing.windows[len(setting.tracing.windows) // 2]
-    columns = ["fact", "prompt", "answer", "corruption", "site", "window", "layer", "position", "token", "in_subject"]
-    rows: list[tuple[Any, ...]] = []
-    for number, row in enumerate(progress(chosen, what="pictures", unit="facts")):
-        recall = setting.recall["test"].take(slice(row, row + 1))
-        length, inside = int(recall.last[0]) + 1, recall.in_subject[0].tolist()
-        tokens = [token_text(tokenizer, token) for token in recall.tokens[0, :length].tolist()]
-        answer = tokenizer.decode([token for token in recall.answer[0].tolist() if token >= 0])
-        cells = [(site, layer, position) for site in setting.tracing.sites for layer in range(n_layers) for position in range(length)]
-        places = [place(site, position, layer, width, n_layers) for site, layer, position in cells]
-        for name in _picture_corruptions(setting):
-            constant = setting.constants([NOWHERE])[0] if name == "oat_shared" else None
-            corrupt, n_draws = corruption(model, name, setting.statistics, constant, setting.config.seed, setting.tracing.n_draws)
-
-            def of_fact(_: Sequence[int], part: Recall, draw: int, corrupt: Corrupt = corrupt, row: int = row) -> Tensor:
-                return corrupt([row], part, draw)  # the same noise as in the table
-
-            traced = trace_shared(model, recall, places, of_fact, n_draws, limit, what="")
-            both = (float(traced.clean[0]), float(traced.corrupted[0]))
-            for (site, layer, position), p_restored in zip(cells, traced.restored[:, 0].tolist(), strict=True):
-                about = (number, setting.test.text[setting.test_rows[row]], answer, name, site, width, layer, position)
-                rows.append((*about, tokens[position], inside[position], *both, p_restored))
-    return pd.DataFrame(rows, columns=[*columns, "p_clean", "p_corrupted", "p_restored"])
+    tracing, limit = config.tracing, config.limits.tokens_per_batch
+    assert tracing is not None
+    loaded = gated_model(config, inputs["model"])
+    model, n_layers = loaded.model, loaded.model.n_layers
+    splits, provenance = read_splits(config, inputs, "facts")
+    facts = traced_facts(model, splits, tracing.answer, limit)
+    provenance = provenance.requiring(answer=tracing.answer)
+    pictured = facts.pictured(tracing.pictures)
+    curves = curves_of(tracing)
+    places = places_of(curves, n_layers)
+    constants = torch.empty(0)
+    if tracing.fitted:
+        fitted = [*places, NOWHERE] if tracing.per_place else [NOWHERE]
+        constants = load_place_constants(inputs["constants"], fitted, provenance).to(model.device)
+    names, of_pictures = tracing.corruption_names(), tracing.pictured_corruptions()
+    corruptors = {
+        name: corruptor(name, model, facts.statistics, constants, config.seed, tracing.n_draws)
+        for name in (*names, *of_pictures)
+    }
+    depends_on = [tracing.model_dump(), digest_of_tensors({"constants": constants})]
+    depends_on += [codehash(CORRUPTIONS[kind].module) for kind in tracing.corruption_kinds()]
+    with Resumable.beside(outputs["aie"], provenance, "oacore.stages.tracing", *depends_on) as resumable:
+        traced = trace_all(model, facts.test, places, {name: corruptors[name] for name in names}, limit, resumable)
+        subjects = facts.test.subject_numbers
+        aie = [aie_table(name, traced[name], places, subjects, curves, n_layers) for name in names]
+        pictures = picture_table(
+            loaded, facts, pictured, {name: corruptors[name] for name in of_pictures}, tracing, limit
+        )
+        n_subjects = len(set(subjects.tolist()))
+        write_json(outputs["facts"], {"counts": facts.counts, "n_subjects": n_subjects}, provenance)
+        write_table(outputs["pictures"], pictures, provenance)
+        write_table(outputs["aie"], pd.concat(aie, ignore_index=True), provenance)
+    print(
+        f"tracing: {len(facts.test)} facts about {n_subjects} subjects, {len(places)} places, {len(names)} corruptions"
+    )

@@ -1,39 +1,37 @@
 """Fit optimal ablation's constants for causal tracing: one for each place, and one for the corrupted run."""
 
-from pathlib import Path
-
-import torch
-
-from oacore import corruption
-from oacore.codehash import codehash
-from oacore.config import Config
-from oacore.layout import short_hash
-from oacore.stages.tracing_setting import Setting
-from oacore.tracing import NOWHERE
+from oacore.config.run import Config
+from oacore.fits.resume import Resumable
+from oacore.inputs import gated_model, read_splits
+from oacore.jobs import Files
+from oacore.tracing.facts import traced_facts
+from oacore.tracing.fit import fit_place_constants, save_place_constants
+from oacore.tracing.places import NOWHERE, curves_of, places_of
 
 
-def run(config: Config) -> None:
+def run(config: Config, inputs: Files, outputs: Files) -> None:
     """Write constants.safetensors."""
-    setting = Setting.open(config)
-    _ = setting.pictured  # a wish that can't be met is said before the fit
-    own = [*setting.places] if "oat" in setting.tracing.corruptions else []
-    places = [*own, NOWHERE]
-    settings = setting.tracing.fit
-    metadata = setting.identity | {"settings": settings.model_dump()}
-    path = Path(setting.layout.tracing("constants.safetensors"))
-    checkpoint = path.with_name(f".{path.stem}-checkpoint.safetensors")
-    found = corruption.fit(
-        setting.loaded.model,
-        places,
-        setting.recall["train"],
-        setting.recall["validation"],
-        setting.statistics,
-        settings,
-        seed=config.seed,
-        tokens_per_batch=config.limits.tokens_per_batch,
-        checkpoint=checkpoint,
-        identity=short_hash([metadata, [item.name for item in places], codehash("oacore.corruption"), torch.__version__]),
-    )
-    corruption.save(path, places, found, metadata)
-    checkpoint.unlink(missing_ok=True)
-    print(f"OAT: {int(found.converged.sum())} of {len(places)} constants converged in {int(found.n_steps.max())} steps or fewer")
+    tracing, limit = config.tracing, config.limits.tokens_per_batch
+    assert tracing is not None
+    model = gated_model(config, inputs["model"]).model
+    splits, provenance = read_splits(config, inputs, "facts")
+    facts = traced_facts(model, splits, tracing.answer, limit)
+    facts.pictured(tracing.pictures)  # a wish that can't be met is said before the fit
+    places = [*(places_of(curves_of(tracing), model.n_layers) if tracing.per_place else []), NOWHERE]
+    provenance = provenance.requiring(answer=tracing.answer).noting(settings=tracing.fit.model_dump())
+    names = [item.name for item in places]
+    with Resumable.beside(outputs["constants"], provenance, "oacore.tracing.fit", names) as resumable:
+        descent = fit_place_constants(
+            model,
+            places,
+            facts.recall["train"],
+            facts.recall["validation"],
+            facts.statistics,
+            tracing.fit,
+            seed=config.seed,
+            tokens_per_batch=limit,
+            resumable=resumable,
+        )
+        save_place_constants(outputs["constants"], places, descent, provenance)
+    converged, steps = int(descent.converged.sum()), int(descent.n_steps.max())
+    print(f"OAT: {converged} of {len(places)} constants converged in {steps} steps or fewer")

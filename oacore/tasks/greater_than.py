@@ -1,4 +1,6 @@
-"""Greater-Than (Hanna et al. 2023): "The war lasted from the year 1743 to the year 17" -> any two-digit token above 43."""
+"""Greater-Than (Hanna et al. 2023): "The war lasted from the year 1743 to the year 17" -> any two-digit token above
+43.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,9 +12,10 @@ from oacore.tasks.prompts import Prompts, build, called, distinct, encode, follo
 
 NOUNS = words(
     """
-    war siege reign plague drought famine campaign revolt rebellion strike contract treaty alliance truce expedition voyage journey
-    mission crusade dynasty empire kingdom occupation exile trial dispute conflict struggle feud project program plan construction
-    study experiment tour festival boycott ban embargo blockade raid invasion migration epidemic boom depression recession
+    war siege reign plague drought famine campaign revolt rebellion strike contract treaty alliance truce expedition
+    voyage journey mission crusade dynasty empire kingdom occupation exile trial dispute conflict struggle feud project
+    program plan construction study experiment tour festival boycott ban embargo blockade raid invasion migration
+    epidemic boom depression recession
     """
 )
 CENTURIES = range(10, 19)  # years 1000 to 1899
@@ -59,24 +62,28 @@ def year_tokens(tokenizer: Any) -> dict[int, dict[int, int]]:
 def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: Any = None) -> Prompts:
     """Greater-Than prompts of one split, over nouns and start years that the tokenizer splits in two.
 
-    Counterfactual: the start year's last digits become 01. Answers [N, A]: ids of all later two-digit ends that the tokenizer
-    gives in that century; wrong answers [N, W]: ids of all others. `complete` is not used.
+    Counterfactual: the start year's last digits become 01. Answers [N, A]: ids of all later two-digit ends that the
+    tokenizer gives in that century; wrong answers [N, W]: ids of all others. `complete` is not used.
     Raises UserError where no year splits so, the tokenizer lacks a word, or the split is too small.
     """
     wanted, rng, table = limit(settings, "greater_than", split), stream(seed, split), year_tokens(tokenizer)
-    starts = [(century, year) for century, known in table.items() for year in STARTS if year in known and year < max(known)]
+    starts = [
+        (century, year) for century, known in table.items() for year in STARTS if year in known and year < max(known)
+    ]
     if not starts:
         raise UserError(
             f"tasks.greater_than: {called(tokenizer)} splits no year of 1000-1899 in two tokens like ' 17' and '43' "
             f"(' 1743' has {len(following(tokenizer, 'year', ' 1743'))} known tokens); exactly two are needed"
         )
-    found = distinct(rng, (len(NOUNS), len(starts)), lambda noun, i: render(NOUNS[noun], *starts[i]), split, wanted, "greater_than")
+    cells = distinct(
+        rng, (len(NOUNS), len(starts)), lambda noun, i: render(NOUNS[noun], *starts[i]), split, wanted, "greater_than"
+    )
     counterfactuals, answers, wrong = [], [], []
-    for (noun, i), _ in found:
+    for (noun, i), _ in cells:
         century, start = starts[i]
         counterfactuals.append(encode(tokenizer, render(NOUNS[noun], century, 1)))
         answers.append([id_ for year, id_ in table[century].items() if year > start])
         wrong.append([id_ for year, id_ in table[century].items() if year <= start])
-    texts = [text for _, text in found]
+    texts = [text for _, text in cells]
     prompts = [encode(tokenizer, text) for text in texts]
     return build("greater_than", split, texts, prompts, counterfactuals, answers, wrong, meta={"n_years": len(starts)})

@@ -1,4 +1,6 @@
-"""Indirect object identification (Wang et al. 2022): "Then, Mary and John went to the store. John gave a drink to" -> " Mary"."""
+"""Indirect object identification (Wang et al. 2022): "Then, Mary and John went to the store. John gave a drink to" -> "
+Mary".
+"""
 
 import re
 from collections.abc import Iterator
@@ -9,8 +11,8 @@ import numpy as np
 from oacore.errors import UserError
 from oacore.tasks.prompts import Prompts, build, called, distinct, encode, following, limit, split_of, stream, words
 
-# A and B are the two names in either order, S the one that comes again. Every slot follows a space, so every filler is a
-# " word" token, and every template has every slot, so different fillings are different prompts.
+# A and B are the two names in either order, S the one that comes again. Every slot follows a space, so every filler is
+# a " word" token, and every template has every slot, so different fillings are different prompts.
 TEMPLATES = (
     "Then, {A} and {B} went to the {PLACE}. {S} gave a {OBJECT} to",
     "When {A} and {B} met at the {PLACE}, {S} handed a {OBJECT} to",
@@ -33,13 +35,14 @@ ORDERS = ("ABBA", "BABA")  # the indirect object is named first / second
 
 NAMES = words(
     """
-    Aaron Adam Alan Albert Alice Amanda Amy Andrea Andrew Angela Anna Anthony Arthur Barbara Benjamin Brandon Brian Carl Carlos
-    Caroline Catherine Charles Charlotte Christina Christopher Claire Daniel David Dennis Diana Donald Dorothy Dylan Edward Eleanor
-    Elena Elizabeth Emily Emma Eric Ethan Evan Felix Frank George Gloria Hannah Harold Heather Helen Henry Howard Isaac Jacob James
-    Jane Jason Jennifer Jeremy Jessica John Jonathan Joseph Joshua Julia Justin Karen Katherine Kevin Kyle Laura Leonard Linda Lisa
-    Louis Lucas Lucy Margaret Maria Martha Martin Mary Matthew Megan Michael Michelle Monica Nancy Nathan Nicholas Nicole Oliver
-    Oscar Patricia Patrick Paul Peter Rachel Rebecca Richard Robert Roger Ruth Ryan Samuel Sandra Sarah Simon Sophia Stephen Susan
-    Theresa Thomas Tyler Victoria Vincent Walter William
+    Aaron Adam Alan Albert Alice Amanda Amy Andrea Andrew Angela Anna Anthony Arthur Barbara Benjamin Brandon Brian Carl
+    Carlos Caroline Catherine Charles Charlotte Christina Christopher Claire Daniel David Dennis Diana Donald Dorothy
+    Dylan Edward Eleanor Elena Elizabeth Emily Emma Eric Ethan Evan Felix Frank George Gloria Hannah Harold Heather
+    Helen Henry Howard Isaac Jacob James Jane Jason Jennifer Jeremy Jessica John Jonathan Joseph Joshua Julia Justin
+    Karen Katherine Kevin Kyle Laura Leonard Linda Lisa Louis Lucas Lucy Margaret Maria Martha Martin Mary Matthew Megan
+    Michael Michelle Monica Nancy Nathan Nicholas Nicole Oliver Oscar Patricia Patrick Paul Peter Rachel Rebecca Richard
+    Robert Roger Ruth Ryan Samuel Sandra Sarah Simon Sophia Stephen Susan Theresa Thomas Tyler Victoria Vincent Walter
+    William
     """
 )
 PLACES = words(
@@ -47,9 +50,14 @@ PLACES = words(
     "station airport bridge castle"
 )
 OBJECTS = words(
-    "drink ring book computer necklace basketball snack gift letter key watch phone ticket camera hat coat map flower cake guitar"
+    "drink ring book computer necklace basketball snack gift letter key watch phone ticket camera hat coat map flower "
+    "cake guitar"
 )
-NEEDED = {"names": 6, "places": 1, "objects": 1}  # 2 names for a prompt, 3 others for its counterfactual, one to vary them
+NEEDED = {
+    "names": 6,
+    "places": 1,
+    "objects": 1,
+}  # 2 names for a prompt, 3 others for its counterfactual, one to vary them
 
 
 def render(template: int, order: int, names: tuple[str, str, str], place: str, thing: str) -> str:
@@ -60,7 +68,9 @@ def render(template: int, order: int, names: tuple[str, str, str], place: str, t
 
 
 def sentences(rng: np.random.Generator, split: str) -> Iterator[tuple[str, str]]:
-    """Endless random (prompt, answer) of one split from the full lists; prompt + answer is running text. Trains the demo model."""
+    """Endless random (prompt, answer) of one split from the full lists; prompt + answer is running text. Trains the
+    demo model.
+    """
     while True:
         io, s = (NAMES[i] for i in rng.choice(len(NAMES), 2, replace=False))
         place, thing = PLACES[rng.integers(len(PLACES))], OBJECTS[rng.integers(len(OBJECTS))]
@@ -85,12 +95,12 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
     wanted, rng = limit(settings, "ioi", split), stream(seed, split)
     fillers: dict[str, dict[str, int]] = {}
     for kind, all_words in {"names": NAMES, "places": PLACES, "objects": OBJECTS}.items():
-        found = {word: following(tokenizer, "and", f" {word}") for word in all_words}
-        fillers[kind] = {word: ids[0] for word, ids in found.items() if len(ids) == 1}
+        ids_of = {word: following(tokenizer, "and", f" {word}") for word in all_words}
+        fillers[kind] = {word: ids[0] for word, ids in ids_of.items() if len(ids) == 1}
         if len(fillers[kind]) < NEEDED[kind]:
             raise UserError(
-                f"tasks.ioi: {called(tokenizer)} has only {len(fillers[kind])} of {len(all_words)} {kind} as single tokens; "
-                f"at least {NEEDED[kind]} are needed"
+                f"tasks.ioi: {called(tokenizer)} has only {len(fillers[kind])} of {len(all_words)} {kind} as single "
+                f"tokens; at least {NEEDED[kind]} are needed"
             )
     names, places, things = (list(known) for known in fillers.values())
 
@@ -112,4 +122,6 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
         answers.append([fillers["names"][io]])
         wrong.append([fillers["names"][s]])
     meta: dict[str, str | int] = {f"n_{kind}": len(known) for kind, known in fillers.items()}
-    return build("ioi", split, texts, [encode(tokenizer, text) for text in texts], counterfactuals, answers, wrong, meta=meta)
+    return build(
+        "ioi", split, texts, [encode(tokenizer, text) for text in texts], counterfactuals, answers, wrong, meta=meta
+    )

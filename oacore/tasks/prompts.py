@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from oacore.errors import UserError
 
 Ints = NDArray[np.int32]
+Complete = Callable[[Ints, Ints], Ints]  # (tokens [N, T], lengths [N]) -> predicted ids [N]
 SPLITS = ("train", "validation", "test")
 
 
@@ -20,7 +21,8 @@ SPLITS = ("train", "validation", "test")
 class Prompts:
     """One split of a task: N prompts of at most T tokens, BOS at position 0, padded on the right.
 
-    The prediction is read at the last token, position `lengths - 1`. Padding is a valid id that causal attention never reads.
+    The prediction is read at the last token, position `lengths - 1`. Padding is a valid id that causal attention never
+    reads.
     """
 
     task: str
@@ -38,7 +40,15 @@ class Prompts:
     def digest(self) -> str:
         """Hex SHA-256 of all arrays and their shapes: equal exactly where the model sees and is asked the same."""
         sha = hashlib.sha256()
-        for array in (self.tokens, self.lengths, self.counterfactual, self.answers, self.wrong_answers, self.subject, self.continuation):
+        for array in (
+            self.tokens,
+            self.lengths,
+            self.counterfactual,
+            self.answers,
+            self.wrong_answers,
+            self.subject,
+            self.continuation,
+        ):
             sha.update(f"{array.shape}".encode() + array.astype("<i4").tobytes())
         return sha.hexdigest()
 
@@ -51,7 +61,8 @@ def words(text: str) -> tuple[str, ...]:
 def split_of(key: str) -> str:
     """Split of a prompt or passage: 60 % train, 20 % validation, 20 % test, by the hash of its text alone.
 
-    No seed takes part, so splits stay disjoint whatever the seeds and sizes, and what a model was trained on is known for good.
+    No seed takes part, so splits stay disjoint whatever the seeds and sizes, and what a model was trained on is known
+    for good.
     """
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     return "train" if share < 0.6 else "validation" if share < 0.8 else "test"
@@ -72,26 +83,29 @@ def stream(seed: int, split: str) -> np.random.Generator:
 def distinct(
     rng: np.random.Generator, shape: Sequence[int], render: Callable[..., str], split: str, wanted: int, task: str
 ) -> list[tuple[tuple[int, ...], str]]:
-    """`wanted` (cell, text) of one split, drawn uniformly without replacement from the grid `shape`; `render(*cell)` is a cell's text.
+    """`wanted` (cell, text) of one split, drawn uniformly without replacement from the grid `shape`; `render(*cell)` is
+    a cell's text.
 
     Raises UserError when the split holds fewer prompts.
     """
-    # A split holds 20 % of the cells at least, on average: ten times the wanted number misses only where the grid itself runs out.
+    # A split holds 20 % of the cells at least, on average: ten times the wanted number misses only where the grid
+    # itself runs out.
     size = prod(shape)
     cells = rng.choice(size, min(size, 10 * wanted + 200), replace=False)
-    found: list[tuple[tuple[int, ...], str]] = []
+    chosen: list[tuple[tuple[int, ...], str]] = []
     for flat in cells:
-        if len(found) == wanted:
+        if len(chosen) == wanted:
             break
         cell = tuple(int(i) for i in np.unravel_index(flat, tuple(shape)))
         text = render(*cell)
         if split_of(text) == split:
-            found.append((cell, text))
-    if len(found) < wanted:
+            chosen.append((cell, text))
+    if len(chosen) < wanted:
         raise UserError(
-            f"tasks.{task}.n_{split}: {wanted} wanted, but this tokenizer allows only {len(found)} distinct prompts in the split"
+            f"tasks.{task}.n_{split}: {wanted} wanted, but this tokenizer allows only {len(chosen)} distinct prompts "
+            "in the split"
         )
-    return found
+    return chosen
 
 
 def called(tokenizer: Any) -> str:
@@ -106,7 +120,9 @@ def ids_and_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[in
 
 
 def token_text(tokenizer: Any, id_: int) -> str:
-    """A token as it stands in a text, with its leading space: SentencePiece tokenizers decode a single token without it."""
+    """A token as it stands in a text, with its leading space: SentencePiece tokenizers decode a single token without
+    it.
+    """
     piece, text = tokenizer.convert_ids_to_tokens(id_), str(tokenizer.decode([id_]))
     return f" {text.lstrip()}" if isinstance(piece, str) and piece.startswith("\u2581") else text
 
@@ -120,12 +136,17 @@ def bos_id(tokenizer: Any) -> int:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """BOS once, then the ids of `text`, and no other special token; raises UserError naming a word that the tokenizer does not know."""
+    """BOS once, then the ids of `text`, and no other special token; raises UserError naming a word that the tokenizer
+    does not know.
+    """
     ids, offsets = ids_and_offsets(tokenizer, text)
     # Only the text's own ids are searched: GPT-2's unknown token is also its BOS.
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         start, end = offsets[ids.index(tokenizer.unk_token_id)]
-        raise UserError(f"{called(tokenizer)}: has no token for '{text[start:end]}' in the prompt '{text}'; every word must be known")
+        raise UserError(
+            f"{called(tokenizer)}: has no token for '{text[start:end]}' in the prompt '{text}'; every word must be "
+            "known"
+        )
     return [bos_id(tokenizer), *ids]
 
 
@@ -159,7 +180,9 @@ def build(
     meta: dict[str, str | int] | None = None,
     continuation: Sequence[Sequence[int]] | None = None,
 ) -> Prompts:
-    """Stacks N encoded prompts (BOS included); raises ValueError where a counterfactual differs in length from its prompt."""
+    """Stacks N encoded prompts (BOS included); raises ValueError where a counterfactual differs in length from its
+    prompt.
+    """
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     if [len(ids) for ids in counterfactuals] != lengths.tolist():
         raise ValueError(f"{task}: a counterfactual has another length than its prompt")
@@ -185,6 +208,8 @@ def read_text(path: Path, key: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # a byte order mark, if any, is not text
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start})") from None
+        raise UserError(
+            f"{key}: {path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start})"
+        ) from None
     except OSError as error:
         raise UserError(f"{key}: cannot read {path}: {error.strerror}") from None

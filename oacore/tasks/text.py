@@ -19,33 +19,37 @@ KEY = "tasks.text.path"
 def passages(path: Path) -> list[str]:
     """The passages of a JSON list, a directory of .txt files or a text file; raises UserError where there are none."""
     if path.is_dir():
-        found = [read_text(file, KEY) for file in sorted(path.glob("*.txt"))]
+        texts = [read_text(file, KEY) for file in sorted(path.glob("*.txt"))]
     elif path.suffix.lower() == ".json":
         try:
-            found = json.loads(read_text(path, KEY))
+            texts = json.loads(read_text(path, KEY))
         except json.JSONDecodeError as error:
             raise UserError(f"{KEY}: {path} is not JSON: {error}") from None
-        if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
             raise UserError(f"{KEY}: {path} is not a JSON list of strings, which is the only JSON allowed")
     else:
-        found = re.split(r"\n\s*\n", read_text(path, KEY))
-    found = [text for passage in found if (text := passage.strip())]
-    if not found:
-        raise UserError(f"{KEY}: {path} holds no text; a JSON list of strings, a text file or a directory of .txt files is needed")
-    return found
+        texts = re.split(r"\n\s*\n", read_text(path, KEY))
+    texts = [text for passage in texts if (text := passage.strip())]
+    if not texts:
+        raise UserError(
+            f"{KEY}: {path} holds no text; a JSON list of strings, a text file or a directory of .txt files is needed"
+        )
+    return texts
 
 
 def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: Any = None) -> Prompts:
-    """Windows of `settings.n_tokens` tokens, BOS included, cut side by side from the split's passages and sampled with the seed.
+    """Windows of `settings.n_tokens` tokens, BOS included, cut side by side from the split's passages and sampled with
+    the seed.
 
-    Answers [N, 1]: the token that follows the window in its passage; wrong answers [N, 1]: -1. Counterfactual: a window of another
-    passage of the split. `complete` is not used.
+    Answers [N, 1]: the token that follows the window in its passage; wrong answers [N, 1]: -1. Counterfactual: a window
+    of another passage of the split. `complete` is not used.
     Passages with a token that the tokenizer does not know are left out and counted (meta n_unknown).
     Raises UserError for an unreadable or empty file, and where the split has too few windows.
     """
     wanted, rng = limit(settings, "text", split), stream(seed, split)
     path, size = Path(settings.path).expanduser(), settings.n_tokens - 1
-    # A window that occurs twice belongs to the passage that has it first, so that common openings don't leak between splits.
+    # A window that occurs twice belongs to the passage that has it first, so that common openings don't leak between
+    # splits.
     windows: dict[tuple[int, ...], tuple[int, int]] = {}  # ids -> (passage, next id)
     texts = passages(path)
     unknown = 0
@@ -56,23 +60,36 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
             continue
         for start in range(0, len(ids) - size, size):
             windows.setdefault(tuple(ids[start : start + size]), (i, ids[start + size]))
-    mine = [(window, i, id_) for window, (i, id_) in windows.items() if split_of(texts[i]) == split]
-    owners = np.array([i for _, i, _ in mine], np.int64)  # sorted: passages were read in order
+    of_split = [(window, i, id_) for window, (i, id_) in windows.items() if split_of(texts[i]) == split]
+    owners = np.array([i for _, i, _ in of_split], np.int64)  # sorted: passages were read in order
     if len(set(owners.tolist())) < 2:
         raise UserError(
-            f"{KEY}: {path} has {len(set(owners.tolist()))} passages of at least {settings.n_tokens} tokens (tasks.text.n_tokens) in the "
-            f"{split} split, out of {len(texts)} passages ({unknown} with words unknown to {called(tokenizer)}); at least 2 are needed"
+            f"{KEY}: {path} has {len(set(owners.tolist()))} passages of at least {settings.n_tokens} tokens "
+            f"(tasks.text.n_tokens) in the {split} split, out of {len(texts)} passages ({unknown} with words unknown "
+            f"to {called(tokenizer)}); at least 2 are needed"
         )
-    if len(mine) < wanted:
-        raise UserError(f"tasks.text.n_{split}: {wanted} wanted, but {path} has only {len(mine)} distinct windows in the split")
+    if len(of_split) < wanted:
+        raise UserError(
+            f"tasks.text.n_{split}: {wanted} wanted, but {path} has only {len(of_split)} distinct windows in the split"
+        )
     bos = bos_id(tokenizer)
-    chosen = rng.choice(len(mine), wanted, replace=False)
+    chosen = rng.choice(len(of_split), wanted, replace=False)
     counterfactuals = []
     for i in chosen:
         first, end = np.searchsorted(owners, owners[i], "left"), np.searchsorted(owners, owners[i], "right")
-        j = rng.integers(len(mine) - (end - first))  # uniform over the windows outside first..end, the passage's own
-        counterfactuals.append([bos, *mine[j if j < first else j + end - first][0]])
-    meta: dict[str, str | int] = {"n_passages": len(texts), "n_unknown": unknown, "n_windows": len(mine)}
-    prompts = [[bos, *mine[i][0]] for i in chosen]
-    answers, wrong = [[mine[i][2]] for i in chosen], [[-1]] * wanted
-    return build("text", split, [tokenizer.decode(ids[1:]) for ids in prompts], prompts, counterfactuals, answers, wrong, meta=meta)
+        # Uniform over the windows outside of first..end, the passage's own.
+        j = rng.integers(len(of_split) - (end - first))
+        counterfactuals.append([bos, *of_split[j if j < first else j + end - first][0]])
+    meta: dict[str, str | int] = {"n_passages": len(texts), "n_unknown": unknown, "n_windows": len(of_split)}
+    prompts = [[bos, *of_split[i][0]] for i in chosen]
+    answers, wrong = [[of_split[i][2]] for i in chosen], [[-1]] * wanted
+    return build(
+        "text",
+        split,
+        [tokenizer.decode(ids[1:]) for ids in prompts],
+        prompts,
+        counterfactuals,
+        answers,
+        wrong,
+        meta=meta,
+    )

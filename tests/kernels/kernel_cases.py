@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from oakernels import Operands
 from oakernels.runtime import INTERPRETED
 from poison import poisoned_memory
 from torch import Tensor
@@ -13,7 +14,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 BACKENDS = ("eager", "triton") if DEVICE.type == "cuda" or INTERPRETED else ("eager",)
 """Without a GPU the kernels run in Triton's interpreter, in a process of their own: test_compile.py starts it."""
 
-ARITHMETIC = [(torch.float32, "ieee"), (torch.bfloat16, "ieee"), *([(torch.float32, "tf32")] if DEVICE.type == "cuda" else [])]
+ARITHMETIC = [
+    (torch.float32, "ieee"),
+    (torch.bfloat16, "ieee"),
+    *([(torch.float32, "tf32")] if DEVICE.type == "cuda" else []),
+]
 """(dtype, precision); on CPU, TF32 is no other than fp32."""
 
 
@@ -26,7 +31,7 @@ def poisoned() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Problem:
-    """Operands of a masked mix or read; symbols as in oakernels.masked_mix."""
+    """What masked mixes and reads take; symbols as in oakernels.operands."""
 
     base: Tensor  # [F, Q, d]
     masks: Tensor  # [M, J, S]
@@ -37,17 +42,29 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> "Problem":
         """A copy on the test device; masks stay in fp32 under bf16, as in the engine."""
-        moved = {name: getattr(self, name).to(DEVICE, dtype, copy=True) for name in ("base", "delta", "constants", "weight", "bias")}
+        moved = {
+            name: getattr(self, name).to(DEVICE, dtype, copy=True)
+            for name in ("base", "delta", "constants", "weight", "bias")
+        }
         masks = self.masks.to(DEVICE, torch.promote_types(dtype, torch.float32), copy=True)
         return Problem(**moved, masks=masks)
+
+    def operands(self, backend: str = "auto", precision: str = "ieee") -> Operands:
+        """The factors of the mix."""
+        return Operands(self.masks, self.delta, precision, backend)
 
     def double(self) -> "Problem":
         """A copy of what the operands are after rounding, for the reference to start from."""
         return Problem(**{name: value.detach().double().cpu().clone() for name, value in vars(self).items()})
 
 
-def problem(J: int, S: int, B: int, T: int, d: int, k: int = 5, M: int = 1, F: int = 1, Q: int = 1, Fc: int = 1, Qc: int = 1) -> Problem:
-    """Random operands: a third of the mask entries are 0, a third 1, the rest between, some of them close to the threshold of 1e-3."""
+def problem(
+    J: int, S: int, B: int, T: int, d: int, k: int = 5, M: int = 1, F: int = 1, Q: int = 1, Fc: int = 1, Qc: int = 1
+) -> Problem:
+    """Random operands: a third of the mask entries are 0, a third 1, the rest between.
+
+    Some of these are close to the threshold of 1e-3.
+    """
     g = torch.Generator().manual_seed(J * 1000 + S * 100 + B * 10 + T)
 
     def normal(*shape: int) -> Tensor:
@@ -121,15 +138,17 @@ def error(value: Tensor, truth: Tensor) -> float:
     difference = value - truth
     worst = difference.abs().flatten().argsort(descending=True)[:5].tolist()
     report = [f"[{i}] {value.flatten()[i]:.6g} for {truth.flatten()[i]:.6g}" for i in worst]
-    assert difference.isfinite().all(), f"{value.isnan().sum()} NaN, {value.isinf().sum()} infinite of {list(value.shape)}: {report}"
+    assert difference.isfinite().all(), (
+        f"{value.isnan().sum()} NaN, {value.isinf().sum()} infinite of {list(value.shape)}: {report}"
+    )
     return float(difference.norm() / truth.norm().clamp_min(1e-30))
 
 
 def assert_rivals(kernel: float, eager: float, dtype: torch.dtype, precision: str = "ieee", what: str = "") -> None:
     """The kernel's error must not exceed eager's own in the same dtype, + 1e-6.
 
-    In bf16 and TF32 twice that is allowed: kernel and BLAS round different intermediate results (masks, sums of more than 64 destinations),
-    and operands to TF32 by truncation or to nearest.
+    In bf16 and TF32 twice that is allowed: kernel and BLAS round different intermediate results (masks, sums of more
+    than 64 destinations), and operands to TF32 by truncation or to nearest.
     """
     factor = 2 if dtype == torch.bfloat16 or precision == "tf32" else 1
     assert kernel <= factor * eager + 1e-6, f"{what}: error {kernel:.3g}, eager's {eager:.3g}"

@@ -1,5 +1,7 @@
-"""The kernels without a GPU: compiled for two of them, and run in Triton's interpreter. Both need processes of their own, since
-TRITON_INTERPRET decides what a kernel is when it is decorated."""
+"""The kernels without a GPU: compiled for two of them, and run in Triton's interpreter.
+
+Both need processes of their own, since TRITON_INTERPRET decides what a kernel is when it is decorated.
+"""
 
 import csv
 import os
@@ -11,7 +13,10 @@ from pathlib import Path
 from kernel_cases import CASES
 
 ROOT = Path(__file__).parents[2]
-SHARED_MEMORY = {"80": 166912, "90": 232448}  # bytes per block: CUDA programming guide, compute capabilities, less 1 KiB reserved
+SHARED_MEMORY = {
+    "80": 166912,
+    "90": 232448,
+}  # bytes per block: CUDA programming guide, compute capabilities, less 1 KiB reserved
 
 
 def process(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]:
@@ -36,7 +41,9 @@ def test_kernels_compile_for_sm_80_and_sm_90_within_their_limits() -> None:
 
 def test_kernels_in_the_interpreter() -> None:
     """All tests of this folder with a triton case."""
-    result = process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", str(Path(__file__).parent), interpret=True)
+    result = process(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", str(Path(__file__).parent), interpret=True
+    )
     assert result.returncode == 0, result.stdout[-4000:]
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None and int(passed[1]) > 4 * len(CASES), result.stdout

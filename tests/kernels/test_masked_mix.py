@@ -1,4 +1,5 @@
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from kernel_cases import (
     poisoned,  # noqa: F401 - a fixture for every test
     problem,
 )
-from oakernels import ABLATED, base_gradient, constant_gradient, masked_mix, mix, mix_and_scale, mix_backward
+from masked_autograd import masked_mix
+from oakernels import Operands, constant_gradient, mix, mix_and_scale, mix_backward
+from oakernels.constants import ABLATED
 from oakernels.runtime import run
 
 NAMES = ("x", "d_base", "d_masks", "d_delta", "d_constants")
@@ -46,7 +49,7 @@ def solved(case: str, dtype: torch.dtype) -> tuple[Problem, torch.Tensor, list[t
 def by_op(p: Problem, dx: torch.Tensor, backend: str, precision: str = "ieee") -> list[torch.Tensor]:
     operands = [x.detach().clone().requires_grad_() for x in (p.base, p.masks, p.delta, p.constants)]
     base, masks, delta, constants = operands
-    x = masked_mix(base, masks, delta, constants=constants, backend=backend, precision=precision)
+    x = masked_mix(base, masks, delta, constants, backend=backend, precision=precision)
     return [x, *torch.autograd.grad(x, operands, dx)]
 
 
@@ -88,7 +91,7 @@ def test_with_binary_masks_the_constants_get_their_true_gradient(backend: str) -
     dx = gradient_of(p, torch.float32)
     (truth,) = torch.autograd.grad(x, by_row, dx)
     constants = p.constants.requires_grad_()
-    mixed = masked_mix(by_row.detach().sum(1), masks, delta.detach(), constants=constants, backend=backend)
+    mixed = masked_mix(by_row.detach().sum(1), masks, delta.detach(), constants, backend=backend)
     (value,) = torch.autograd.grad(mixed, constants, dx)
     assert error(mixed, x.detach().double().cpu()) < 1e-6
     assert error(value, truth.view(2, 2, *truth.shape[1:]).sum(1).double().cpu()) < 1e-6
@@ -103,15 +106,18 @@ def test_the_threshold_of_the_constants() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_views_of_packed_buffers_need_no_copy(dtype: torch.dtype, backend: str) -> None:
-    """One layer's block of a packed mask [M, J_all, S_all], the sources so far, results into slices of larger buffers."""
+    """A layer's block of a packed mask [M, J_all, S_all], the sources so far, results into slices of larger buffers."""
     J, S = slice(3, 10), slice(0, 13)
     p = problem(12, 16, 4, 3, 24, M=2, F=4).to(dtype)
     masks, delta, dx = p.masks[:, J, S], p.delta[S], gradient_of(p, dtype)[J]
     x = torch.full((12, 4, 3, 24), torch.nan, dtype=dtype, device=DEVICE)
     d_delta = torch.ones_like(p.delta)
-    mix(p.base, masks, delta, out=x[J], backend=backend)
-    d_masks, sums = mix_backward(dx, masks, delta, d_delta=d_delta[S], token_sums=True, backend=backend)
-    dense = Problem(**{**vars(p), "masks": masks.contiguous(), "delta": delta.contiguous(), "constants": p.constants[:, S]})
+    operands = Operands(masks, delta, backend=backend)
+    mix(p.base, operands, out=x[J])
+    d_masks, sums = mix_backward(dx, operands, d_delta=d_delta[S], token_sums=True)
+    dense = Problem(
+        **{**vars(p), "masks": masks.contiguous(), "delta": delta.contiguous(), "constants": p.constants[:, S]}
+    )
     truth = by_brute_force(dense, dx)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     assert error(x[J], truth[0]) < tolerance
@@ -129,7 +135,7 @@ def test_bf16_gradients_accumulate_in_fp32_if_asked(backend: str) -> None:
     for dtype, total in ((torch.float32, 258), (torch.bfloat16, 256)):
         d_delta = torch.full_like(p.delta, 256, dtype=dtype)
         for _ in range(2):
-            mix_backward(dx, masks, p.delta, d_delta=d_delta, backend=backend)
+            mix_backward(dx, Operands(masks, p.delta, backend=backend), d_delta=d_delta)
         assert (d_delta == total).all()
 
 
@@ -137,9 +143,9 @@ def test_bf16_gradients_accumulate_in_fp32_if_asked(backend: str) -> None:
 def test_a_second_mix_adds_to_the_first(backend: str) -> None:
     """The MLP's destination: same-layer heads are added to what it read of earlier sources, in place."""
     p = problem(1, 9, 3, 4, 20, M=3).to(torch.float32)
-    whole = mix(p.base, p.masks, p.delta, backend=backend)
-    part = mix(p.base, p.masks[:, :, :4], p.delta[:4], backend=backend)
-    mix(part[0], p.masks[:, :, 4:], p.delta[4:], out=part, backend=backend)
+    whole = mix(p.base, p.operands(backend))
+    part = mix(p.base, Operands(p.masks[:, :, :4], p.delta[:4], backend=backend))
+    mix(part[0], Operands(p.masks[:, :, 4:], p.delta[4:], backend=backend), out=part)
     torch.testing.assert_close(part, whole)
 
 
@@ -147,15 +153,9 @@ def test_a_second_mix_adds_to_the_first(backend: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_scale_of_a_mix(case: str, backend: str) -> None:
     p = CASES[case].to(torch.float32)
-    x, rstd = mix_and_scale(p.base, p.masks, p.delta, 1e-5, backend=backend)
-    torch.testing.assert_close(x, mix(p.base, p.masks, p.delta, backend=backend), rtol=0, atol=0)
+    x, rstd = mix_and_scale(p.base, p.operands(backend), 1e-5)
+    torch.testing.assert_close(x, mix(p.base, p.operands(backend)), rtol=0, atol=0)
     assert error(rstd, (x.double().cpu().square().mean(-1) + 1e-5).rsqrt()) < 1e-6
-
-
-def test_base_gradient_sums_over_destinations_and_the_rows_of_each_base() -> None:
-    dx = gradient_of(problem(3, 1, 6, 2, 4), torch.float64).cpu()
-    assert torch.allclose(base_gradient(dx, 3), torch.stack([dx[:, b : b + 2].sum((0, 1)) for b in (0, 2, 4)]))
-    assert torch.allclose(base_gradient(dx.sum(2), 2), torch.stack([dx[:, b : b + 3].sum((0, 1, 2))[None] for b in (0, 3)]))
 
 
 @pytest.mark.parametrize(
@@ -171,16 +171,19 @@ def test_base_gradient_sums_over_destinations_and_the_rows_of_each_base() -> Non
     ],
 )
 def test_operands_that_do_not_fit_are_refused(change: dict, message: str) -> None:
+    def mixed(base: torch.Tensor, out: torch.Tensor | None = None, **operands: Any) -> torch.Tensor:
+        return mix(base, Operands(**operands), out=out)
+
     good = {"base": torch.zeros(1, 1, 5), "masks": torch.zeros(1, 2, 4), "delta": torch.zeros(4, 3, 2, 5)}
-    mix(**good)
+    mixed(**good)
     with pytest.raises(ValueError, match=message):
-        mix(**{**good, **change})
+        mixed(**{**good, **change})
 
 
 def test_triton_is_refused_where_it_has_no_kernel() -> None:
     p = problem(1, 1, 1, 1, 16).to(torch.float64)
     with pytest.raises(ValueError, match=r"backend 'triton' for torch\.float64"):
-        mix(p.base, p.masks, p.delta, backend="triton")
+        mix(p.base, p.operands("triton"))
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")

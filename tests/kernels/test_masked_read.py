@@ -15,7 +15,8 @@ from kernel_cases import (
     error,
     poisoned,  # noqa: F401 - a fixture for every test
 )
-from oakernels import masked_read, mix, project_backward, read, read_backward
+from masked_autograd import input_gradient, masked_read
+from oakernels import Projection, mix, mix_backward, project_backward, read
 
 EPS = 1e-2  # large enough to matter
 NAMES = ("y", "d_base", "d_masks", "d_delta", "d_constants")
@@ -32,10 +33,14 @@ def by_brute_force(p: Problem, dy: torch.Tensor) -> list[torch.Tensor]:
     operands = [x.requires_grad_() for x in (p.base, p.masks, p.delta)]
     y = brute_force_read(p, *operands, EPS)
     gradients = torch.autograd.grad(y, operands, dy)
-    return [y.detach(), *gradients, brute_force_constants(Problem(**{**vars(p), "masks": p.masks.detach()}), input_gradient(p, dy))]
+    return [
+        y.detach(),
+        *gradients,
+        brute_force_constants(Problem(**{**vars(p), "masks": p.masks.detach()}), true_input_gradient(p, dy)),
+    ]
 
 
-def input_gradient(p: Problem, dy: torch.Tensor) -> torch.Tensor:
+def true_input_gradient(p: Problem, dy: torch.Tensor) -> torch.Tensor:
     """dx [J, B, T, d] by autograd through normalise-then-project."""
     x = brute_force_mix(p.base.detach(), p.masks.detach(), p.delta.detach()).requires_grad_()
     y = torch.einsum("jbtd,jdk->jbtk", x / (x.square().mean(-1, keepdim=True) + EPS).sqrt(), p.weight)
@@ -50,21 +55,13 @@ def solved(case: str, dtype: torch.dtype) -> tuple[Problem, torch.Tensor, list[t
     return p, dy, by_brute_force(p, dy)
 
 
-def by_op(p: Problem, dy: torch.Tensor, backend: str, precision: str = "ieee", store_inputs: bool = False) -> list[torch.Tensor]:
+def by_op(
+    p: Problem, dy: torch.Tensor, backend: str, precision: str = "ieee", store_inputs: bool = False
+) -> list[torch.Tensor]:
     operands = [x.detach().clone().requires_grad_() for x in (p.base, p.masks, p.delta, p.constants)]
     base, masks, delta, constants = operands
-    y = masked_read(
-        base,
-        masks,
-        delta,
-        p.weight,
-        p.bias,
-        EPS,
-        constants=constants,
-        backend=backend,
-        precision=precision,
-        store_inputs=store_inputs,
-    )
+    projection, how = Projection(p.weight, p.bias, EPS), {"backend": backend, "precision": precision}
+    y = masked_read(base, masks, delta, projection, constants, store_inputs=store_inputs, **how)
     return [y, *torch.autograd.grad(y, operands, dy)]
 
 
@@ -80,7 +77,9 @@ def test_eager_equals_brute_force_in_double(case: str, store_inputs: bool) -> No
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "precision"), ARITHMETIC)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_error_does_not_exceed_that_of_eager(backend: str, dtype: torch.dtype, precision: str, case: str, store_inputs: bool) -> None:
+def test_error_does_not_exceed_that_of_eager(
+    backend: str, dtype: torch.dtype, precision: str, case: str, store_inputs: bool
+) -> None:
     p, dy, truths = solved(case, dtype)
     eager = [error(*pair) for pair in zip(by_op(p, dy, "eager", precision, store_inputs), truths, strict=True)]
     assert max(eager) < (1e-5 if (dtype, precision) == (torch.float32, "ieee") else 3e-2)
@@ -99,8 +98,8 @@ def test_gradcheck(case: str, store_inputs: bool) -> None:
     masks = p.masks.requires_grad_()
 
     def op(base: torch.Tensor, delta: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        weight = p.weight[:, :d].contiguous()
-        return masked_read(base, masks, delta, weight, p.bias, EPS, backend="eager", store_inputs=store_inputs)
+        projection = Projection(p.weight[:, :d].contiguous(), p.bias, EPS)
+        return masked_read(base, masks, delta, projection, store_inputs=store_inputs, backend="eager")
 
     assert torch.autograd.gradcheck(op, (*operands, masks))
 
@@ -110,25 +109,27 @@ def test_gradcheck(case: str, store_inputs: bool) -> None:
 def test_functional_forms_without_bias(case: str, backend: str) -> None:
     """As the engine calls them: d_delta added to, token sums wanted, dx written over x."""
     p = CASES[case].to(torch.float32)
-    reference = Problem(**{**vars(CASES[case].to(torch.float32).double()), "bias": torch.zeros(p.bias.shape, dtype=torch.float64)})
+    reference = Problem(
+        **{**vars(CASES[case].to(torch.float32).double()), "bias": torch.zeros(p.bias.shape, dtype=torch.float64)}
+    )
     dy = gradient_of(p, torch.float32)
-    dx = input_gradient(reference, dy.double().cpu())
-    y, rstd, x = read(p.base, p.masks, p.delta, p.weight, None, EPS, store_inputs=True, backend=backend)
+    dx = true_input_gradient(reference, dy.double().cpu())
+    operands, projection = p.operands(backend), Projection(p.weight, None, EPS)
+    y, rstd, x = read(p.base, operands, projection, store_inputs=True)
     assert error(y, brute_force_read(reference, reference.base, reference.masks, reference.delta, EPS)) < 1e-6
     d_delta = torch.ones_like(p.delta)
-    operands = (dy, y, rstd, p.base, p.masks, p.delta, p.weight, None)
-    d_masks, sums = read_backward(*operands, x=x, d_delta=d_delta, token_sums=True, backend=backend)
+    own_dx = input_gradient(dy, y, rstd, x, p.base, operands, projection)
+    d_masks, sums = mix_backward(own_dx, operands, d_delta=d_delta, token_sums=True)
     truth = by_brute_force(reference, dy)
     assert error(d_masks, truth[2]) < 1e-5
     assert error(d_delta, truth[3] + 1) < 1e-5
     assert sums is not None and error(sums, dx.sum(2)) < 1e-5
-    assert torch.equal(x, mix(p.base, p.masks, p.delta, backend=backend))  # a stored x survives
-    in_place = project_backward(dy, y, rstd, x, p.weight, None, out=x, backend=backend)
+    assert torch.equal(x, mix(p.base, operands))  # a stored x survives
+    in_place = project_backward(dy, y, rstd, x, projection, out=x, backend=backend)
     assert in_place is x
     assert error(x, dx) < 1e-5
 
 
-def test_weights_that_ask_for_a_gradient_are_refused() -> None:
-    p = CASES["shared masks"].to(torch.float64)
-    with pytest.raises(ValueError, match="allowed: frozen weights"):
-        masked_read(p.base, p.masks, p.delta, p.weight.requires_grad_(), p.bias, EPS)
+def test_a_weight_that_is_not_contiguous_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight .*allowed: contiguous"):
+        Projection(torch.zeros(2, 5, 3).mT, None, EPS)

@@ -1,6 +1,8 @@
-"""The tiny run and the numeric tests as other CPUs round: with other vector units, sums in another order, and two threads.
+"""The tiny run and the numeric tests as other CPUs round: with other vector units, sums in another order, and two
+threads.
 
-Not part of the plain `pytest`: `make test-rounding`. The gate runs a part of it, `make test-rounding SELECT=...` in `.ci/run`.
+Not part of the plain `pytest`: `make test-rounding`. The gate runs a part of it, `make test-rounding SELECT=...` in
+`.ci/run`.
 """
 
 import os
@@ -16,13 +18,14 @@ import pytest
 import torch
 import yaml
 
-from oacore.config import load_config
-from oacore.layout import Layout
+from oacore.config.read import load_config
+from oacore.store.layout import Layout
 
 ROOT, TESTS = Path(__file__).parents[2], Path(__file__).parents[1]
 TINY = TESTS / "configs/tiny.yaml"
 
-# Read by torch, oneDNN and MKL when they are loaded. MKL_CBWR also tells MKL not to round by the number of threads and alignment.
+# Read by torch, oneDNN and MKL when they are loaded. MKL_CBWR also tells MKL not to round by the number of threads and
+# alignment.
 VARIANTS = {
     "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
@@ -32,14 +35,23 @@ HERE = torch.backends.cpu.get_cpu_capability()
 if HERE not in ("AVX2", "AVX512"):
     del VARIANTS["avx2"]  # Arm, and older CPUs
 
-# Files, processes, configurations, text and pictures; all other tests compute.
-NOT_NUMERIC = (
-    r"test_(cache|config|corruption|demo|docs|estimate|kill|layout|locks|numbers|project|report|resume|stories|tasks|\w+_plots)\.py"
+# All other tests are of files, processes, configurations and text; in these rooms, files, memory and pictures compute
+# nothing.
+ROOMS = ("ablation", "circuits", "engine", "fits", "kernels", "lenses", "models", "planted", "tracing")
+NOT_NUMERIC = r"test_(demo|numbers|resume|\w+_plots)\.py"
+NUMERIC = [TESTS / "test_metrics.py", TESTS / "test_poison.py"]
+NUMERIC += sorted(
+    path for room in ROOMS for path in TESTS.glob(f"{room}/test_*.py") if not re.fullmatch(NOT_NUMERIC, path.name)
 )
-NUMERIC = sorted(
-    path for path in TESTS.glob("**/test_*.py") if path.parent.name in ("tests", "kernels") and not re.fullmatch(NOT_NUMERIC, path.name)
-)
-WHOLE_RUNS = [TESTS / name for name in ("workflow/test_pipeline.py", "test_numbers.py", "test_demo.py", "test_stories.py")]
+WHOLE_RUNS = [
+    TESTS / name
+    for name in (
+        "workflow/test_pipeline.py",
+        "fits/test_numbers.py",
+        "models/test_demo.py",
+        "workflow/test_stories.py",
+    )
+]
 PROCESSES = "not interrupted and not ctrl_c and not bad_ and not same_bits and not nothing_to_be_done and not dry_runs"
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -48,7 +60,11 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 def run(variant, *arguments, **more):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment | VARIANTS[variant] | more, capture_output=True, text=True
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment | VARIANTS[variant] | more,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -85,15 +101,30 @@ def test_numeric(variant):
 
 @variants
 def test_from_training(variant, tmp_path):
-    """The demo model, trained with that rounding, is another one; what holds for its tiny run must hold all the same."""
+    """The demo model, trained with that rounding, is another one; what holds for its tiny run must hold all the
+    same.
+    """
     assert pytest_passes(variant, *WHOLE_RUNS, "-k", PROCESSES, OA_TEST_CACHE=str(tmp_path)) > 40
 
 
-# What no fit and no choice has part in, in the tables of the tiny run: the rows (a column and its values) and their numbers.
+# What no fit and no choice has part in, in the tables of the tiny run: the rows (a column and its values) and their
+# numbers.
 UNFITTED = {
-    "ioi/ablation/gaps.csv": ("method", ("zero", "mean", "resample", "counterfactual", "gaussian"), ("gap_nats", "se_nats")),
-    "facts/ablation/gaps.csv": ("method", ("zero", "mean", "resample", "counterfactual", "gaussian"), ("gap_nats", "se_nats")),
-    "facts/tracing/aie.csv": ("corruption", ("mean", "token_replacement", "gaussian-1", "gaussian-3"), ("aie", "se", "p_restored")),
+    "ioi/ablation/gaps.csv": (
+        "method",
+        ("zero", "mean", "resample", "counterfactual", "gaussian"),
+        ("gap_nats", "se_nats"),
+    ),
+    "facts/ablation/gaps.csv": (
+        "method",
+        ("zero", "mean", "resample", "counterfactual", "gaussian"),
+        ("gap_nats", "se_nats"),
+    ),
+    "facts/tracing/aie.csv": (
+        "corruption",
+        ("mean", "token_replacement", "gaussian-1", "gaussian-3"),
+        ("aie", "se", "p_restored"),
+    ),
     "text/lens/loss.csv": ("lens", ("logit", "mean", "resample"), ("kl_nats", "se_nats")),
     "ioi/circuits/pareto.csv": ("ablation", ("counterfactual",), ("kl_nats", "se_nats", "logit_diff")),
 }
@@ -101,7 +132,9 @@ UNFITTED = {
 
 @variants
 def test_tiny_run(variant, tiny_run, tmp_path):
-    """All stages after training, on the same weights: they finish, and what has no part in a fit is the same but for rounding."""
+    """All stages after training, on the same weights: they finish, and what has no part in a fit is the same but for
+    rounding.
+    """
     _, theirs = tiny_run
     values = yaml.safe_load(TINY.read_text()) | {"cache_dir": str(tmp_path), "results_dir": str(tmp_path / "results")}
     values["limits"]["threads"] = int(VARIANTS[variant].get("OA_TEST_THREADS", 1))
@@ -118,8 +151,14 @@ def test_tiny_run(variant, tiny_run, tmp_path):
         if file.endswith("pareto.csv"):  # edges drawn at random, whatever was learned beside them
             chosen &= old["method"] == "random"
         assert set(names) <= set(old[column])
-        keys = [key for key in old if key not in numbers and not pd.api.types.is_float_dtype(old[key]) and key not in ("edges", "nodes")]
+        keys = [
+            key
+            for key in old
+            if key not in numbers and not pd.api.types.is_float_dtype(old[key]) and key not in ("edges", "nodes")
+        ]
         pd.testing.assert_frame_equal(new[keys], old[keys])
         for number in numbers:
-            np.testing.assert_allclose(new[chosen][number], old[chosen][number], rtol=1e-3, atol=1e-5, err_msg=f"{file} {number}")
+            np.testing.assert_allclose(
+                new[chosen][number], old[chosen][number], rtol=1e-3, atol=1e-5, err_msg=f"{file} {number}"
+            )
     assert (pd.read_csv(ours.circuits("ioi", "pareto.csv"))["kl_nats"] >= 0).all()

@@ -1,4 +1,5 @@
-"""The pipeline on a real SLURM of two nodes, with the profile that is shipped: a job is cancelled, a node drained, the bits stay the same.
+"""The pipeline on a real SLURM of two nodes, with the profile that is shipped: a job is cancelled, a node drained, the
+bits stay the same.
 
 Not part of the plain `pytest`, because it starts daemons as root: `make test-slurm`.
 """
@@ -14,8 +15,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from oacore.config import load_config
-from oacore.layout import Layout
+from oacore.config.read import load_config
+from oacore.store.layout import Layout
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
@@ -45,7 +46,12 @@ def config(tmp_path):
     """One task; relative folders, so that reports name the same."""
     values = yaml.safe_load(TINY.read_text())
     # auto: rules ask for a GPU, and where torch finds none they compute on the CPU.
-    values |= {"device": "auto", "tasks": {"ioi": values["tasks"]["ioi"]}, "cache_dir": "cache", "results_dir": "results"}
+    values |= {
+        "device": "auto",
+        "tasks": {"ioi": values["tasks"]["ioi"]},
+        "cache_dir": "cache",
+        "results_dir": "results",
+    }
     values["ablation"] |= {"methods": ["mean", "optimal"], "tasks": ["ioi"]}
     values["circuits"] |= {"methods": ["ugs", "hcgs"], "ablations": ["optimal"], "seeds": [0]}
     del values["tracing"], values["lenses"]  # of other tasks
@@ -76,7 +82,9 @@ def finish(workflow, folder):
 
 def slurm_jobs():
     """What SLURM knows of every job, finished ones included."""
-    lines = subprocess.run(["scontrol", "show", "job", "--oneliner"], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["scontrol", "show", "job", "--oneliner"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines if "JobId=" in line]
 
 
@@ -95,7 +103,11 @@ def two_running_and_one_queued():
 
 
 def files_in(folder):
-    return {path.relative_to(folder) for path in (*folder.glob("cache/*/ioi-*/*"), *folder.glob("results/**/*")) if path.is_file()}
+    return {
+        path.relative_to(folder)
+        for path in (*folder.glob("cache/*/ioi-*/*"), *folder.glob("results/**/*"))
+        if path.is_file()
+    }
 
 
 def content(path):
@@ -108,7 +120,18 @@ def content(path):
 def test_a_cancelled_job_and_a_drained_node_leave_the_same_bits(cluster, config, tmp_path):
     model = Layout(load_config(config)).demo_model.removeprefix("cache/")
     local, remote = tmp_path / "local", tmp_path / "slurm"
-    finish(start(config, local, Path(os.environ.get("OA_TEST_CACHE", "/nowhere"), model), "--cores", "2", "--resources", "gpu=2"), local)
+    finish(
+        start(
+            config,
+            local,
+            Path(os.environ.get("OA_TEST_CACHE", "/nowhere"), model),
+            "--cores",
+            "2",
+            "--resources",
+            "gpu=2",
+        ),
+        local,
+    )
 
     checkpoint = remote / Layout(load_config(config)).ablation("ioi", ".constants-optimal-checkpoint.safetensors")
     workflow = start(config, remote, local / "cache" / model, *OVERLAY)

@@ -1,4 +1,6 @@
-"""The pipeline end to end on the embedded model, its outputs compared with the definitions and with a second way of computing them."""
+"""The pipeline end to end on the embedded model, its outputs compared with the definitions and with a second way of
+computing them.
+"""
 
 import json
 import os
@@ -16,14 +18,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from oacore.__main__ import jobs, run_stage
-from oacore.activations import batch_of, read_clean_log_probs, read_prompts, read_statistics
-from oacore.cache import Reader
-from oacore.config import Config, load_config
+from oacore.config.read import load_config
+from oacore.config.run import Config
+from oacore.engine.activations import read_clean_log_probs, read_statistics
+from oacore.engine.forward import residual_after
+from oacore.engine.prompts import batch_of, read_prompts
 from oacore.errors import UserError
-from oacore.forward import residual_after
-from oacore.layout import Layout, circuit_file
-from oacore.model import load
+from oacore.jobs import jobs
+from oacore.models.load import load
+from oacore.runner import run_stage
+from oacore.store.layout import Layout, circuit_file
+from oacore.store.provenance import Provenance
+from oacore.store.reader import Reader
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/configs/tiny.yaml"
@@ -59,9 +65,13 @@ def test_outputs_are_exactly_those_promised(finished):
     for task in config.ablation_tasks():
         assert (
             names_in(layout.ablation(task, ""))
-            == {"gaps.csv", "summary.csv", "constants-optimal.safetensors", "constants-optimal_positional.safetensors"} | figures
+            == {"gaps.csv", "summary.csv", "constants-optimal.safetensors", "constants-optimal_positional.safetensors"}
+            | figures
         )
-        assert {path.name for path in Path(layout.task_dir(task)).iterdir()} - {"logs"} == {"prompts.h5", "activations.h5"}
+        assert {path.name for path in Path(layout.task_dir(task)).iterdir()} - {"logs"} == {
+            "prompts.h5",
+            "activations.h5",
+        }
     assert Path(layout.model_json).is_file() and Path(layout.report).is_file()
     circuits = config.circuits
     found = names_in(layout.circuits("ioi", ""))
@@ -74,10 +84,17 @@ def test_outputs_are_exactly_those_promised(finished):
     for method in circuits.methods:
         for ablation in circuits.ablations:
             files = {circuit_file(knob, seed) for knob in circuits.knobs(method) for seed in circuits.seeds}
-            files |= {"search.safetensors", "timing.json", "pareto.csv"} | ({"constants.safetensors"} if ablation == "optimal" else set())
+            files |= {"search.safetensors", "timing.json", "pareto.csv"} | (
+                {"constants.safetensors"} if ablation == "optimal" else set()
+            )
             assert names_in(layout.circuits("ioi", f"{method}-{ablation}")) == files
 
-    assert names_in(layout.tracing("")) - {"figures"} == {"aie.csv", "pictures.csv", "facts.json", "constants.safetensors"}
+    assert names_in(layout.tracing("")) - {"figures"} == {
+        "aie.csv",
+        "pictures.csv",
+        "facts.json",
+        "constants.safetensors",
+    }
     names = {f"{name}.{kind}" for name in config.tracing.figures() for kind in ("svg", "png")}
     assert {path.name for path in Path(layout.tracing("figures")).iterdir()} == names
 
@@ -85,7 +102,9 @@ def test_outputs_are_exactly_those_promised(finished):
 def test_aie_table_is_complete(finished):
     config, layout, _ = finished
     table, tracing = pd.read_csv(layout.tracing("aie.csv")), config.tracing
-    columns = "corruption,site,position,window,layer,aie,se,p_clean,p_corrupted,p_restored,n,aie_normalised,se_normalised"
+    columns = (
+        "corruption,site,position,window,layer,aie,se,p_clean,p_corrupted,p_restored,n,aie_normalised,se_normalised"
+    )
     assert ",".join(table.columns) == columns and not table.isna().any().any()
     keys = ["corruption", "site", "position", "window", "layer"]
     n_places = len(tracing.sites) * len(tracing.positions) * len(tracing.windows) * 4
@@ -98,22 +117,26 @@ def test_aie_table_is_complete(finished):
     assert (last["aie_normalised"] - 1).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("corruption", "site", "position"), [("mean", "mlp", "last_subject"), ("oat", "attention", "last")])
+@pytest.mark.parametrize(
+    ("corruption", "site", "position"), [("mean", "mlp", "last_subject"), ("oat", "attention", "last")]
+)
 def test_an_effect_with_plain_hugging_face(finished, corruption, site, position):
     """A number in aie.csv again, by forward hooks on Hugging Face's own model; OAT's constants from their file."""
-    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
     _, layout, _ = finished
     hf = AutoModelForCausalLM.from_pretrained(layout.demo_model).eval()
     train, test = (read_prompts(layout.prompts("facts"), split) for split in ("train", "test"))
     position_of = {"last": test.lengths - 1, "last_subject": test.subject[:, 1] - 1}[position]
-    tokens, rows, answers = torch.from_numpy(test.tokens).long(), torch.arange(len(test.text)), torch.from_numpy(test.answers[:, 0]).long()
+    tokens, rows, answers = (
+        torch.from_numpy(test.tokens).long(),
+        torch.arange(len(test.text)),
+        torch.from_numpy(test.answers[:, 0]).long(),
+    )
     inside = (torch.arange(tokens.shape[1]) >= torch.from_numpy(test.subject[:, :1])) & (
         torch.arange(tokens.shape[1]) < torch.from_numpy(test.subject[:, 1:])
     )
-    with safe_open(layout.tracing("constants.safetensors"), "pt") as file:
-        fitted = dict(zip(json.loads(file.metadata()["oacore"])["places"], file.get_tensor("constants"), strict=True))
+    fitted = load_file(layout.tracing("constants.safetensors"))
     spans = [ids[a:b] for ids, (a, b) in zip(train.tokens, train.subject, strict=True)]
     mean = hf.transformer.wte.weight[torch.cat([torch.from_numpy(span).long() for span in spans])].mean(0)
     layer = 1
@@ -159,8 +182,12 @@ def test_pictures_agree_with_themselves(finished):
         words = picture[picture["in_subject"]].drop_duplicates("position")["token"]
         assert " ".join(words) in picture["prompt"].iloc[0]
         before = picture[(picture["position"] < picture[picture["in_subject"]]["position"].min())]
-        assert (before["p_restored"] - before["p_corrupted"]).abs().max() < 1e-5, "causal attention: nothing before the subject changes"
-        last = picture[(picture["site"] == "block") & (picture["position"] == picture["position"].max()) & (picture["layer"] >= 2)]
+        assert (before["p_restored"] - before["p_corrupted"]).abs().max() < 1e-5, (
+            "causal attention: nothing before the subject changes"
+        )
+        last = picture[
+            (picture["site"] == "block") & (picture["position"] == picture["position"].max()) & (picture["layer"] >= 2)
+        ]
         assert (last["p_restored"] - last["p_clean"]).abs().max() < 1e-5
 
 
@@ -176,7 +203,11 @@ def test_lens_outputs_are_those_promised(finished):
     assert list(loss.columns) == ["lens", "init", "layer", "kl_nats", "se_nats", "top1_agreement", "n"]
     assert len(loss) == len(lenses.files()) * 4 and (loss["n"] == 60).all() and (loss["kl_nats"] > 0).all()
     wide = loss[loss["init"].isna()].pivot(index="layer", columns="lens", values="kl_nats")
-    assert (wide["oca"] < wide["mean"] * 1.05).all() and (wide["oca"] < wide["resample"]).all() and (wide["oca"] < wide["logit"]).all()
+    assert (
+        (wide["oca"] < wide["mean"] * 1.05).all()
+        and (wide["oca"] < wide["resample"]).all()
+        and (wide["oca"] < wide["logit"]).all()
+    )
     lengths = pd.read_csv(folder / "lengths.csv")
     assert set(lengths["n_tokens"]) == {6, 11} and len(lengths) == 2 * len(loss)
     # Windows of the fitted length are the task's own: the same numbers, by a pass of the model instead of the cache.
@@ -191,7 +222,9 @@ def test_lens_outputs_are_those_promised(finished):
 
 
 def test_a_lens_loss_with_plain_hugging_face(finished):
-    """A number in loss.csv again: Hugging Face's model with attention's outputs replaced by the constants from their file."""
+    """A number in loss.csv again: Hugging Face's model with attention's outputs replaced by the constants from their
+    file.
+    """
     from transformers import AutoModelForCausalLM
 
     _, layout, _ = finished
@@ -228,20 +261,25 @@ def test_pareto_table_is_complete(finished):
     assert len(pareto) == n_knobs * len(config.circuits.seeds) * len(config.circuits.ablations)
     assert (pareto["objective"] == pareto["method"].map(lambda name: "logit_diff" if name == "eap" else "kl")).all()
     stability = pd.read_csv(layout.circuits("ioi", "stability.csv"))
-    assert len(stability) == n_knobs * len(config.circuits.ablations) and (stability["n_circuits"] == len(config.circuits.seeds)).all()
+    assert (
+        len(stability) == n_knobs * len(config.circuits.ablations)
+        and (stability["n_circuits"] == len(config.circuits.seeds)).all()
+    )
 
 
 @pytest.mark.parametrize("ablation", ["optimal", "counterfactual"])
 def test_a_circuit_file_measured_by_the_brute_force(finished, ablation):
-    """The KL in pareto.csv again: the circuit from its MIB file, its constants from theirs, every destination gathered edge by edge."""
+    """The KL in pareto.csv again: the circuit from its MIB file, its constants from theirs, every destination gathered
+    edge by edge.
+    """
     from test_masked_forward import brute_force
 
-    from oacore.circuits.circuit import load as load_circuit
-    from oacore.masked_forward import Engine
+    from oacore.circuits.mib_file import load_circuit
+    from oacore.engine.masked import Engine
     from oacore.metrics import kl_divergence
 
     _, layout, _ = finished
-    model = load(layout.source, device="cpu").model
+    model = load(layout.demo_model, device="cpu").model
     prompts = read_prompts(layout.prompts("ioi"), "test")
     batch, other = batch_of(prompts), batch_of(prompts, counterfactual=True)
     folder = Path(layout.circuits("ioi", f"ugs-{ablation}"))
@@ -291,7 +329,12 @@ def test_a_circuit_of_another_model_is_refused(finished, tmp_path, shared_data, 
     config, _, _ = finished
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    assert main(["mib-score", "--config", str(path), "--task", "ioi", "--circuit", str(shared_data / "mib/ioi-eap-ig.json")]) == 2
+    assert (
+        main(
+            ["mib-score", "--config", str(path), "--task", "ioi", "--circuit", str(shared_data / "mib/ioi-eap-ig.json")]
+        )
+        == 2
+    )
     assert "that of the model" in capsys.readouterr().err
 
 
@@ -309,7 +352,16 @@ def test_demo_model_meets_its_requirements(finished):
 def test_gap_table_is_complete(finished):
     config, _, tables = finished
     for task, gaps in tables.items():
-        assert list(gaps.columns) == ["component", "kind", "layer", "head", "method", "gap_nats", "se_nats", "n_prompts"]
+        assert list(gaps.columns) == [
+            "component",
+            "kind",
+            "layer",
+            "head",
+            "method",
+            "gap_nats",
+            "se_nats",
+            "n_prompts",
+        ]
         assert len(gaps) == 20 * len(config.ablation.methods)
         assert not gaps.drop(columns="head").isna().any().any(), task
         assert (gaps["gap_nats"] >= 0).all()
@@ -365,10 +417,14 @@ def test_gap_of_a_fitted_constant_with_plain_hugging_face(finished):
             def replace(module, inputs, output=None, name=name):
                 value = (inputs[0] if output is None else output).clone()
                 columns = slice(32 * int(name[-1]), 32 * int(name[-1]) + 32) if output is None else slice(None)
-                value[:, 1:, columns] = constants[f"constants.{name}"][0]
+                value[:, 1:, columns] = constants[name][0]
                 return value if output is not None else (value,)
 
-            place = layer.mlp.register_forward_hook(replace) if name[0] == "m" else layer.attn.c_proj.register_forward_pre_hook(replace)
+            place = (
+                layer.mlp.register_forward_hook(replace)
+                if name[0] == "m"
+                else layer.attn.c_proj.register_forward_pre_hook(replace)
+            )
             ablated = hf(batch.tokens).logits[last].double().log_softmax(-1)
             place.remove()
             losses = (clean.exp() * (clean - ablated)).sum(-1)
@@ -408,7 +464,7 @@ def test_cached_residuals_are_what_enters_each_block(finished):
 def test_cache_of_another_model_is_refused(finished):
     _, layout, _ = finished
     with pytest.raises(UserError, match="model_hash"):
-        read_statistics(layout.activations("ioi"), {"model_hash": "another"})
+        read_statistics(layout.activations("ioi"), Provenance({"model_hash": "another"}))
 
 
 class _Page(HTMLParser):
@@ -427,12 +483,20 @@ def test_report_is_one_offline_page_with_everything(finished):
     page = _Page()
     page.feed(text)
     assert not page.fetched and "script" not in page.tags
-    of_circuits = len(config.circuits.figures()) + len(config.circuits.ablations)  # fronts, and a drawing for each ablation type
+    of_circuits = len(config.circuits.figures()) + len(
+        config.circuits.ablations
+    )  # fronts, and a drawing for each ablation type
     of_tracing = len(config.tracing.figures())
     of_lenses = len(config.lenses.figures()) + config.lenses.pictures
     of_ablation = len(config.ablation_tasks()) * len(config.ablation.figures())
     assert page.tags.count("figure") == of_ablation + of_circuits + of_tracing + of_lenses
-    for word in ("ioi", "facts", json.loads(Path(layout.model_json).read_text())["model_hash"][:16], "optimal_positional", "seed"):
+    for word in (
+        "ioi",
+        "facts",
+        json.loads(Path(layout.model_json).read_text())["model_hash"][:16],
+        "optimal_positional",
+        "seed",
+    ):
         assert word in text.replace("<wbr>", "")
 
 
@@ -445,11 +509,19 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
         path = tmp_path / "changed.yaml"
         path.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | change))
         output = snakemake("-n", "--configfile", path, *where).stdout
-        return {name: int(count) for name, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.M) if name not in ("total", "all")}
+        return {
+            name: int(count)
+            for name, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.M)
+            if name not in ("total", "all")
+        }
 
     tiny = yaml.safe_load(TINY.read_text())
     assert stale({"limits": {"threads": 2}, "device": "auto"}) == {}
-    assert stale({"ablation": tiny["ablation"] | {"methods": ["zero", "optimal"]}}) == {"gaps": 2, "figures": 2, "report": 1}
+    assert stale({"ablation": tiny["ablation"] | {"methods": ["zero", "optimal"]}}) == {
+        "gaps": 2,
+        "figures": 2,
+        "report": 1,
+    }
     fit_again = stale({"ablation": tiny["ablation"] | {"optimal": tiny["ablation"]["optimal"] | {"tolerance": 0.02}}})
     # Methods that judge edges without training constants take the components'.
     judged = {"circuit_search": 4, "circuit_evaluation": 1, "circuit_figures": 1}
@@ -470,16 +542,36 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
     assert stale({"tracing": tracing | {"n_draws": 3}}) == {"tracing": 1, "tracing_figures": 1, "report": 1}
     tiny_lenses = tiny["lenses"]
     assert stale({"lenses": tiny_lenses | {"pictures": 0}}) == {"lens_evaluation": 1, "lens_figures": 1, "report": 1}
-    of_oca = {"lens_fit": 3, "lens_evaluation": 1, "lens_faithfulness": 1, "lens_truthfulness": 1, "lens_figures": 1, "report": 1}
-    assert stale({"lenses": tiny_lenses | {"oca": tiny_lenses["oca"] | {"max_steps": 61}}}) == of_oca  # oca, oca_shared, linear_oca
+    of_oca = {
+        "lens_fit": 3,
+        "lens_evaluation": 1,
+        "lens_faithfulness": 1,
+        "lens_truthfulness": 1,
+        "lens_figures": 1,
+        "report": 1,
+    }
+    assert (
+        stale({"lenses": tiny_lenses | {"oca": tiny_lenses["oca"] | {"max_steps": 61}}}) == of_oca
+    )  # oca, oca_shared, linear_oca
     faithful = tiny_lenses["faithfulness"] | {"n_directions": 4}
-    assert stale({"lenses": tiny_lenses | {"faithfulness": faithful}}) == {"lens_faithfulness": 1, "lens_figures": 1, "report": 1}
+    assert stale({"lenses": tiny_lenses | {"faithfulness": faithful}}) == {
+        "lens_faithfulness": 1,
+        "lens_figures": 1,
+        "report": 1,
+    }
     every_trace = {"tracing_fit": 1, "tracing": 1, "tracing_figures": 1}
     assert stale({"tracing": tracing | {"fit": tracing["fit"] | {"max_steps": 21}}}) == every_trace | {"report": 1}
-    assert stale({"tracing": tracing | {"corruptions": ["gaussian"]}}) == {"tracing": 1, "tracing_figures": 1, "report": 1}
+    assert stale({"tracing": tracing | {"corruptions": ["gaussian"]}}) == {
+        "tracing": 1,
+        "tracing_figures": 1,
+        "report": 1,
+    }
     other_task = stale({"tasks": tiny["tasks"] | {"ioi": tiny["tasks"]["ioi"] | {"n_train": 65}}})
     every_circuit = {"circuit_search": 16, "circuit_evaluation": 2, "circuit_figures": 1}
-    assert other_task == {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "report": 1} | every_circuit
+    assert (
+        other_task
+        == {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "report": 1} | every_circuit
+    )
     other_run = stale({"run": "other"})
     assert other_run == {"optimal": 4, "gaps": 2, "figures": 2} | every_circuit | every_trace | of_oca | {"lens_fit": 6}
     assert stale({"dtype": "bf16"})["demo"] == 1
@@ -492,7 +584,13 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "oacore", "all", "--config", path], cwd=ROOT, check=True, capture_output=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-m", "oacore", "all", "--config", path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
     again = Layout(load_config(path))
     for task in config.ablation_tasks():
         for name in (
@@ -502,7 +600,9 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
             "summary.csv",
             "gap_distributions.svg",
         ):
-            assert Path(again.ablation(task, name)).read_bytes() == Path(layout.ablation(task, name)).read_bytes(), f"{task} {name}"
+            assert Path(again.ablation(task, name)).read_bytes() == Path(layout.ablation(task, name)).read_bytes(), (
+                f"{task} {name}"
+            )
     for folder in (layout.tracing(""), layout.lens("text", "")):
         for path in Path(folder).iterdir():
             if path.is_file():
@@ -521,7 +621,11 @@ def fresh(finished, tmp_path):
     """A config like the tiny one with one task, in empty folders but for the trained demo model."""
     _, theirs, _ = finished
     values = yaml.safe_load(TINY.read_text())
-    values |= {"tasks": {"ioi": values["tasks"]["ioi"]}, "cache_dir": str(tmp_path / "cache"), "results_dir": str(tmp_path / "results")}
+    values |= {
+        "tasks": {"ioi": values["tasks"]["ioi"]},
+        "cache_dir": str(tmp_path / "cache"),
+        "results_dir": str(tmp_path / "results"),
+    }
     values["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"], "tasks": ["ioi"]}
     values["circuits"] |= {"methods": ["ugs"], "ablations": ["optimal"], "seeds": [0]}
     del values["tracing"], values["lenses"]  # of other tasks
@@ -538,7 +642,9 @@ def files_in(folder):
 
 
 def test_interrupted_while_writing_every_stage_leaves_nothing(fresh, tmp_path, monkeypatch):
-    """Ctrl-C at the worst moment, between writing a file and its rename: no stage leaves a file, and all run again afterwards."""
+    """Ctrl-C at the worst moment, between writing a file and its rename: no stage leaves a file, and all run again
+    afterwards.
+    """
     path, layout, theirs = fresh
     config = load_config(path)
 
@@ -559,9 +665,20 @@ def test_interrupted_while_writing_every_stage_leaves_nothing(fresh, tmp_path, m
 
 
 def test_ctrl_c_in_a_fit_and_the_next_run_goes_on(fresh, tmp_path):
-    """A real SIGINT to the whole workflow: the checkpoint is taken up, and the result is that of a run that nobody stopped."""
+    """A real SIGINT to the whole workflow: the checkpoint is taken up, and the result is that of a run that nobody
+    stopped.
+    """
     path, layout, theirs = fresh
-    command = [sys.executable, "-m", "snakemake", layout.constants("ioi", "optimal"), "--cores", "1", "--configfile", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        layout.constants("ioi", "optimal"),
+        "--cores",
+        "1",
+        "--configfile",
+        str(path),
+    ]
     checkpoint = Path(layout.ablation("ioi", ".constants-optimal-checkpoint.safetensors"))
     with open(tmp_path / "out.txt", "w") as out:
         job = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
@@ -575,7 +692,9 @@ def test_ctrl_c_in_a_fit_and_the_next_run_goes_on(fresh, tmp_path):
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert not re.search(r"constants: 0/|ioi optimal: 0/", again.stdout + again.stderr), "it began again at step 0"
-    assert Path(layout.constants("ioi", "optimal")).read_bytes() == Path(theirs.constants("ioi", "optimal")).read_bytes()
+    assert (
+        Path(layout.constants("ioi", "optimal")).read_bytes() == Path(theirs.constants("ioi", "optimal")).read_bytes()
+    )
     assert not checkpoint.exists()
 
 
@@ -608,7 +727,10 @@ def test_bad_facts_stop_before_any_job(tmp_path):
     path.write_text(yaml.safe_dump(values))
     result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
     assert result.returncode != 0 and "Traceback" not in result.stderr
-    assert "tasks.facts.path" in result.stderr and "line 3: the prompt 'It is in' does not contain the subject 'Rome'" in result.stderr
+    assert (
+        "tasks.facts.path" in result.stderr
+        and "line 3: the prompt 'It is in' does not contain the subject 'Rome'" in result.stderr
+    )
     assert not (tmp_path / "cache").exists()
 
 
@@ -621,7 +743,9 @@ def test_bad_input_in_a_job_gives_one_error(tmp_path):
     config = load_config(path).model_copy(update={"cache_dir": tmp_path / "cache"})
     assert isinstance(config, Config)
     Path(Layout(config).model_dir).mkdir(parents=True)
-    result = subprocess.run([sys.executable, "-m", "oacore", "prompts", "--config", path], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "oacore", "prompts", "--config", path], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert re.fullmatch(r"error: .*model\.json: missing; run the stage `model` first\n", result.stderr)
 
@@ -645,9 +769,24 @@ def test_gpt2_config_dry_runs():
 
 
 def test_command_line_lists_its_stages():
-    result = subprocess.run([sys.executable, "-m", "oacore", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    rules = re.findall(r"^ *rule (\w+):", "\n".join(file.read_text() for file in (ROOT / "workflow/rules").glob("*.smk")), re.M)
-    assert {"demo", "model", "prompts", "activations", "optimal", "gaps", "figures", "circuit_search", "tracing", "report"} < set(rules)
+    result = subprocess.run(
+        [sys.executable, "-m", "oacore", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    rules = re.findall(
+        r"^ *rule (\w+):", "\n".join(file.read_text() for file in (ROOT / "workflow/rules").glob("*.smk")), re.M
+    )
+    assert {
+        "demo",
+        "model",
+        "prompts",
+        "activations",
+        "optimal",
+        "gaps",
+        "figures",
+        "circuit_search",
+        "tracing",
+        "report",
+    } < set(rules)
     assert all(f"  {rule} " in result.stdout for rule in rules)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from oacore.cache import Reader
-from oacore.config import load_config
-from oacore.layout import Layout
+from oacore.config.read import load_config
+from oacore.store.layout import Layout
+from oacore.store.reader import Reader
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/configs/tiny.yaml"
@@ -21,14 +21,21 @@ TINY = ROOT / "tests/configs/tiny.yaml"
 
 @pytest.fixture
 def place(tiny_run, tmp_path):
-    """Make a working folder with a config of its own and a trained demo model: (config file, layout as seen from there)."""
+    """Make a working folder with a config of its own and a trained demo model: (config file, layout as seen from
+    there).
+    """
     _, theirs = tiny_run
 
     def make(name, cache_dir, results_dir="results", run="tiny"):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         values = yaml.safe_load(TINY.read_text())
-        values |= {"run": run, "tasks": {"ioi": values["tasks"]["ioi"]}, "cache_dir": str(cache_dir), "results_dir": str(results_dir)}
+        values |= {
+            "run": run,
+            "tasks": {"ioi": values["tasks"]["ioi"]},
+            "cache_dir": str(cache_dir),
+            "results_dir": str(results_dir),
+        }
         values["ablation"]["tasks"] = ["ioi"]
         del values["circuits"], values["tracing"], values["lenses"]  # of other tasks
         path = folder / f"{run}.yaml"
@@ -58,7 +65,9 @@ def rules_run(output):
 
 @pytest.mark.parametrize("shared", ["results", "cache"])
 def test_two_pipelines_at_once(place, tmp_path, shared):
-    """One working folder and results, or two with one cache: both succeed, each job ran once, and what they made is whole."""
+    """One working folder and results, or two with one cache: both succeed, each job ran once, and what they made is
+    whole.
+    """
     if shared == "results":
         first, layout = place("a", "cache")
         second = first
@@ -86,16 +95,28 @@ def test_another_working_copy_takes_the_cache_through_snakemake(place, tmp_path)
         run = started([*command(path, layout.activations("ioi")), "--cache"], env=environment)
         output = run.communicate(timeout=300)[0]
         assert run.returncode == 0, output
-        made.append([(path.parent / file).read_bytes() for file in (layout.model_json, layout.prompts("ioi"), layout.activations("ioi"))])
-        assert [(path.parent / file).is_symlink() for file in (layout.model_json, layout.prompts("ioi"))] == [True, True]
+        made.append(
+            [
+                (path.parent / file).read_bytes()
+                for file in (layout.model_json, layout.prompts("ioi"), layout.activations("ioi"))
+            ]
+        )
+        assert [(path.parent / file).is_symlink() for file in (layout.model_json, layout.prompts("ioi"))] == [
+            True,
+            True,
+        ]
         assert output.count("Symlinking output file") == 3
         assert output.count("Moving output file") == (3 if name == "a" else 0), "nothing is new in the second copy"
-        assert all(not log.read_text() for log in (path.parent / layout.model_dir).rglob("*.log")) == (name == "b"), "no job spoke there"
+        assert all(not log.read_text() for log in (path.parent / layout.model_dir).rglob("*.log")) == (name == "b"), (
+            "no job spoke there"
+        )
     assert made[0] == made[1]
 
 
 def test_a_killed_pipeline_unlocks_only_when_its_jobs_have_ended(place):
-    """SIGKILL to Snakemake alone: its job goes on, `--unlock` is refused until that has ended, then the next call finishes the run."""
+    """SIGKILL to Snakemake alone: its job goes on, `--unlock` is refused until that has ended, then the next call
+    finishes the run.
+    """
     path, layout = place("a", "cache")
     line = command(path, layout.activations("ioi"))
     run = started(line, start_new_session=True)

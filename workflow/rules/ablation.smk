@@ -1,15 +1,15 @@
 rule optimal:
     input:
-        layout.model_json,
-        task_files("prompts.h5"),
-        task_files("activations.h5"),
-        lambda wildcards: (
-            layout.constants(wildcards.task, "optimal")
-            if wildcards.method == "optimal_positional"
+        model=layout.model_json,
+        prompts=task_files("prompts.h5"),
+        activations=task_files("activations.h5"),
+        start=lambda wildcards: (
+            layout.constants(wildcards.task, start)
+            if (start := run_config.ablation.starts_from(wildcards.method))
             else []
         ),
     output:
-        results("{task}", "constants-{method}.safetensors"),
+        constants=results("{task}", "constants-{method}.safetensors"),
     log:
         results("{task}", "logs/optimal-{method}.log"),
     wildcard_constraints:
@@ -22,6 +22,8 @@ rule optimal:
         runtime=minutes(720),
         gpu=GPUS,
     params:
+        stage="optimal",
+        type=lambda wildcards: computed(ABLATION_TYPES, [wildcards.method]),
         components=run_config.ablation.components,
         settings=run_config.ablation.optimal.model_dump(),
         seed=run_config.seed,
@@ -32,16 +34,13 @@ rule optimal:
 
 rule gaps:
     input:
-        layout.model_json,
-        task_files("prompts.h5"),
-        task_files("activations.h5"),
-        lambda wildcards: [
-            layout.constants(wildcards.task, method)
-            for method in run_config.ablation.fitted()
-        ],
+        model=layout.model_json,
+        prompts=task_files("prompts.h5"),
+        activations=task_files("activations.h5"),
+        constants=constants,
     output:
-        results("{task}", "gaps.csv"),
-        results("{task}", "summary.csv"),
+        gaps=results("{task}", "gaps.csv"),
+        summary=results("{task}", "summary.csv"),
     log:
         results("{task}", "logs/gaps.log"),
     conda:
@@ -52,26 +51,25 @@ rule gaps:
         runtime=minutes(240),
         gpu=GPUS,
     params:
-        methods=run_config.ablation.methods,
+        stage="gaps",
+        types=computed(ABLATION_TYPES, run_config.ablation.methods),
         components=run_config.ablation.components,
         seed=run_config.seed,
-        code=code("gaps"),
+        code=code(
+            "gaps", *(ABLATION_TYPES[method] for method in run_config.ablation.methods)
+        ),
     script:
         "../scripts/stage.py"
 
 
 rule figures:
     input:
-        results("{task}", "gaps.csv"),
-        lambda wildcards: [
-            layout.constants(wildcards.task, method)
-            for method in run_config.ablation.fitted()
-        ],
+        model=layout.model_json,
+        gaps=results("{task}", "gaps.csv"),
+        constants=constants,
     output:
-        expand(
-            results("{{task}}", "{name}.{format}"),
-            name=run_config.ablation.figures(),
-            format=("svg", "png"),
+        figures=drawn(
+            lambda name: results("{task}", name), run_config.ablation.figures()
         ),
     log:
         results("{task}", "logs/figures.log"),
@@ -79,6 +77,8 @@ rule figures:
     conda:
         "../../environment.yml"
     params:
+        stage="figures",
+        rows=shown(ABLATION_TYPES, run_config.ablation.methods),
         code=code("figures"),
     script:
         "../scripts/stage.py"

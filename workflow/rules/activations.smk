@@ -1,9 +1,9 @@
 rule activations:
     input:
-        layout.model_json,
-        f"{layout.model_dir}/{{task_dir}}/prompts.h5",
+        model=layout.model_json,
+        prompts=f"{layout.model_dir}/{{task_dir}}/prompts.h5",
     output:
-        f"{layout.model_dir}/{{task_dir}}/activations.h5",
+        activations=f"{layout.model_dir}/{{task_dir}}/activations.h5",
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/activations.log",
     cache: True
@@ -17,6 +17,7 @@ rule activations:
         runtime=minutes(120),
         gpu=GPUS,
     params:
+        stage="activations",
         code=code("activations"),
     script:
         "../scripts/stage.py"

@@ -1,24 +1,32 @@
 if CIRCUITS:
+    EXPERIMENT_ROWS += [
+        shown(CIRCUIT_METHODS, CIRCUITS.methods),
+        shown(EDGE_ABLATIONS, CIRCUITS.ablations),
+    ]
+    # Of each method, under one ablation type.
+    SEARCHES, TIMINGS, PARETOS = (
+        [circuits(f"{method}-{{ablation}}/{name}") for method in CIRCUITS.methods]
+        for name in ("search.safetensors", "timing.json", "pareto.csv")
+    )
 
     rule circuit_search:
         input:
-            layout.model_json,
-            task_files("prompts.h5"),
-            task_files("activations.h5"),
-            lambda wildcards: (
+            model=layout.model_json,
+            prompts=task_files("prompts.h5"),
+            activations=task_files("activations.h5"),
+            constants=lambda wildcards: (
                 layout.constants(wildcards.task, wildcards.ablation)
-                if wildcards.ablation in FITTED
-                and wildcards.method in (*RANKED, "acdc")
+                if CIRCUITS.takes_constants(wildcards.method, wildcards.ablation)
                 else []
             ),
         output:
-            circuits("{method}-{ablation}/search.safetensors"),
-            circuits("{method}-{ablation}/timing.json"),
+            search=circuits("{method}-{ablation}/search.safetensors"),
+            timing=circuits("{method}-{ablation}/timing.json"),
         log:
             circuits("logs/search-{method}-{ablation}.log"),
         wildcard_constraints:
-            method="|".join(CIRCUITS["methods"]),
-            ablation="|".join(CIRCUITS["ablations"]),
+            method="|".join(CIRCUITS.methods),
+            ablation="|".join(CIRCUITS.ablations),
         conda:
             "../../environment.yml"
         threads: run_config.limits.threads
@@ -27,29 +35,35 @@ if CIRCUITS:
             runtime=search_minutes,
             gpu=GPUS,
         params:
-            settings=search_settings,
+            stage="circuit_search",
+            rows=lambda wildcards: [
+                *computed(CIRCUIT_METHODS, [wildcards.method]),
+                *computed(EDGE_ABLATIONS, [wildcards.ablation]),
+            ],
+            settings=lambda wildcards: CIRCUITS.read_by(wildcards.method),
             seed=run_config.seed,
-            code=code("circuit_search"),
+            code=lambda wildcards: code(
+                "circuit_search",
+                CIRCUIT_METHODS[wildcards.method],
+                EDGE_ABLATIONS[wildcards.ablation],
+            ),
         script:
             "../scripts/stage.py"
 
     rule circuit_evaluation:
         input:
-            layout.model_json,
-            task_files("prompts.h5"),
-            task_files("activations.h5"),
-            expand(
-                circuits("{method}-{ablation}/{file}"),
-                method=CIRCUITS["methods"],
-                file=("search.safetensors", "timing.json"),
-                allow_missing=True,
-            ),
+            model=layout.model_json,
+            prompts=task_files("prompts.h5"),
+            activations=task_files("activations.h5"),
+            searches=SEARCHES,
+            timings=TIMINGS,
         output:
-            [name for method in CIRCUITS["methods"] for name in circuit_files(method)],
+            paretos=PARETOS,
+            circuits=circuit_files(CIRCUITS.methods),
         log:
             circuits("logs/evaluation-{ablation}.log"),
         wildcard_constraints:
-            ablation="|".join(CIRCUITS["ablations"]),
+            ablation="|".join(CIRCUITS.ablations),
         conda:
             "../../environment.yml"
         threads: run_config.limits.threads
@@ -58,46 +72,45 @@ if CIRCUITS:
             runtime=minutes(1440),
             gpu=GPUS,
         params:
+            stage="circuit_evaluation",
+            rows=lambda wildcards: computed(EDGE_ABLATIONS, [wildcards.ablation]),
             refit=lambda wildcards: (
-                CIRCUITS["refit"] if wildcards.ablation in FITTED else None
+                CIRCUITS.refit.model_dump()
+                if EDGE_ABLATIONS[wildcards.ablation].fitted
+                else None
             ),
             seed=run_config.seed,
-            code=code("circuit_evaluation"),
+            code=lambda wildcards: code(
+                "circuit_evaluation", EDGE_ABLATIONS[wildcards.ablation]
+            ),
         script:
             "../scripts/stage.py"
 
     rule circuit_figures:
         input:
-            layout.model_json,
-            lambda wildcards: [
-                name.format(task=wildcards.task, ablation=ablation)
-                for ablation in CIRCUITS["ablations"]
-                for method in CIRCUITS["methods"]
-                for name in circuit_files(method)
-            ],
+            model=layout.model_json,
+            paretos=of_every_ablation(PARETOS),
+            circuits=of_every_ablation(circuit_files(CIRCUITS.methods)),
         output:
-            expand(
-                circuits("{name}.csv"),
-                name=("pareto", "stability", "edge_frequency"),
-                allow_missing=True,
-            ),
-            expand(
-                circuits("figures/{name}.{format}"),
-                name=run_config.circuits.figures(),
-                format=("svg", "png"),
-                allow_missing=True,
-            ),
-            expand(
-                circuits("figures/circuit_{ablation}.svg"),
-                ablation=CIRCUITS["ablations"],
-                allow_missing=True,
-            ),
+            pareto=circuits("pareto.csv"),
+            stability=circuits("stability.csv"),
+            edge_frequency=circuits("edge_frequency.csv"),
+            figures=drawn(lambda name: circuits(f"figures/{name}"), CIRCUITS.figures()),
+            drawings=[
+                circuits(f"figures/circuit_{ablation}.svg")
+                for ablation in CIRCUITS.ablations
+            ],
         log:
             circuits("logs/figures.log"),
         localrule: True
         conda:
             "../../environment.yml"
         params:
+            stage="circuit_figures",
+            rows=[
+                *shown(CIRCUIT_METHODS, CIRCUITS.methods),
+                *shown(EDGE_ABLATIONS, CIRCUITS.ablations),
+            ],
             code=code("circuit_figures"),
         script:
             "../scripts/stage.py"

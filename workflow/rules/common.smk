@@ -1,15 +1,21 @@
-"""What all rules use. Every rule runs the stage of its own name (`oacore.stages`) through one script.
+"""What all rules use. Every rule names its stage (`oacore.stages`) and its files; one script runs it.
 
-`params` hold exactly the settings that a stage's result depends on, and the hash of the code that computes it: Snakemake re-runs a job
-when they change, and it sees neither changes of imported modules nor of the config as a whole. `conda` is used with
-`--software-deployment-method conda` only.
+`params` hold exactly the settings that a stage's result depends on (`read_by_*` of the sections, rows of registries)
+and the hash of the code that computes it: Snakemake re-runs a job when they change, and it sees neither changes of
+imported modules nor of the config as a whole. `conda` is used with `--software-deployment-method conda` only.
 """
 
 import sys
 from functools import cache
 from pathlib import Path
 
-from oacore.estimate import known_sizes
+from oacore.config.ablation import ABLATION_TYPES
+from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
+from oacore.config.lenses import LENS_SECTIONS, LENSES, lens_and_init
+from oacore.config.rows import computed, shown
+from oacore.config.tasks import TASKS
+from oacore.config.tracing import CORRUPTIONS
+from oacore.estimate.sizes import known_sizes
 
 LOOKING = ["dryrun", "lint", "list_rules", "summary", "detailed_summary", "dag"]
 LOOKING += ["rulegraph", "filegraph", "d3dag", "list_untracked", "report"]
@@ -30,7 +36,7 @@ def asked_for():
 def keep_others_out(wait):
     """Take the run's locks, or say who has them."""
     try:
-        hold_for_pipeline(layout, wait=wait)
+        hold_for_pipeline(placed, wait=wait)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -38,16 +44,20 @@ def keep_others_out(wait):
         sys.exit(130)
 
 
-def code(stage):
-    return codehash(f"oacore.stages.{stage}")
+def code(stage, *rows):
+    """The hash of a stage's code, and of what computes the rows of a registry that it is about."""
+    return codehash(f"oacore.stages.{stage}", *(row.module for row in rows))
 
 
 @cache
 def first_mem_mb():
     """Enough for the weights, which a job loads before they go to a GPU; 16 GB where they are few or unknown."""
-    sizes = known_sizes(run_config)
-    weights = 0 if sizes is None else sizes.n_weights * sizes.bytes
-    return max(16000, 8000 + int(1.25 * weights / 1e6))
+    try:
+        sizes = known_sizes(run_config)
+    except UserError:  # of a model that can't be run: the job that loads it says so
+        sizes = None
+    weights_bytes = 0 if sizes is None else sizes.weights_bytes
+    return max(16000, 8000 + int(1.25 * weights_bytes / 1e6))
 
 
 def mem_mb(wildcards, attempt):
@@ -69,7 +79,29 @@ def task_files(name):
     return lambda wildcards: f"{layout.task_dir(wildcards.task)}/{name}"
 
 
-CIRCUITS = run_config.circuits.model_dump() if run_config.circuits else {}
+def drawn(path, names):
+    """The figures of these names as SVG and PNG; `path` makes a file name a path."""
+    return [path(f"{name}.{suffix}") for name in names for suffix in ("svg", "png")]
+
+
+def inputs_of(stage):
+    """A stage's inputs by name from the jobs of the command line, for a rule without wildcards."""
+    return files_of(layout, stage)[0].named()
+
+
+# Files of the experiments.
+
+CIRCUITS = run_config.circuits
+TRACING = run_config.tracing
+LENS_SETTINGS = run_config.lenses
+
+
+def constants(wildcards):
+    """The constants of a task's fitted ablation types."""
+    return [
+        layout.constants(wildcards.task, method)
+        for method in run_config.ablation.fitted()
+    ]
 
 
 def circuits(name):
@@ -77,45 +109,32 @@ def circuits(name):
     return layout.circuits("{task}", name)
 
 
-def circuit_files(method):
-    """What the evaluation writes for one method, with {task} and {ablation}."""
-    knobs = run_config.circuits.knobs(method)
-    names = [circuit_file(knob, seed) for knob in knobs for seed in CIRCUITS["seeds"]]
+def circuit_files(methods):
+    """The circuits of these methods under an ablation type, with {task} and {ablation}."""
     return [
-        circuits(f"{method}-{{ablation}}/{name}") for name in [*names, "pareto.csv"]
+        circuits(f"{method}-{{ablation}}/{circuit_file(knob, seed)}")
+        for method in methods
+        for knob in CIRCUITS.knobs(method)
+        for seed in CIRCUITS.seeds
+    ]
+
+
+def of_every_ablation(pattern):
+    """Files with {task} and {ablation} in their names, for all ablation types of a task."""
+    return lambda wildcards: [
+        name.format(task=wildcards.task, ablation=ablation)
+        for ablation in CIRCUITS.ablations
+        for name in pattern
     ]
 
 
 def search_minutes(wildcards, attempt):
     """Rankings and random circuits take a few passes over a few prompts, or none.
 
-    They have jobs of their own even so: side by side in one SLURM job, each would add its GPU to the job's request, because the plugin
-    (2.8) does not pass a limit on to it.
+    They have jobs of their own even so: side by side in one SLURM job, each would add its GPU to the job's request,
+    because the plugin (2.8) does not pass a limit on to it.
     """
-    quick = wildcards.method in ("eap", "eap_ig", "random", "manual")
-    return (30 if quick else 1440) * attempt
-
-
-def search_settings(wildcards):
-    """The keys that the method's search reads."""
-    method = wildcards.method
-    keys = ["seeds"]
-    if method in LEARNED:
-        keys += ["sizes" if method == "topk" else "lambdas", "masks"]
-    elif method == "acdc":
-        keys += ["thresholds", "n_prompts"]
-    elif method not in ("random", "manual"):
-        keys += ["sizes", "n_prompts"] + ["ig_steps"] * (method == "eap_ig")
-    elif method == "random":
-        keys += ["sizes"]
-    objective = run_config.circuits.objective_of(method)
-    return {"objective": objective} | {key: CIRCUITS[key] for key in keys}
-
-
-TRACING = run_config.tracing.model_dump() if run_config.tracing else {}
-
-
-LENSES = run_config.lenses.model_dump() if run_config.lenses else {}
+    return (30 if CIRCUIT_METHODS[wildcards.method].quick else 1440) * attempt
 
 
 def lenses(name):
@@ -128,21 +147,26 @@ def lens_rows(wildcards):
     return layout.lens_rows(wildcards.task)
 
 
-def lens_files(kinds):
-    """The fitted lenses of these kinds."""
-    fitted = run_config.lenses.fitted_files()
-    return [
-        lenses(f"{name}.safetensors") for name in fitted if name.split("-")[0] in kinds
-    ]
+def lens_files(names):
+    """The fitted lenses of these names."""
+    return [lenses(f"{file}.safetensors") for file in LENS_SETTINGS.fitted_files(names)]
 
 
-def lens_settings(wildcards):
-    """The keys that the lens's fit reads."""
-    own = "oca" if wildcards.lens in ("oca", "oca_shared") else "tuned"
-    keys = ["positions", own] + ["grad_prompts"] * (wildcards.lens == "grad")
-    return {key: LENSES[key] for key in keys}
+def teacher_file(wildcards):
+    """The lens that this one is fitted to the output of."""
+    teacher = LENS_SETTINGS.teacher(wildcards.lens)
+    return layout.lens(wildcards.task, f"{teacher}.safetensors") if teacher else []
 
 
-def labelled_files(wildcards):
-    """The user's labelled data sets."""
-    return [str(path) for path in run_config.lenses.truthfulness.datasets or ()]
+def lens_row(wildcards):
+    """The row of the lens that a file is of."""
+    return LENSES[lens_and_init(wildcards.lens)[0]]
+
+
+def lens_code(stage, names):
+    """The code of a stage, and of these lenses."""
+    return code(stage, *(LENSES[name] for name in names))
+
+
+# What the report says of registry rows; each experiment adds its own.
+EXPERIMENT_ROWS = [shown(ABLATION_TYPES, run_config.ablation.methods)]

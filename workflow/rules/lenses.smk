@@ -1,11 +1,12 @@
-if LENSES:
+if LENS_SETTINGS:
+    EXPERIMENT_ROWS.append(shown(LENSES, LENS_SETTINGS.lenses))
 
     rule lens_activations:
         input:
-            layout.model_json,
-            f"{layout.model_dir}/{{task_dir}}/prompts.h5",
+            model=layout.model_json,
+            prompts=f"{layout.model_dir}/{{task_dir}}/prompts.h5",
         output:
-            f"{layout.model_dir}/{{task_dir}}/activations-all.h5",
+            rows=f"{layout.model_dir}/{{task_dir}}/activations-all.h5",
         log:
             f"{layout.model_dir}/{{task_dir}}/logs/activations-all.log",
         cache: True
@@ -17,26 +18,23 @@ if LENSES:
             runtime=minutes(240),
             gpu=GPUS,
         params:
+            stage="lens_activations",
             code=code("lens_activations"),
         script:
             "../scripts/stage.py"
 
     rule lens_fit:
         input:
-            layout.model_json,
-            task_files("prompts.h5"),
-            lens_rows,
-            lambda wildcards: (
-                layout.lens(wildcards.task, "oca.safetensors")
-                if wildcards.lens == "linear_oca"
-                else []
-            ),
+            model=layout.model_json,
+            prompts=task_files("prompts.h5"),
+            rows=lens_rows,
+            teacher=teacher_file,
         output:
-            lenses("{lens}.safetensors"),
+            lens=lenses("{lens}.safetensors"),
         log:
             lenses("logs/fit-{lens}.log"),
         wildcard_constraints:
-            lens="|".join(run_config.lenses.fitted_files()) or "none",
+            lens="|".join(LENS_SETTINGS.fitted_files()) or "none",
         conda:
             "../../environment.yml"
         threads: run_config.limits.threads
@@ -45,24 +43,24 @@ if LENSES:
             runtime=minutes(720),
             gpu=GPUS,
         params:
-            settings=lens_settings,
+            stage="lens_fit",
+            row=lambda wildcards: computed(LENSES, [lens_row(wildcards).name]),
+            settings=lambda wildcards: LENS_SETTINGS.read_by_fit(wildcards.lens),
             seed=run_config.seed,
-            code=code("lens_fit"),
+            code=lambda wildcards: code("lens_fit", lens_row(wildcards)),
         script:
             "../scripts/stage.py"
 
     rule lens_evaluation:
         input:
-            layout.model_json,
-            task_files("prompts.h5"),
-            lens_rows,
-            lens_files(run_config.lenses.lenses),
+            model=layout.model_json,
+            prompts=task_files("prompts.h5"),
+            rows=lens_rows,
+            lenses=lens_files(LENS_SETTINGS.lenses),
         output:
-            [
-                lenses(f"{name}.csv")
-                for name in ("loss", "pictures", "lengths")
-                if name != "lengths" or LENSES["lengths"]
-            ],
+            loss=lenses("loss.csv"),
+            pictures=lenses("pictures.csv"),
+            lengths=[lenses("lengths.csv")] if LENS_SETTINGS.lengths else [],
         log:
             lenses("logs/evaluation.log"),
         conda:
@@ -73,30 +71,33 @@ if LENSES:
             runtime=minutes(240),
             gpu=GPUS,
         params:
-            settings={
-                key: LENSES[key]
-                for key in ("lenses", "init", "positions", "lengths", "pictures")
-            },
+            stage="lens_evaluation",
+            rows=computed(LENSES, LENS_SETTINGS.lenses),
+            settings=LENS_SETTINGS.read_by_evaluation(),
             seed=run_config.seed,
-            code=code("lens_evaluation"),
+            code=lens_code("lens_evaluation", LENS_SETTINGS.lenses),
         script:
             "../scripts/stage.py"
 
     for SECTION in LENS_SECTIONS:
-        if getattr(run_config.lenses, SECTION) is None:
+        if (section := getattr(LENS_SETTINGS, SECTION)) is None:
             continue
 
         rule:
             name:
                 f"lens_{SECTION}"
             input:
-                layout.model_json,
-                task_files("prompts.h5"),
-                lens_rows,
-                lens_files(getattr(run_config.lenses, SECTION).lenses),
-                labelled_files if SECTION == "truthfulness" else [],
+                **(
+                    {"datasets": data_sets(section)}
+                    if SECTION == "truthfulness"
+                    else {}
+                ),
+                model=layout.model_json,
+                prompts=task_files("prompts.h5"),
+                rows=lens_rows,
+                lenses=lens_files(section.lenses),
             output:
-                lenses(f"{SECTION}.csv"),
+                table=lenses(f"{SECTION}.csv"),
             log:
                 lenses(f"logs/{SECTION}.log"),
             conda:
@@ -107,29 +108,26 @@ if LENSES:
                 runtime=minutes(720),
                 gpu=GPUS,
             params:
-                settings=LENSES[SECTION],
-                init=LENSES["init"] if "tuned" in LENSES[SECTION]["lenses"] else None,
-                positions=LENSES["positions"],
+                stage=f"lens_{SECTION}",
+                rows=computed(LENSES, section.lenses),
+                settings=LENS_SETTINGS.read_by_section(SECTION),
                 seed=run_config.seed,
-                code=code(f"lens_{SECTION}"),
+                code=lens_code(f"lens_{SECTION}", section.lenses),
             script:
                 "../scripts/stage.py"
 
     rule lens_figures:
         input:
-            [
-                lenses(f"{name}.csv")
-                for name in (*run_config.lenses.tables(), "pictures")
-            ],
+            **{name: lenses(f"{name}.csv") for name in LENS_SETTINGS.tables()},
+            model=layout.model_json,
+            pictures=lenses("pictures.csv"),
         output:
-            [
-                lenses(f"figures/{name}.{format}")
-                for name in run_config.lenses.figures()
-                for format in ("svg", "png")
-            ],
-            [
+            figures=drawn(
+                lambda name: lenses(f"figures/{name}"), LENS_SETTINGS.figures()
+            ),
+            drawings=[
                 lenses(f"figures/prompt_{number}.svg")
-                for number in range(LENSES["pictures"])
+                for number in range(LENS_SETTINGS.pictures)
             ],
         log:
             lenses("logs/figures.log"),
@@ -137,6 +135,8 @@ if LENSES:
         conda:
             "../../environment.yml"
         params:
+            stage="lens_figures",
+            rows=shown(LENSES, LENS_SETTINGS.lenses),
             code=code("lens_figures"),
         script:
             "../scripts/stage.py"

@@ -1,6 +1,6 @@
 rule demo:
     output:
-        directory(layout.demo_model),
+        demo=directory(layout.demo_model),
     log:
         f"{layout.model_dir}/logs/demo.log",
     cache: True
@@ -11,6 +11,7 @@ rule demo:
         mem_mb=4000,
         runtime=minutes(30),
     params:
+        stage="demo",
         settings=run_config.demo_model.model_dump(),
         code=code("demo"),
     script:
@@ -19,9 +20,9 @@ rule demo:
 
 rule model:
     input:
-        layout.demo_model if run_config.model == "demo" else [],
+        demo=layout.demo_model if run_config.model == "demo" else [],
     output:
-        layout.model_json,
+        model=layout.model_json,
     log:
         f"{layout.model_dir}/logs/model.log",
     cache: True
@@ -33,6 +34,7 @@ rule model:
         runtime=minutes(60),
         gpu=GPUS,
     params:
+        stage="model",
         settings=model_settings(run_config),
         code=code("model"),
     script:

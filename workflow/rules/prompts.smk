@@ -1,8 +1,8 @@
 rule prompts:
     input:
-        layout.model_json,
+        model=layout.model_json,
     output:
-        f"{layout.model_dir}/{{task_dir}}/prompts.h5",
+        prompts=f"{layout.model_dir}/{{task_dir}}/prompts.h5",
     log:
         f"{layout.model_dir}/{{task_dir}}/logs/prompts.log",
     cache: True
@@ -15,12 +15,15 @@ rule prompts:
         mem_mb=mem_mb,
         runtime=minutes(60),
         gpu=lambda wildcards: (
-            GPUS if layout.task_of(wildcards.task_dir) == "facts" else 0
+            GPUS if TASKS[layout.task_of(wildcards.task_dir)].completed else 0
         ),
     params:
+        stage="prompts",
         settings=lambda wildcards: task_settings(
             run_config, layout.task_of(wildcards.task_dir)
         ),
-        code=code("prompts"),
+        code=lambda wildcards: code(
+            "prompts", TASKS[layout.task_of(wildcards.task_dir)]
+        ),
     script:
         "../scripts/stage.py"

@@ -1,11 +1,12 @@
 if TRACING:
+    EXPERIMENT_ROWS.append(shown(CORRUPTIONS, TRACING.corruptions))
 
     rule tracing_fit:
         input:
-            layout.model_json,
-            layout.prompts("facts"),
+            model=layout.model_json,
+            prompts=layout.prompts("facts"),
         output:
-            layout.tracing("constants.safetensors"),
+            constants=layout.tracing("constants.safetensors"),
         log:
             layout.tracing("logs/fit.log"),
         conda:
@@ -16,11 +17,8 @@ if TRACING:
             runtime=minutes(1440),
             gpu=GPUS,
         params:
-            settings={
-                key: TRACING[key]
-                for key in ("sites", "positions", "windows", "answer", "fit")
-            }
-            | {"own": "oat" in TRACING["corruptions"]},
+            stage="tracing_fit",
+            settings=TRACING.read_by_fit(),
             seed=run_config.seed,
             code=code("tracing_fit"),
         script:
@@ -28,15 +26,13 @@ if TRACING:
 
     rule tracing:
         input:
-            layout.model_json,
-            layout.prompts("facts"),
-            (
-                layout.tracing("constants.safetensors")
-                if run_config.tracing.fitted
-                else []
-            ),
+            model=layout.model_json,
+            prompts=layout.prompts("facts"),
+            constants=inputs_of("tracing")["constants"],
         output:
-            [layout.tracing(name) for name in ("aie.csv", "pictures.csv", "facts.json")],
+            aie=layout.tracing("aie.csv"),
+            pictures=layout.tracing("pictures.csv"),
+            facts=layout.tracing("facts.json"),
         log:
             layout.tracing("logs/tracing.log"),
         conda:
@@ -47,27 +43,33 @@ if TRACING:
             runtime=minutes(720),
             gpu=GPUS,
         params:
-            settings={key: TRACING[key] for key in TRACING if key != "fit"},
+            stage="tracing",
+            rows=computed(CORRUPTIONS, TRACING.corruption_kinds()),
+            settings=TRACING.read_by_trace(),
             seed=run_config.seed,
-            code=code("tracing"),
+            code=code(
+                "tracing", *(CORRUPTIONS[kind] for kind in TRACING.corruption_kinds())
+            ),
         script:
             "../scripts/stage.py"
 
     rule tracing_figures:
         input:
-            [layout.tracing(name) for name in ("aie.csv", "pictures.csv")],
+            model=layout.model_json,
+            aie=layout.tracing("aie.csv"),
+            pictures=layout.tracing("pictures.csv"),
         output:
-            [
-                layout.tracing(f"figures/{name}.{format}")
-                for name in run_config.tracing.figures()
-                for format in ("svg", "png")
-            ],
+            figures=drawn(
+                lambda name: layout.tracing(f"figures/{name}"), TRACING.figures()
+            ),
         log:
             layout.tracing("logs/figures.log"),
         localrule: True
         conda:
             "../../environment.yml"
         params:
+            stage="tracing_figures",
+            rows=shown(CORRUPTIONS, TRACING.corruption_kinds()),
             code=code("tracing_figures"),
         script:
             "../scripts/stage.py"

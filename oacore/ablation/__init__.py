@@ -1,0 +1,1 @@
+"""Single-component ablation: constants, gaps, figures, report."""

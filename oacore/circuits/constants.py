@@ -1,0 +1,54 @@
+"""Constants of every source of the residual graph, where it lives."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oacore.engine.masked import Engine
+from oacore.engine.statistics import Statistics
+from oacore.models.weights import Model
+
+
+class Constants(NamedTuple):
+    """Constants of every source where it lives: heads at z, before W_O (post-norm models: where they write); Q = 1, or
+    P + 1 rows of a positional table, the last for all positions from P on."""
+
+    input: Tensor  # [F, Q, d]
+    head: Tensor  # [F, L, H, Q, k or d]
+    mlp: Tensor  # [F, L, Q, d]
+
+    def repeat(self, n: int) -> "Constants":
+        """One fit's constants n times."""
+        return Constants(*(part.expand(n, *part.shape[1:]).contiguous() for part in self))
+
+    def writes(self, engine: Engine, n_tokens: int) -> Tensor:
+        """What they write to the stream [F, S, Q or t, d]; differentiable."""
+        heads = self.head
+        if not engine.model.post_norm:
+            # In the weights' dtype, as the model itself writes; fp32 copies of all W_O would stay in the graph.
+            z = heads.to(engine.model.dtype)
+            heads = torch.stack([z[:, layer] @ block.W_O for layer, block in enumerate(engine.model.blocks)], 1).to(
+                heads.dtype
+            )
+        both = torch.cat((heads, self.mlp[:, :, None]), 2).flatten(1, 2)  # [F, L (H + 1), Q, d]
+        table = torch.cat((self.input[:, None], both), 1)
+        if table.shape[2] == 1:
+            return table
+        return table[:, :, torch.arange(1, n_tokens + 1, device=table.device).clamp(max=table.shape[2] - 1)]
+
+
+def constant_scales(model: Model, statistics: Statistics) -> Constants:
+    """Root mean square standard deviation of every source, the unit of the constants' learning rate, shaped to
+    broadcast.
+
+    Where heads have their constants in the stream (post-norms), a z of that scale is sent through the norm of W_O's
+    rows.
+    """
+    rms = {name: part.float().square().mean(-1).sqrt() for name, part in statistics.std.items()}
+    head = rms["head"]  # [L, H]
+    if model.post_norm:
+        head = head * torch.stack(
+            [block.W_O.float().square().sum((1, 2)).div(model.d_model).sqrt() for block in model.blocks]
+        )
+    return Constants(rms["input"].reshape(1, 1, 1), head[None, :, :, None, None], rms["mlp"][None, :, None, None])

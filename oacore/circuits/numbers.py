@@ -1,0 +1,12 @@
+"""The numbers that circuit discovery shares with its estimate (`oacore.estimate.circuits`): how much is done at a time.
+
+What differs between search methods stands in their rows (`oacore.config.circuits`). Free of torch, because the
+Snakefile estimates on every dry run.
+"""
+
+# Rows of a masked pass: with fewer at a time, storing the inputs of destinations costs more in small GEMMs than it
+# saves.
+ROWS_WORTH_KEEPING = 16
+
+# Prompts of a circuit's evaluation whose activations are held as replacements.
+REPLACED_AT_ONCE = 64

@@ -1,0 +1,56 @@
+"""What may be a model, and the training of the embedded one."""
+
+import json
+from pathlib import Path
+
+from pydantic import Field
+
+from oacore.config.base import Settings, nearest
+from oacore.errors import UserError
+
+# Hugging Face `model_type` of every family that oacore.models.load can read.
+ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "qwen2", "gemma2")
+
+
+class DemoModel(Settings):
+    """Training of the embedded model (`model: demo`)."""
+
+    seed: int = Field(0, ge=0, description="seed of its initial weights and training sentences")
+    n_steps: int = Field(600, ge=1, description="training steps")
+    batch_size: int = Field(128, ge=1, description="sentences a step")
+    learning_rate: float = Field(2e-3, gt=0, description="peak of the one-cycle schedule")
+    n_subjects: int = Field(40, ge=2, description="people that the model learns facts about")
+    min_ioi_accuracy: float = Field(
+        0.98, ge=0, le=1, description="held-out IOI accuracy below which training counts as failed"
+    )
+    min_year_mass: float = Field(
+        0.9, ge=0, le=1, description="held-out probability mass on valid years below which training counts as failed"
+    )
+    min_fact_accuracy: float = Field(
+        0.9, ge=0, le=1, description="accuracy on held-out wordings of facts below which training counts as failed"
+    )
+
+
+def is_directory_name(model: str) -> bool:
+    """Whether `model:` means a directory: it exists, or it looks like a path (a hub name is `name` or `owner/name`)."""
+    return Path(model).expanduser().is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def check_architecture(model: str, path: Path) -> str:
+    """The `model_type` that a model's config.json names.
+
+    Raises:
+        UserError: the file is missing or unreadable, or the architecture is not one of `ARCHITECTURES`.
+    """
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        raise UserError(
+            f"model: {model!r} has no readable config.json; allowed: a directory as written by save_pretrained"
+        ) from None
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"model: {model!r} has the architecture {model_type!r}; allowed: "
+            f"{', '.join(ARCHITECTURES)}{nearest(model_type, ARCHITECTURES)}"
+        )
+    return str(model_type)

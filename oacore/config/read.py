@@ -1,0 +1,89 @@
+"""Read and validate a config."""
+
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from oacore.config.explain import describe_error
+from oacore.config.model import check_architecture, is_directory_name
+from oacore.config.run import Config
+from oacore.config.tasks import TASKS
+from oacore.errors import UserError
+
+
+def parse_config(values: object) -> Config:
+    """Validate a parsed YAML tree.
+
+    Raises:
+        UserError: one line per problem: key path, value found, what is allowed, nearest match; also for files and
+            architectures that can be seen to be wrong without loading a model.
+    """
+    if not isinstance(values, dict):
+        raise UserError(
+            f"config: {values!r} is not a mapping of keys to values (allowed keys: {', '.join(Config.model_fields)})"
+        )
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        details = error.errors()
+        # A list with a bad item is also reported as too short, after the item was dropped: name the item only.
+        blamed = {detail["loc"][:-1] for detail in details}
+        lines = [
+            f"  {describe_error(detail)}"
+            for detail in details
+            if not (detail["type"] == "too_short" and detail["loc"] in blamed)
+        ]
+        raise UserError("config is not valid\n" + "\n".join(lines)) from None
+    _check_model(config)
+    _check_paths(config)
+    return config
+
+
+def load_config(path: str | Path) -> Config:
+    """Read and validate a YAML config file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config file {path}: {error.strerror if isinstance(error, OSError) else 'not UTF-8 text'}"
+        ) from None
+    try:
+        return parse_config(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path}: not valid YAML: {error}") from None
+
+
+def _check_model(config: Config) -> None:
+    if config.model == "demo":
+        return
+    for name, task in config.tasks.selected().items():
+        if TASKS[name].file and getattr(task, "path", None) is None:
+            raise UserError(
+                f"config is not valid\n  tasks.{name}.path: missing; only `model: demo` has {name} of its own; "
+                f"allowed: {TASKS[name].file}"
+            )
+    if not is_directory_name(config.model):
+        return
+    directory = Path(config.model).expanduser()
+    if not directory.is_dir():
+        raise UserError(
+            f"model: {config.model!r} is not a directory; allowed: demo, a Hugging Face name, or an existing model "
+            "directory"
+        )
+    check_architecture(config.model, directory / "config.json")
+
+
+def _check_paths(config: Config) -> None:
+    for key, path in input_files(config):
+        if not path.expanduser().exists():
+            folder = " or directory" if key == "tasks.text.path" else ""
+            raise UserError(f"{key}: {str(path)!r} does not exist; allowed: an existing file{folder}")
+
+
+def input_files(config: Config) -> list[tuple[str, Path]]:
+    """The user's files that a config names, with their keys."""
+    tasks = [(f"tasks.{name}.path", getattr(task, "path", None)) for name, task in config.tasks.selected().items()]
+    truth = config.lenses.truthfulness if config.lenses is not None else None
+    datasets = [("lenses.truthfulness.datasets", path) for path in (truth.datasets or () if truth is not None else ())]
+    return [(key, path) for key, path in [*tasks, *datasets] if path is not None]

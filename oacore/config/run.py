@@ -1,0 +1,192 @@
+"""The whole configuration of a run as one pydantic tree.
+
+Imported by the Snakefile at every start, so it must stay free of torch and transformers. Unknown keys are errors: a
+misspelled key that silently keeps its default is the costliest bug a pipeline can have.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from oacore.config.ablation import Ablation
+from oacore.config.base import Settings
+from oacore.config.circuits import CIRCUIT_METHODS, Circuits
+from oacore.config.lenses import Lenses
+from oacore.config.model import DemoModel
+from oacore.config.tasks import TASKS, Tasks
+from oacore.config.tracing import Tracing
+
+LOGIT_DIFFERENCE = "takes the logit difference, since KL has no gradient at the clean run"
+OPTIONAL_SECTIONS = ("circuits", "tracing", "lenses")  # whose presence asks for an experiment
+
+
+class Limits(Settings):
+    """Bounds on memory and CPU. They change speed and rounding, never what is computed: no stage re-runs when they
+    change.
+    """
+
+    tokens_per_batch: int = Field(
+        16384,
+        ge=64,
+        description="tokens (rows x positions) in one forward pass; a fit keeps the activations of as many for its "
+        "backward pass",
+    )
+    memory_gb: float = Field(
+        4.0,
+        gt=0,
+        description="memory of one masked-edge pass beside the weights; its rows go in parts that fit, and out of "
+        "memory halves them",
+    )
+    threads: int = Field(
+        2, ge=1, description="CPU threads of one job; results are bit-identical for equal numbers of threads"
+    )
+
+
+def _name(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Config(Settings):
+    """One run."""
+
+    run: Annotated[str, BeforeValidator(_name)] = Field(
+        "demo", pattern=r"^[\w.-]*\w$", description="name of the run; its results go to {results_dir}/{run}"
+    )
+    model: str = Field("demo", min_length=1, description="`demo`, a Hugging Face name, or a local model directory")
+    revision: str | None = Field(
+        None, description="branch, tag or commit of a Hugging Face model; a commit pins the weights"
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="precision of weights and activations; losses are always fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
+    seed: int = Field(0, ge=0, description="seed of prompts, fits and resampling")
+    cache_dir: Path = Field(
+        Path("cache"), description="what runs share: models, prompts, activations (a cluster's scratch)"
+    )
+    results_dir: Path = Field(Path("results"), description="what one run concludes")
+    limits: Limits = Limits()
+    demo_model: DemoModel = DemoModel()
+    tasks: Tasks = Field(description="what the model is asked to do; an empty section takes the defaults")
+    ablation: Ablation = Ablation()
+    circuits: Circuits | None = None
+    tracing: Tracing | None = None
+    lenses: Lenses | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_mean_defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return value | {name: {} for name in OPTIONAL_SECTIONS if name in value and value[name] is None}
+
+    @model_serializer(mode="wrap")
+    def _only_asked_for(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A section that was not asked for must not come back as an empty one, which asks for it.
+        return {
+            name: value for name, value in serialise(self).items() if name not in OPTIONAL_SECTIONS or value is not None
+        }
+
+    def ablation_tasks(self) -> tuple[str, ...]:
+        """The tasks to ablate single components on."""
+        return tuple(self.tasks.selected()) if self.ablation.tasks is None else self.ablation.tasks
+
+    @model_validator(mode="after")
+    def _ablation_has_its_tasks(self) -> "Config":
+        selected = self.tasks.selected()
+        if missing := [task for task in self.ablation_tasks() if task not in selected]:
+            raise ValueError(
+                f"ablation.tasks: {', '.join(missing)}; allowed: the config's tasks: {', '.join(selected)}"
+            )
+        return self
+
+    def circuit_tasks(self) -> tuple[str, ...]:
+        """The tasks to find circuits for."""
+        if self.circuits is None:
+            return ()
+        return self.circuits.tasks or tuple(self.tasks.selected())
+
+    @model_validator(mode="after")
+    def _circuits_make_sense(self) -> "Config":
+        circuits = self.circuits
+        if circuits is None:
+            return self
+        selected = self.tasks.selected()
+        if missing := [task for task in circuits.tasks or () if task not in selected]:
+            raise ValueError(
+                f"circuits.tasks: {', '.join(missing)}; allowed: the config's tasks: {', '.join(selected)}"
+            )
+        tasks = self.circuit_tasks()
+        for row in (CIRCUIT_METHODS[method] for method in circuits.methods):
+            if row.only_task and (tasks != (row.only_task,) or self.model == "demo"):
+                raise ValueError(
+                    f"circuits.methods: {row.name!r} is the published IOI circuit of {row.only_model}: it needs that "
+                    f"model and circuits.tasks: [{row.only_task}]"
+                )
+        without_answers = [task for task in tasks if not TASKS[task].wrong_answers]
+        compare = [method for method in circuits.methods if CIRCUIT_METHODS[method].objective == "logit_diff"]
+        for asked, why in (
+            *((True, f"circuits.methods: {name!r} {LOGIT_DIFFERENCE}") for name in compare),
+            (circuits.objective == "logit_diff", "circuits.objective: 'logit_diff' compares right and wrong answers"),
+        ):
+            if asked and without_answers:
+                raise ValueError(
+                    f"{why}; {', '.join(without_answers)} has no wrong answers: list other circuits.tasks, or leave it "
+                    "out"
+                )
+        for ablation in circuits.ablations:
+            if judged := [method for method in circuits.methods if circuits.takes_constants(method, ablation)]:
+                fitted = ablation in self.ablation.methods and {"head", "mlp"} <= set(self.ablation.components)
+                if not fitted or not set(tasks) <= set(self.ablation_tasks()):
+                    raise ValueError(
+                        f"circuits.ablations: {ablation!r} with {', '.join(judged)} takes the components' fitted "
+                        f"constants; ablation.methods must list {ablation}, ablation.components head and mlp, and "
+                        "ablation.tasks these tasks"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _tracing_needs_facts(self) -> "Config":
+        if self.tracing is not None and "facts" not in self.tasks.selected():
+            raise ValueError(
+                "tracing: it traces the facts task, which the config does not select; allowed: with tasks.facts"
+            )
+        return self
+
+    def lens_tasks(self) -> tuple[str, ...]:
+        """The tasks to fit lenses on."""
+        if self.lenses is None:
+            return ()
+        return self.lenses.tasks or (("text",) if "text" in self.tasks.selected() else tuple(self.tasks.selected()))
+
+    def cached_tasks(self) -> tuple[str, ...]:
+        """The tasks of which an experiment reads clean activations at the last position."""
+        of_lenses = self.lens_tasks() if self.lenses is not None and self.lenses.positions == "last" else ()
+        return tuple(dict.fromkeys((*self.ablation_tasks(), *self.circuit_tasks(), *of_lenses)))
+
+    @model_validator(mode="after")
+    def _lenses_make_sense(self) -> "Config":
+        if self.lenses is None:
+            return self
+        selected = self.tasks.selected()
+        if missing := [task for task in self.lenses.tasks or () if task not in selected]:
+            raise ValueError(f"lenses.tasks: {', '.join(missing)}; allowed: the config's tasks: {', '.join(selected)}")
+        if self.lenses.lengths and "text" not in self.lens_tasks():
+            raise ValueError(
+                f"lenses.lengths: {', '.join(map(str, self.lenses.lengths))}; allowed: with the task text, which has "
+                "windows"
+            )
+        truth = self.lenses.truthfulness
+        if truth is not None and truth.datasets is None and self.model != "demo":
+            raise ValueError(
+                "lenses.truthfulness.datasets: missing; only `model: demo` has one of its own; allowed: CSV or JSON "
+                "lines files"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _needs_a_task(self) -> "Config":
+        if not self.tasks.selected():
+            raise ValueError(f"tasks: none given; allowed: {', '.join(TASKS)}")
+        return self

@@ -1,0 +1,86 @@
+"""Attention and MLP of a masked pass, on folded weights: ordinary autograd, between mixes whose backward is by hand.
+
+Symbols: B rows, T tokens, t = T - 1 after BOS, q = t or 1 query positions, H heads, KV key/value heads, k head width,
+d model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oacore.engine.buffers import Buffer
+from oacore.engine.folded import Folded, Layer
+from oacore.engine.forward import rotate
+from oacore.models.weights import ACTIVATIONS, Block, Norm
+
+MATH_ATTENTION = 64
+"""Tokens up to which plain GEMMs are faster on the CPU than scaled_dot_product_attention with a mask."""
+
+
+def attend(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over BOS, whose keys and values are those of the clean run, and the positions after it.
+
+    Args:
+        buffer: has the queries' positions.
+        q: [H, B, q, k].
+        k, v: [KV, B, t, k].
+
+    Returns:
+        Each head's z [H, B, q, k]; for post-norm models what the heads write [H, B, q, d].
+    """
+    block, prompts = layer.folded.block, buffer.rows.prompts
+    of_queries = buffer.rotary
+    if prompts.rotary is not None and of_queries is not None:
+        q, k = rotate(q, *of_queries), rotate(k, *prompts.rotary)
+    bos = (clean[buffer.rows.first].transpose(0, 1)[layer.groups][:, :, None] for clean in prompts.bos[layer.number])
+    k, v = (torch.cat(pair, 2) for pair in zip(bos, (k, v), strict=True))  # [KV, B, T, k]
+    if layer.key_of_head is not None:
+        k, v = k[layer.key_of_head], v[layer.key_of_head]
+    z = _attention(block, q, k, v, _seen(block, buffer.query, prompts.n_tokens + 1))
+    norm = block.attention_post_norm
+    if norm is None:
+        return z
+    out = (z.flatten(1, 2) @ layer.write).unflatten(1, z.shape[1:3])  # [H, B, q, d]
+    return post_norm(norm, out, out.sum(0))
+
+
+def masked_mlp(activation: str, folded: Folded, x: Tensor) -> Tensor:
+    """What the MLP writes [B, q, d], given its input [B, q, d]."""
+    act, norm = ACTIVATIONS[activation], folded.block.mlp_post_norm
+    flat = (x * _rms_scale(x, folded.block.mlp_norm.eps)).flatten(0, 1)
+    hidden = flat @ folded.W_in if folded.b_in is None else torch.addmm(folded.b_in, flat, folded.W_in)
+    hidden = act(hidden) if folded.W_gate is None else act(flat @ folded.W_gate) * hidden
+    out = hidden @ folded.W_out if folded.b_out is None else torch.addmm(folded.b_out, hidden, folded.W_out)
+    return (out if norm is None else post_norm(norm, out, out)).unflatten(0, x.shape[:2])
+
+
+def post_norm(norm: Norm, x: Tensor, scaled_by: Tensor) -> Tensor:
+    """x [..., d] times the scale that the RMSNorm of `scaled_by` [..., d] has.
+
+    So a head has its share of a post-normed sum of heads.
+    """
+    return (x * (_rms_scale(scaled_by, norm.eps) * norm.weight)).to(x.dtype)
+
+
+def _rms_scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean x^2 + eps) of x [..., d]: [..., 1], computed in fp32 or wider."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
+
+
+def _seen(block: Block, query: Tensor, n_tokens: int) -> Tensor:
+    """Which of T keys a query sees: bool [q, T] or [B, 1, T]."""
+    key = torch.arange(n_tokens, device=query.device)
+    seen = key <= query
+    return seen if block.window is None else seen & (key > query - block.window)
+
+
+def _attention(block: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """q [H, B, q, k], k and v [H, B, T, k], seen bool [., q, T] -> z [H, B, q, k]."""
+    if block.attention_softcap is None and k.shape[2] > MATH_ATTENTION:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=block.attention_scale)
+    scores = (q * block.attention_scale) @ k.transpose(2, 3)
+    if block.attention_softcap is not None:
+        scores = torch.tanh(scores / block.attention_softcap) * block.attention_softcap
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=wide).to(v.dtype) @ v

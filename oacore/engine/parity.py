@@ -1,0 +1,80 @@
+"""The parity gate: no number is computed with a model before our forward pass has been held against Hugging Face's."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oacore.engine.forward import logits_of, residual_after
+from oacore.errors import UserError
+from oacore.models.hub import load_hugging_face, load_tokenizer
+from oacore.models.load import Loaded, canonical, pick_device
+from oacore.models.weights import Model, to_device, weight_hash
+
+# Largest difference of log-probabilities between our forward pass and Hugging Face's that the parity gate lets pass.
+# fp32 rounding gives 1e-6 (tiny models) to 1e-4 (deep ones); a wrong rotary base or a missed softcap gives more than
+# 1e-1. bf16 keeps 8 bits, so both sides are themselves wrong by about 1e-1 on deep models.
+PARITY_TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far our forward pass is from Hugging Face's, over all tokens of the gate's prompts."""
+
+    max_abs_log_prob: float  # nats
+    max_abs_logit: float
+    n_prompts: int
+    n_tokens: int
+    tolerance: float  # nats
+
+
+def parity_prompts(d_vocab: int, max_length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random tokens [4, T] of four lengths, padded on the right with token 0, and their lengths [4]."""
+    longest = min(max_length, 48)
+    lengths = torch.tensor([longest, max(2, longest // 2), max(2, longest // 3), 2])
+    tokens = torch.randint(0, d_vocab, (4, longest), generator=torch.Generator().manual_seed(seed))
+    return tokens.masked_fill(torch.arange(longest) >= lengths[:, None], 0), lengths
+
+
+@torch.no_grad()
+def hugging_face_logits(hf: Any, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Plain Hugging Face logits [B, T, V] of right-padded tokens; call before `canonical(hf)`."""
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    logits: Tensor = hf(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits
+    return logits
+
+
+@torch.no_grad()
+def check_parity(model: Model, tokens: Tensor, lengths: Tensor, expected: Tensor, tolerance: float) -> Parity:
+    """Compare our clean forward pass with Hugging Face logits [B, T, V] on the real tokens.
+
+    Raises:
+        UserError: the log-probabilities differ by more than `tolerance` (nats) anywhere, or are not finite.
+    """
+    ours = logits_of(model, residual_after(model, tokens.to(model.device))).float().cpu()  # [B, T, V]
+    real = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]
+    ours, expected = ours[real], expected.float()[real]  # [n, V]
+    log_prob = (ours.log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
+    parity = Parity(log_prob, (ours - expected).abs().max().item(), len(tokens), int(lengths.sum()), tolerance)
+    if not log_prob <= tolerance:
+        raise UserError(
+            f"model: our forward pass of this {model.family} model differs from Hugging Face's by {log_prob:.3g} nats "
+            f"(allowed: {tolerance:g}); nothing was computed with it"
+        )
+    return parity
+
+
+def open_model(
+    source: str | Path, *, revision: str | None = None, dtype: str = "fp32", device: str = "auto"
+) -> tuple[Loaded, Parity]:
+    """`load` behind the parity gate: the only way by which a model enters the pipeline."""
+    hf = load_hugging_face(source, revision=revision, dtype=dtype)
+    tokenizer = load_tokenizer(source, revision)
+    commit = getattr(hf.config, "_commit_hash", None)
+    tokens, lengths = parity_prompts(hf.config.vocab_size, hf.config.max_position_embeddings)
+    expected = hugging_face_logits(hf, tokens, lengths)
+    model = to_device(canonical(hf), pick_device(device))
+    parity = check_parity(model, tokens, lengths, expected, PARITY_TOLERANCE[dtype])
+    return Loaded(model, tokenizer, commit, weight_hash(model)), parity

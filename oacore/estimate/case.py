@@ -1,0 +1,53 @@
+"""One config before one model: what all formulas start from."""
+
+from dataclasses import dataclass
+
+from oacore.config.circuits import CircuitMethod
+from oacore.config.run import Config
+from oacore.config.tasks import TASKS
+from oacore.estimate.need import Parts
+from oacore.estimate.passes import statistics_bytes
+from oacore.estimate.sizes import Sizes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One config before one model.
+
+    Args:
+        gpu: jobs run on a GPU, else on the CPU, where passes take one fit or circuit at a time.
+    """
+
+    config: Config
+    sizes: Sizes
+    gpu: bool
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """The most tokens of one batch."""
+        return self.config.limits.tokens_per_batch
+
+    def prompt_tokens(self, task: str) -> int:
+        """T of a task's longest prompt, as its settings or else its row says."""
+        return int(getattr(self.config.tasks.selected()[task], "n_tokens", TASKS[task].prompt_tokens))
+
+    def n_prompts(self, task: str) -> tuple[int, int, int]:
+        """Train, validation, test; of a file of facts, which may have fewer, at most."""
+        settings = self.config.tasks.selected()[task]
+        return settings.n_train, settings.n_validation, settings.n_test
+
+    def at_once(self, n: int, T: int) -> int:
+        """How many of n prompts of T tokens go into one batch."""
+        return min(n, max(1, self.tokens_per_batch // T))
+
+    def held(self, task: str) -> Parts:
+        """What a stage of a task holds throughout."""
+        return {
+            "weights": self.sizes.weights_bytes,
+            "constants": statistics_bytes(self.sizes, self.prompt_tokens(task)),
+        }
+
+    def n_circuits(self, method: CircuitMethod) -> int:
+        """Circuits of one method: one for each knob and seed."""
+        assert self.config.circuits is not None
+        return len(self.config.circuits.knobs(method)) * len(self.config.circuits.seeds)

@@ -1,0 +1,148 @@
+"""Memory and arithmetic of circuit discovery: each search method's row (`oacore.config.circuits`) names its formula,
+which is called with the case, the task and the rows of the method and of the edge ablation.
+"""
+
+from typing import NamedTuple
+
+from oacore.circuits.numbers import REPLACED_AT_ONCE
+from oacore.config.circuits import (
+    CIRCUIT_METHODS,
+    EDGE_ABLATIONS,
+    CircuitMethod,
+    EdgeAblation,
+    EdgeAblationType,
+    SearchMethod,
+)
+from oacore.config.rows import resolve
+from oacore.estimate.case import Case
+from oacore.estimate.masked import (
+    folded_weights_bytes,
+    mask_bytes,
+    masked_pass,
+    masked_pass_flop,
+    rows_at_once,
+    sources_bytes,
+)
+from oacore.estimate.need import Need, Parts, fullest
+from oacore.estimate.passes import descent_bytes, fit_flop
+from oacore.estimate.sizes import FP32
+
+
+class SearchCost(NamedTuple):
+    """What a search needs beside what all searches hold."""
+
+    parts: Parts
+    flop: float
+    refusal: str = ""
+
+
+def held(case: Case, task: str) -> Parts:
+    """Weights, folded ones beside them, and of every prompt t d of its embeddings and d of the clean run's end."""
+    s, T = case.sizes, case.prompt_tokens(task)
+    parts = case.held(task) | {"folded weights": folded_weights_bytes(s)}
+    parts["cache rows"] = s.number_bytes * sum(case.n_prompts(task)) * T * s.d_model
+    return parts
+
+
+def replacement_bytes(case: Case, n: int, t: int, ablation: EdgeAblationType, fits: int = 1) -> tuple[float, float]:
+    """Of the replacements of n prompts, and of making them: every source's output, or F fits' constants 4 F S Q d,
+    thrice to fit.
+    """
+    s = case.sizes
+    if ablation.per_prompt:
+        return sources_bytes(s, n, t)
+    constants = FP32 * fits * s.graph.n_sources * (t if ablation.positional else 1) * s.d_model
+    return constants * (3 if ablation.fitted else 1), 0.0
+
+
+def circuit_search(case: Case, task: str, method: CircuitMethod, ablation: EdgeAblation) -> Need:
+    """The method's own moment, beside what all searches hold."""
+    row = CIRCUIT_METHODS[method]
+    search: SearchCost = resolve(row.cost)(case, task, row, EDGE_ABLATIONS[ablation])
+    parts = held(case, task) | search.parts
+    return Need("circuit_search", f"{task} {method} {ablation}", parts, search.flop, "limits.memory_gb", search.refusal)
+
+
+def nothing(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> SearchCost:
+    """A circuit that is known without a pass."""
+    return SearchCost({}, 0.0)
+
+
+def mask_learning(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> SearchCost:
+    """F R masks: 4 J S of each five times (masks, gradients, rescaled, two of backward), 2 E of noise and alpha; Adam's
+    5 F E, for each parameter of an edge.
+    """
+    s, t = case.sizes, case.prompt_tokens(task) - 1
+    assert case.config.circuits is not None
+    fit = case.config.circuits.masks
+    F, P = case.n_circuits(method.name), min(fit.n_prompts, case.n_prompts(task)[0])
+    n_masks = F * fit.n_samples * P
+    masks = n_masks * (5 * mask_bytes(s) + 3 * FP32 * s.graph.n_edges)
+    parameters = FP32 * F * s.graph.n_edges * 8 * method.parameters
+    replacement, making = replacement_bytes(case, F * P, t, ablation, fits=F)
+    step = masked_pass(case, t, n_masks, n_masks, 1 if ablation.per_prompt else F, gradient=True)
+    moment = fullest(step | {"masks": masks}, {"masks": masks / 2, "making replacements": making})
+    flop = fit.n_steps * masked_pass_flop(s, n_masks, t, gradient=True)
+    return SearchCost(moment | {"optimiser": parameters, "replacements": replacement}, flop)
+
+
+def gradient_scores(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> SearchCost:
+    """One gradient pass of n prompts, or as many as a key of the config says; with a contrast, every source's output
+    beside it.
+    """
+    s, t, circuits = case.sizes, case.prompt_tokens(task) - 1, case.config.circuits
+    assert circuits is not None
+    n = min(circuits.n_prompts, case.n_prompts(task)[0])
+    n_passes = getattr(circuits, method.gradient_passes) if method.gradient_passes else 1
+    replacement, making = replacement_bytes(case, n, t, ablation)
+    parts, contrast = masked_pass(case, t, n, 1, 1, gradient=True), 0.0
+    if method.contrast:
+        contrast, making = sources_bytes(s, n, t)
+        # Each row's own copy, and a gradient as large that nobody reads: `limits.memory_gb` counts neither.
+        rows, _ = rows_at_once(case, t, n, 1, 1, gradient=True)
+        parts["contrast of rows"] = 2 * rows * contrast / n
+    moment = fullest(parts, {"making replacements": making})
+    flop = len(circuits.seeds) * n_passes * masked_pass_flop(s, n, t, gradient=True)
+    return SearchCost(moment | {"replacements": replacement + contrast, "masks": 6 * mask_bytes(s)}, flop)
+
+
+def edge_by_edge(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> SearchCost:
+    """A pass without gradients of n prompts for every edge, and for every knob where each goes its own way; masks of
+    those that are judged side by side thrice.
+    """
+    s, t, circuits = case.sizes, case.prompt_tokens(task) - 1, case.config.circuits
+    assert circuits is not None
+    n, E = min(circuits.n_prompts, case.n_prompts(task)[0]), s.graph.n_edges
+    n_sweeps = len(circuits.knobs(method.name)) if method.sweeps_each_knob else 1
+    M = method.masks_at_once * n_sweeps
+    replacement, making = replacement_bytes(case, n, t, ablation)
+    moment = fullest(masked_pass(case, t, n * M, M, 1, gradient=False), {"making replacements": making})
+    parts = moment | {"replacements": replacement, "masks": 3 * M * mask_bytes(s)}
+    if method.most_passes and E * n > method.most_passes:
+        return SearchCost(parts, 0.0, f"{method.name} refuses more than {method.most_passes:,} passes: {E * n:,} here")
+    return SearchCost(parts, E * len(circuits.seeds) * n_sweeps * masked_pass_flop(s, n, t, gradient=False))
+
+
+def circuit_evaluation(case: Case, task: str, ablation: EdgeAblation) -> Need:
+    """C circuits: their masks thrice in fp32; where constants are fitted, 15 values each in a step, and their writes 3
+    C S Q d.
+    """
+    s, circuits, row = case.sizes, case.config.circuits, EDGE_ABLATIONS[ablation]
+    assert circuits is not None
+    t, (n_train, n_validation, n_test) = case.prompt_tokens(task) - 1, case.n_prompts(task)
+    C, fit = sum(case.n_circuits(method) for method in circuits.methods), circuits.refit
+    moment = masked_pass(case, t, C * n_test, C, 1 if row.per_prompt else C, gradient=False)
+    flop = masked_pass_flop(s, C * n_test, t, gradient=False)
+    replacement, making = replacement_bytes(case, min(REPLACED_AT_ONCE, n_test), t, row, fits=C)
+    parts = held(case, task) | {"masks": 3 * C * mask_bytes(s), "replacements": replacement}
+    if row.fitted:
+        B, Q = min(fit.batch_size, n_train), t if row.positional else 1
+        parts["optimiser"] = descent_bytes(C * Q * (s.d_model + s.n_layers * (s.z + s.d_model)))
+        moment = fullest(moment, masked_pass(case, t, C * B, C, C, gradient=True))
+        flop += fit_flop(
+            fit,
+            step=lambda: masked_pass_flop(s, C * B, t, gradient=True),
+            test=lambda: masked_pass_flop(s, C * n_validation, t, gradient=False),
+        )
+    parts |= fullest(moment, {"making replacements": making})
+    return Need("circuit_evaluation", f"{task} {ablation}", parts, flop, "limits.memory_gb")

@@ -1,0 +1,1 @@
+"""Fits: descent, watching for numbers that are not finite, resuming, recording."""

@@ -1,0 +1,322 @@
+"""The stages, every job of a config in order, and the files that each reads and writes.
+
+In the workflow a rule names the same files; `Files` come from there. Here they come from `Layout`, for the command
+line.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from oacore.config.lenses import LENS_SECTIONS, Truthfulness
+from oacore.config.run import Config
+from oacore.store.layout import Layout, circuit_file
+
+# In the order in which they run; what each is run for beside the config.
+STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "demo": ("train the embedded model (model: demo)", ()),
+    "model": ("load the model, check it against Hugging Face, write model.json", ()),
+    "prompts": ("generate a task's prompts", ("task",)),
+    "activations": ("cache the model's clean activations on the prompts", ("task",)),
+    "optimal": ("fit optimal constants", ("task", "method")),
+    "gaps": ("measure every component's ablation loss gap", ("task",)),
+    "figures": ("draw the figures", ("task",)),
+    "circuit_search": ("find circuits", ("task", "method", "ablation")),
+    "circuit_evaluation": ("judge circuits on held-out prompts", ("task", "ablation")),
+    "circuit_figures": ("draw the circuits and their Pareto fronts", ("task",)),
+    "tracing_fit": ("fit optimal constants for causal tracing", ()),
+    "tracing": ("trace facts", ()),
+    "tracing_figures": ("draw where facts are recalled", ()),
+    "lens_activations": ("cache the model's activations at every position", ("task",)),
+    "lens_fit": ("fit lenses", ("task", "lens")),
+    "lens_evaluation": ("measure lenses on held-out prompts", ("task",)),
+    "lens_faithfulness": ("compare how lenses and model react to changes", ("task",)),
+    "lens_truthfulness": ("compare layers before true and wrong demonstrations", ("task",)),
+    "lens_figures": ("draw the lenses' figures", ("task",)),
+    "report": ("write the HTML report", ()),
+}
+WITHOUT_GPU = ("demo", "figures", "circuit_figures", "tracing_figures", "lens_figures", "report")
+
+Named = dict[str, str | list[str]]
+
+
+class Files:
+    """Input or output files of a job by name: one path, or several, or none where a name's list is empty."""
+
+    def __init__(self, named: Mapping[str, str | Sequence[str]]):
+        self._named = {name: [paths] if isinstance(paths, str) else list(paths) for name, paths in named.items()}
+
+    def __getitem__(self, name: str) -> Path:
+        """The one file of a name.
+
+        Raises:
+            KeyError: there is no such name, or it has none or several files.
+        """
+        if len(self._named[name]) != 1:
+            raise KeyError(f"{name}: {len(self._named[name])} files, not one")
+        return Path(self._named[name][0])
+
+    def all(self, name: str, suffix: str = "") -> list[Path]:
+        """The files of a name in their order, or those of them with a suffix."""
+        return [Path(path) for path in self._named[name] if path.endswith(suffix)]
+
+    def every(self) -> list[Path]:
+        """All files in order, whatever their names."""
+        return [Path(path) for paths in self._named.values() for path in paths]
+
+    def named(self) -> dict[str, list[str]]:
+        """All files by name."""
+        return dict(self._named)
+
+
+def jobs(config: Config) -> Iterator[tuple[str, dict[str, str], str]]:
+    """Every job of a config in order: stage, what it is run for, its main output."""
+    for stage, wildcards in planned(config):
+        yield stage, wildcards, str(files_of(Layout(config), stage, **wildcards)[1].every()[0])
+
+
+def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
+    """Stage and wildcards of every job in order."""
+    if config.model == "demo":
+        yield "demo", {}
+    yield "model", {}
+    for task in config.tasks.selected():
+        yield "prompts", {"task": task}
+        if task in config.cached_tasks():
+            yield "activations", {"task": task}
+    for task in config.ablation_tasks():
+        for method in config.ablation.fitted():
+            yield "optimal", {"task": task, "method": method}
+        yield "gaps", {"task": task}
+        yield "figures", {"task": task}
+    for task in config.circuit_tasks():
+        assert config.circuits is not None
+        for ablation in config.circuits.ablations:
+            for method in config.circuits.methods:
+                yield "circuit_search", {"task": task, "method": method, "ablation": ablation}
+            yield "circuit_evaluation", {"task": task, "ablation": ablation}
+        yield "circuit_figures", {"task": task}
+    if config.tracing is not None:
+        if config.tracing.fitted:
+            yield "tracing_fit", {}
+        yield "tracing", {}
+        yield "tracing_figures", {}
+    for task in config.lens_tasks():
+        assert config.lenses is not None
+        if config.lenses.positions == "all":
+            yield "lens_activations", {"task": task}
+        for lens in config.lenses.fitted_files():
+            yield "lens_fit", {"task": task, "lens": lens}
+        yield "lens_evaluation", {"task": task}
+        for section in LENS_SECTIONS:
+            if getattr(config.lenses, section) is not None:
+                yield f"lens_{section}", {"task": task}
+        yield "lens_figures", {"task": task}
+    yield "report", {}
+
+
+def files_of(layout: Layout, stage: str, **wildcards: str) -> tuple[Files, Files]:
+    """What a job reads and what it writes, as its rule names them."""
+    inputs, outputs = _FILES[stage](layout, **wildcards)
+    return Files(inputs), Files(outputs)
+
+
+def _demo(layout: Layout) -> tuple[Named, Named]:
+    return {}, {"demo": layout.demo_model}
+
+
+def _model(layout: Layout) -> tuple[Named, Named]:
+    return {"demo": [layout.demo_model] if layout.config.model == "demo" else []}, {"model": layout.model_json}
+
+
+def _prompts(layout: Layout, task: str) -> tuple[Named, Named]:
+    return {"model": layout.model_json}, {"prompts": layout.prompts(task)}
+
+
+def _activations(layout: Layout, task: str) -> tuple[Named, Named]:
+    return _of_task(layout, task), {"activations": layout.activations(task)}
+
+
+def _of_task(layout: Layout, task: str, *more: str) -> Named:
+    """The model, a task's prompts, and its activations if asked for."""
+    named: Named = {"model": layout.model_json, "prompts": layout.prompts(task)}
+    return named | ({"activations": layout.activations(task)} if "activations" in more else {})
+
+
+def _optimal(layout: Layout, task: str, method: str) -> tuple[Named, Named]:
+    start = layout.config.ablation.starts_from(method)
+    inputs = _of_task(layout, task, "activations") | {"start": [layout.constants(task, start)] if start else []}
+    return inputs, {"constants": layout.constants(task, method)}
+
+
+def _gaps(layout: Layout, task: str) -> tuple[Named, Named]:
+    constants = [layout.constants(task, method) for method in layout.config.ablation.fitted()]
+    inputs = _of_task(layout, task, "activations") | {"constants": constants}
+    return inputs, {name: layout.ablation(task, f"{name}.csv") for name in ("gaps", "summary")}
+
+
+def _figures(layout: Layout, task: str) -> tuple[Named, Named]:
+    constants = [layout.constants(task, method) for method in layout.config.ablation.fitted()]
+    inputs: Named = {"model": layout.model_json, "gaps": layout.ablation(task, "gaps.csv"), "constants": constants}
+    return inputs, {"figures": _drawn(layout.ablation(task, ""), layout.config.ablation.figures())}
+
+
+def _drawn(folder: str, names: tuple[str, ...]) -> list[str]:
+    """Every figure as SVG and PNG."""
+    return [f"{folder}{name}.{suffix}" for name in names for suffix in ("svg", "png")]
+
+
+def _circuit_search(layout: Layout, task: str, method: str, ablation: str) -> tuple[Named, Named]:
+    assert layout.config.circuits is not None
+    takes = layout.config.circuits.takes_constants(method, ablation)
+    inputs = _of_task(layout, task, "activations") | {"constants": [layout.constants(task, ablation)] if takes else []}
+    folder = f"{method}-{ablation}"
+    return inputs, {
+        "search": layout.circuits(task, f"{folder}/search.safetensors"),
+        "timing": layout.circuits(task, f"{folder}/timing.json"),
+    }
+
+
+def _circuit_evaluation(layout: Layout, task: str, ablation: str) -> tuple[Named, Named]:
+    settings = layout.config.circuits
+    assert settings is not None
+
+    def each(file: str) -> list[str]:
+        return [layout.circuits(task, f"{method}-{ablation}/{file}") for method in settings.methods]
+
+    inputs = _of_task(layout, task, "activations")
+    inputs |= {"searches": each("search.safetensors"), "timings": each("timing.json")}
+    return inputs, {"paretos": each("pareto.csv"), "circuits": _circuits(layout, task, ablation)}
+
+
+def _circuits(layout: Layout, task: str, ablation: str) -> list[str]:
+    """The circuit files of one ablation type."""
+    settings = layout.config.circuits
+    assert settings is not None
+    return [
+        layout.circuits(task, f"{method}-{ablation}/{circuit_file(knob, seed)}")
+        for method in settings.methods
+        for knob in settings.knobs(method)
+        for seed in settings.seeds
+    ]
+
+
+def _circuit_figures(layout: Layout, task: str) -> tuple[Named, Named]:
+    settings = layout.config.circuits
+    assert settings is not None
+    ablations = settings.ablations
+    judged = [files_of(layout, "circuit_evaluation", task=task, ablation=name)[1].named() for name in ablations]
+    inputs: Named = {"model": layout.model_json}
+    inputs |= {name: [path for files in judged for path in files[name]] for name in ("paretos", "circuits")}
+    outputs: Named = {name: layout.circuits(task, f"{name}.csv") for name in ("pareto", "stability", "edge_frequency")}
+    outputs |= {"figures": _drawn(layout.circuits(task, "figures/"), settings.figures())}
+    return inputs, outputs | {"drawings": [layout.circuits(task, f"figures/circuit_{name}.svg") for name in ablations]}
+
+
+def _tracing_fit(layout: Layout) -> tuple[Named, Named]:
+    return _of_task(layout, "facts"), {"constants": layout.tracing("constants.safetensors")}
+
+
+def _tracing(layout: Layout) -> tuple[Named, Named]:
+    assert layout.config.tracing is not None
+    constants = [layout.tracing("constants.safetensors")] if layout.config.tracing.fitted else []
+    outputs: Named = {"aie": layout.tracing("aie.csv"), "pictures": layout.tracing("pictures.csv")}
+    return _of_task(layout, "facts") | {"constants": constants}, outputs | {"facts": layout.tracing("facts.json")}
+
+
+def _tracing_figures(layout: Layout) -> tuple[Named, Named]:
+    assert layout.config.tracing is not None
+    inputs: Named = {"model": layout.model_json}
+    inputs |= {name: layout.tracing(f"{name}.csv") for name in ("aie", "pictures")}
+    return inputs, {"figures": _drawn(layout.tracing("figures/"), layout.config.tracing.figures())}
+
+
+def _lens_activations(layout: Layout, task: str) -> tuple[Named, Named]:
+    return _of_task(layout, task), {"rows": layout.lens_rows(task)}
+
+
+def _lens_fit(layout: Layout, task: str, lens: str) -> tuple[Named, Named]:
+    assert layout.config.lenses is not None
+    teacher = layout.config.lenses.teacher(lens)
+    inputs = _of_task(layout, task) | {
+        "rows": layout.lens_rows(task),
+        "teacher": [layout.lens(task, f"{teacher}.safetensors")] if teacher else [],
+    }
+    return inputs, {"lens": layout.lens(task, f"{lens}.safetensors")}
+
+
+def _with_lenses(layout: Layout, task: str, kinds: tuple[str, ...]) -> Named:
+    """The task's files, the rows and the fitted lenses of some kinds."""
+    assert layout.config.lenses is not None
+    fitted = layout.config.lenses.fitted_files(kinds)
+    return _of_task(layout, task) | {
+        "rows": layout.lens_rows(task),
+        "lenses": [layout.lens(task, f"{name}.safetensors") for name in fitted],
+    }
+
+
+def _lens_evaluation(layout: Layout, task: str) -> tuple[Named, Named]:
+    settings = layout.config.lenses
+    assert settings is not None
+    outputs: Named = {"loss": layout.lens(task, "loss.csv"), "pictures": layout.lens(task, "pictures.csv")}
+    outputs |= {"lengths": [layout.lens(task, "lengths.csv")] if settings.lengths else []}
+    return _with_lenses(layout, task, settings.lenses), outputs
+
+
+def _lens_faithfulness(layout: Layout, task: str) -> tuple[Named, Named]:
+    assert layout.config.lenses is not None and layout.config.lenses.faithfulness is not None
+    inputs = _with_lenses(layout, task, layout.config.lenses.faithfulness.lenses)
+    return inputs, {"table": layout.lens(task, "faithfulness.csv")}
+
+
+def _lens_truthfulness(layout: Layout, task: str) -> tuple[Named, Named]:
+    assert layout.config.lenses is not None and layout.config.lenses.truthfulness is not None
+    settings = layout.config.lenses.truthfulness
+    inputs = _with_lenses(layout, task, settings.lenses) | {"datasets": data_sets(settings)}
+    return inputs, {"table": layout.lens(task, "truthfulness.csv")}
+
+
+def data_sets(settings: Truthfulness) -> list[str]:
+    """The user's labelled files; absolute, so that no prefix of a workflow goes before them."""
+    return [str(path.expanduser().absolute()) for path in settings.datasets or ()]
+
+
+def _lens_figures(layout: Layout, task: str) -> tuple[Named, Named]:
+    settings = layout.config.lenses
+    assert settings is not None
+    inputs: Named = {"model": layout.model_json}
+    inputs |= {name: layout.lens(task, f"{name}.csv") for name in (*settings.tables(), "pictures")}
+    return inputs, {
+        "figures": _drawn(layout.lens(task, "figures/"), settings.figures()),
+        "drawings": [layout.lens(task, f"figures/prompt_{number}.svg") for number in range(settings.pictures)],
+    }
+
+
+def _report(layout: Layout) -> tuple[Named, Named]:
+    """Of each experiment and task its tables and figures: the outputs of the stages that come last there."""
+    config = layout.config
+    inputs: Named = {"model": layout.model_json}
+    inputs |= {f"prompts_{task}": layout.prompts(task) for task in config.tasks.selected()}
+    stages = [("gaps", task) for task in config.ablation_tasks()] + [
+        ("figures", task) for task in config.ablation_tasks()
+    ]
+    stages += [("circuit_figures", task) for task in config.circuit_tasks()]
+    stages += [(name, "facts") for name in ("tracing", "tracing_figures") if config.tracing is not None]
+    for task in config.lens_tasks():
+        assert config.lenses is not None
+        stages += [("lens_evaluation", task), ("lens_figures", task)]
+        stages += [(f"lens_{name}", task) for name in LENS_SECTIONS if getattr(config.lenses, name) is not None]
+    for stage, task in stages:
+        wildcards = {} if stage.startswith("tracing") else {"task": task}
+        for name, paths in files_of(layout, stage, **wildcards)[1].named().items():
+            inputs[f"{stage}_{name}_{task}"] = [path for path in paths if not path.endswith(".png")]
+    return inputs, {"report": layout.report}
+
+
+_FILES: dict[str, Callable[..., tuple[Named, Named]]] = {
+    "demo": _demo, "model": _model, "prompts": _prompts, "activations": _activations, "optimal": _optimal,
+    "gaps": _gaps, "figures": _figures, "circuit_search": _circuit_search, "circuit_evaluation": _circuit_evaluation,
+    "circuit_figures": _circuit_figures, "tracing_fit": _tracing_fit, "tracing": _tracing,
+    "tracing_figures": _tracing_figures, "lens_activations": _lens_activations, "lens_fit": _lens_fit,
+    "lens_evaluation": _lens_evaluation, "lens_faithfulness": _lens_faithfulness,
+    "lens_truthfulness": _lens_truthfulness, "lens_figures": _lens_figures, "report": _report,
+}  # fmt: skip

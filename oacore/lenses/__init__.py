@@ -1,0 +1,1 @@
+"""Latent prediction: lenses, their fits and evaluations, figures, report."""

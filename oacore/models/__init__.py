@@ -1,0 +1,1 @@
+"""Models: loading any supported one into canonical weights, its residual graph, the embedded demo model."""

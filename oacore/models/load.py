@@ -1,0 +1,129 @@
+"""Load any supported model once into canonical weights.
+
+Weights are read from TransformerLens's TransformerBridge, whose component names are the same for every family. Scalars
+are read from the Hugging Face modules under it, because the bridge's own `cfg` misreports rotary bases, windows and
+softcaps (4.3.0).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oacore.errors import UserError
+from oacore.models.hub import load_hugging_face, load_tokenizer
+from oacore.models.weights import ACTIVATIONS, Block, Model, Norm, _map_tensors, to_device, weight_hash
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what it was loaded from."""
+
+    model: Model
+    tokenizer: Any  # Hugging Face fast tokenizer
+    revision: str | None  # commit of a hub model
+    weight_hash: str
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` takes a GPU when there is one.
+
+    Raises:
+        UserError: `cuda` is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda', but PyTorch sees no GPU; allowed: auto, cpu, or cuda on a machine with a GPU")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load(source: str | Path, *, revision: str | None = None, dtype: str = "fp32", device: str = "auto") -> Loaded:
+    """Load a directory or hub model into canonical weights.
+
+    Args:
+        source: a directory as written by `save_pretrained`, or a Hugging Face name.
+        revision: branch, tag or commit of a hub model.
+        dtype: `fp32` or `bf16`.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        UserError: no such directory or hub model, unreachable hub, unsupported architecture.
+    """
+    hf = load_hugging_face(source, revision=revision, dtype=dtype)
+    tokenizer = load_tokenizer(source, revision)
+    commit = getattr(hf.config, "_commit_hash", None)
+    model = to_device(canonical(hf), pick_device(device))
+    return Loaded(model, tokenizer, commit, weight_hash(model))
+
+
+def canonical(hf: Any) -> Model:
+    """Read the weights of a Hugging Face causal LM through TransformerBridge.
+
+    Building a bridge rewires `hf` in place: compute whatever needs the plain model first.
+
+    Raises:
+        UserError: the activation function or the positions are of a kind that `oacore.engine.forward` does not compute.
+    """
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    config = hf.config
+    bridge = build_bridge_from_module(hf, type(hf).__name__, hf_config=config, tokenizer=None)
+    activation = (
+        getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or config.activation_function
+    )
+    if activation not in ACTIVATIONS:
+        raise UserError(f"model: activation function {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    scale = getattr(bridge.embed.original_component, "scalar_embed_scale", 1.0)
+    with torch.no_grad():
+        model = Model(
+            family=config.model_type,
+            parallel=bool(getattr(config, "use_parallel_residual", False)),
+            W_E=bridge.embed.original_component.weight,
+            W_pos=bridge.pos_embed.original_component.weight if hasattr(bridge, "pos_embed") else None,
+            embed_scale=float(scale),
+            rotary=bridge.rotary_emb.original_component if hasattr(bridge, "rotary_emb") else None,
+            activation=activation,
+            blocks=tuple(_block(block) for block in bridge.blocks),
+            final_norm=_norm(bridge.ln_final),
+            W_U=bridge.unembed.original_component.weight,
+            b_U=bridge.unembed.original_component.bias,
+            logit_softcap=getattr(config, "final_logit_softcapping", None),
+            max_length=config.max_position_embeddings,
+        )
+        return _map_tensors(model, lambda tensor: tensor.detach().contiguous())
+
+
+def _block(block: Any) -> Block:
+    attention, mlp, hf = block.attn, block.mlp, block.attn.original_component
+    return Block(
+        attention_norm=_norm(block.ln1),
+        mlp_norm=_norm(block.ln2),
+        attention_post_norm=_norm(block.ln1_post) if hasattr(block, "ln1_post") else None,
+        mlp_post_norm=_norm(block.ln2_post) if hasattr(block, "ln2_post") else None,
+        W_Q=attention.W_Q.transpose(0, 1),
+        W_K=attention.W_K.transpose(0, 1),
+        W_V=attention.W_V.transpose(0, 1),
+        W_O=attention.W_O,
+        b_Q=attention.b_Q,
+        b_K=attention.b_K,
+        b_V=attention.b_V,
+        b_O=attention.b_O,
+        attention_scale=hf.scaling,  # holds GPT-2's inverse-layer factor too
+        attention_softcap=getattr(hf, "attn_logit_softcapping", None),
+        window=getattr(hf, "sliding_window", None),
+        W_in=mlp.W_in,
+        W_gate=mlp.W_gate,
+        W_out=mlp.W_out,
+        b_in=mlp.b_in,
+        b_out=mlp.b_out,
+    )
+
+
+def _norm(bridge_norm: Any) -> Norm:
+    norm = bridge_norm.original_component
+    if isinstance(norm, torch.nn.LayerNorm):
+        return Norm(norm.weight, norm.bias, norm.eps, rms=False)
+    gemma = type(norm).__name__.startswith("Gemma")
+    return Norm(
+        1 + norm.weight.float() if gemma else norm.weight, None, norm.eps if gemma else norm.variance_epsilon, rms=True
+    )

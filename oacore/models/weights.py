@@ -1,0 +1,191 @@
+"""A decoder as canonical weights, the same for every family."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oacore.models.graph import Graph
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_new": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm, or RMSNorm where `rms`. Gemma's "1 + weight" is already added."""
+
+    weight: Tensor  # [d]
+    bias: Tensor | None  # [d]
+    eps: float
+    rms: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block. Absent parts are None; KV = H unless the model groups queries."""
+
+    attention_norm: Norm
+    mlp_norm: Norm
+    attention_post_norm: Norm | None  # Gemma-2
+    mlp_post_norm: Norm | None  # Gemma-2
+    W_Q: Tensor  # [d, H, k]
+    W_K: Tensor  # [d, KV, k]
+    W_V: Tensor  # [d, KV, k]
+    W_O: Tensor  # [H, k, d]
+    b_Q: Tensor | None  # [H, k]
+    b_K: Tensor | None  # [KV, k]
+    b_V: Tensor | None  # [KV, k]
+    b_O: Tensor | None  # [d]
+    attention_scale: float
+    attention_softcap: float | None
+    window: int | None  # a query sees this many positions, its own included
+    W_in: Tensor  # [d, f]
+    W_gate: Tensor | None  # [d, f]
+    W_out: Tensor  # [f, d]
+    b_in: Tensor | None  # [f]
+    b_out: Tensor | None  # [d]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Canonical weights of a decoder, on one device, without gradients."""
+
+    family: str
+    parallel: bool  # attention and MLP of a block read the same residual
+    W_E: Tensor  # [V, d]
+    W_pos: Tensor | None  # [P, d] learned positions
+    embed_scale: float  # Gemma multiplies embeddings by sqrt(d)
+    rotary: torch.nn.Module | None  # the model's own rotary module: (x, positions [1, T]) -> cos, sin [1, T, r]
+    activation: str
+    blocks: tuple[Block, ...]
+    final_norm: Norm
+    W_U: Tensor  # [V, d], as stored: tied to W_E in most small models
+    b_U: Tensor | None  # [V]
+    logit_softcap: float | None
+    max_length: int
+
+    @property
+    def n_layers(self) -> int:
+        """L."""
+        return len(self.blocks)
+
+    @property
+    def n_heads(self) -> int:
+        """H, query heads of a layer."""
+        return self.blocks[0].W_Q.shape[1]
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key and value heads of a layer; fewer than H where queries are grouped."""
+        return self.blocks[0].W_K.shape[1]
+
+    @property
+    def d_head(self) -> int:
+        """k, the width of a head."""
+        return self.blocks[0].W_Q.shape[2]
+
+    @property
+    def d_model(self) -> int:
+        """d, the width of the residual stream."""
+        return self.W_E.shape[1]
+
+    @property
+    def d_vocab(self) -> int:
+        """V, the size of the vocabulary."""
+        return self.W_U.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_E.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.W_E.dtype
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether what a block's attention and MLP add is normalised once more (Gemma-2)."""
+        return self.blocks[0].attention_post_norm is not None
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The residual-stream graph."""
+        return Graph(self.n_layers, self.n_heads, self.n_kv_heads, self.parallel)
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a dataclass tree with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(item, change) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{field.name: _map_tensors(getattr(value, field.name), change) for field in fields(value)}
+        )
+    return value
+
+
+def to_device(model: Model, device: torch.device | str) -> Model:
+    """The same model on another device."""
+    moved: Model = _map_tensors(model, lambda tensor: tensor.to(device))
+    if moved.rotary is not None:
+        moved.rotary.to(device)
+    return moved
+
+
+def named_tensors(model: Model) -> dict[str, Tensor]:
+    """Every weight by its path, e.g. `blocks.3.W_Q`."""
+    tensors: dict[str, Tensor] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, Tensor):
+            tensors[path] = value
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                walk(item, f"{path}.{index}")
+        elif is_dataclass(value):
+            for field in fields(value):
+                walk(getattr(value, field.name), f"{path}.{field.name}" if path else field.name)
+
+    walk(model, "")
+    return tensors
+
+
+def weight_hash(model: Model) -> str:
+    """sha256 over names, shapes, dtypes and bytes of all weights, and all else that decides outputs: every artefact's
+    `model_hash`.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in named_tensors(model).items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    scalars = (
+        model.family,
+        model.parallel,
+        model.embed_scale,
+        model.activation,
+        model.logit_softcap,
+        model.final_norm.eps,
+    )
+    per_block = [
+        (block.attention_scale, block.attention_softcap, block.window, block.attention_norm.eps, block.mlp_norm.eps)
+        for block in model.blocks
+    ]
+    rotary = getattr(getattr(model.rotary, "config", None), "rope_parameters", None)
+    digest.update(json.dumps([scalars, per_block, rotary], sort_keys=True, default=str).encode())
+    return digest.hexdigest()

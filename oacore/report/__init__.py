@@ -1,0 +1,1 @@
+"""What reports and figures are made of: numbers, parts, cells, page, SVG."""

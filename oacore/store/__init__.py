@@ -1,0 +1,1 @@
+"""Files: artefacts with checksums, the HDF5 store, atomic writes, locks, paths and code hashes."""

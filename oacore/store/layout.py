@@ -1,0 +1,155 @@
+"""Where every file of a run lies.
+
+What runs share is named by what determines it, so equal settings find each other's files and different ones never
+collide: `{cache_dir}/{model}-{hash}/{task}-{hash}/`. What one run concludes lies under `{results_dir}/{run}/`.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from oacore.config.base import Settings
+from oacore.config.model import is_directory_name
+from oacore.config.run import Config
+
+SPLITS = ("train", "validation", "test")
+_SAMPLES, _SAMPLE_BYTES = 16, 65536
+
+
+def short_hash(value: object) -> str:
+    """Ten hex digits of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def fingerprint(path: str | Path) -> str:
+    """Hash of a file's or directory's names, sizes and sampled contents.
+
+    Reads at most 1 MiB a file, because the Snakefile asks at every start: whole if smaller, else evenly spaced samples
+    (any training step changes nearly all bytes of a weight file). Times do not count, so a copy or a checkout is the
+    same.
+    """
+    path = Path(path).expanduser()
+    digest = hashlib.sha256()
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(item for item in path.rglob("*") if item.is_file() and not _hidden(item, path))
+    )
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{'' if file == path else file.relative_to(path).as_posix()} {size}\n".encode())
+        with open(file, "rb") as handle:
+            if size <= _SAMPLES * _SAMPLE_BYTES:
+                digest.update(handle.read())
+                continue
+            for index in range(_SAMPLES):
+                handle.seek(index * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(handle.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _hidden(item: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in item.relative_to(root).parts)
+
+
+def model_settings(config: Config) -> dict[str, object]:
+    """What determines the model's outputs."""
+    if config.model == "demo":
+        return {"demo": config.demo_model.model_dump(), "dtype": config.dtype}
+    if is_directory_name(config.model):
+        return {"files": fingerprint(config.model), "dtype": config.dtype}
+    return {"name": config.model, "revision": config.revision, "dtype": config.dtype}
+
+
+def task_settings(config: Config, task: str) -> dict[str, object]:
+    """What determines a task's prompts, for a given model."""
+    settings: Settings = config.tasks.selected()[task]
+    values = settings.model_dump()
+    if values.get("path") is not None:
+        values["path"] = fingerprint(values["path"])
+    return {"seed": config.seed, **values}
+
+
+def circuit_file(knob: float, seed: int) -> str:
+    """Name of a circuit's file in its method's folder."""
+    return f"{knob:g}-s{seed}.json"
+
+
+class Layout:
+    """Paths of one run, as Snakemake wants them: strings relative to the working directory where the config's are.
+
+    Args:
+        prefix: goes before relative paths, as Snakemake's does where this workflow is a module of another.
+    """
+
+    def __init__(self, config: Config, prefix: str = ""):
+        base = config.model if not is_directory_name(config.model) else Path(config.model).expanduser().resolve().name
+        name = re.sub(r"[^\w.]+", "--", base)
+        self.config = config
+        cache, results = (
+            path if path.is_absolute() or str(path).startswith("..") else f"{prefix}{path}"
+            for path in (config.cache_dir, config.results_dir)
+        )
+        self.model_dir = f"{cache}/{name}-{short_hash(model_settings(config))}"
+        self.results_dir = f"{results}/{config.run}"
+        self.report = f"{self.results_dir}/report.html"
+        self.model_json = f"{self.model_dir}/model.json"
+        self.demo_model = f"{self.model_dir}/demo"
+        self._task_dirs = {
+            task: f"{task}-{short_hash(task_settings(config, task))}" for task in config.tasks.selected()
+        }
+
+    def task_dir(self, task: str) -> str:
+        """The folder of what runs share of a task: its prompts and activations."""
+        return f"{self.model_dir}/{self._task_dirs[task]}"
+
+    def task_of(self, folder: str) -> str:
+        """The task of a folder name `{task}-{hash}`."""
+        return next(task for task, name in self._task_dirs.items() if name == folder)
+
+    @property
+    def task_folders(self) -> list[str]:
+        """Names of the tasks' shared folders."""
+        return list(self._task_dirs.values())
+
+    def prompts(self, task: str) -> str:
+        """A task's prompts."""
+        return f"{self.task_dir(task)}/prompts.h5"
+
+    def activations(self, task: str) -> str:
+        """A task's clean activations at the last position."""
+        return f"{self.task_dir(task)}/activations.h5"
+
+    def lens_rows(self, task: str) -> str:
+        """The cache that lenses are fitted to."""
+        every = self.config.lenses is not None and self.config.lenses.positions == "all"
+        return f"{self.task_dir(task)}/{'activations-all' if every else 'activations'}.h5"
+
+    def cache_files(self) -> list[str]:
+        """All that this run reads from, or writes to, the folder that runs share."""
+        config = self.config
+        tasks = [self.prompts(task) for task in config.tasks.selected()]
+        tasks += [self.activations(task) for task in config.cached_tasks()]
+        rows = [self.lens_rows(task) for task in config.lens_tasks()]
+        return [self.demo_model] * (config.model == "demo") + [self.model_json, *tasks, *rows]
+
+    def ablation(self, task: str, file: str) -> str:
+        """A file of a task's single-component ablation."""
+        return f"{self.results_dir}/{task}/ablation/{file}"
+
+    def circuits(self, task: str, file: str) -> str:
+        """A file of a task's circuits."""
+        return f"{self.results_dir}/{task}/circuits/{file}"
+
+    def lens(self, task: str, file: str) -> str:
+        """A file of a task's lenses."""
+        return f"{self.results_dir}/{task}/lens/{file}"
+
+    def tracing(self, file: str) -> str:
+        """A file of causal tracing."""
+        return f"{self.results_dir}/facts/tracing/{file}"
+
+    def constants(self, task: str, method: str) -> str:
+        """The fitted constants of an ablation type."""
+        return self.ablation(task, f"constants-{method}.safetensors")

@@ -1,0 +1,1 @@
+"""Causal tracing: places, corruptions, effects, figures, report."""

@@ -1,0 +1,65 @@
+"""Average indirect effects with standard errors over subjects."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from oacore.metrics import PROBABILITY_RESOLUTION, clustered_mean_and_se, zero_below
+from oacore.tracing.places import Curve, Place
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Probabilities of the answers of N facts under one corruption, averaged over its draws."""
+
+    clean: Tensor  # [N]
+    corrupted: Tensor  # [N]
+    restored: Tensor  # [n, N] of each place
+
+
+def effects(traced: Traced, row: int, subjects: np.ndarray) -> dict[str, float]:
+    """AIE of place `row`, its parts, and its share of what the corruption destroyed.
+
+    aie: mean of p_restored - p_corrupted. aie_normalised: 1 - E max(0, p_clean - p_restored) / E (p_clean -
+    p_corrupted), the paper's figure. Differences below `PROBABILITY_RESOLUTION` count as 0, and the share of nothing is
+    NaN. Standard errors are over subjects (`subjects` [N] numbers them), as facts about the same one are not
+    independent.
+    """
+    clean, corrupted, restored = (x.double() for x in (traced.clean, traced.corrupted, traced.restored[row]))
+    brought_back, lost, destroyed = (
+        zero_below(change, PROBABILITY_RESOLUTION)
+        for change in (restored - corrupted, (clean - restored).clamp(min=0), clean - corrupted)
+    )
+    aie, se = clustered_mean_and_se(brought_back, subjects)
+    share = float(lost.mean() / destroyed.mean()) if float(destroyed.mean()) > PROBABILITY_RESOLUTION else float("nan")
+    # The delta method for a ratio of means.
+    _, share_se = clustered_mean_and_se((lost - share * destroyed) / destroyed.mean(), subjects)
+    means = {"p_clean": clean, "p_corrupted": corrupted, "p_restored": restored}
+    parts = {name: float(values.mean()) for name, values in means.items()}
+    return {"aie": aie, "se": se, **parts, "n": len(clean), "aie_normalised": 1 - share, "se_normalised": share_se}
+
+
+def aie_table(
+    corruption: str,
+    traced: Traced,
+    places: Sequence[Place],
+    subjects: np.ndarray,
+    curves: Sequence[Curve],
+    n_layers: int,
+) -> pd.DataFrame:
+    """One row per curve and layer, from the probabilities of the places that they mean.
+
+    Args:
+        places: in the order of `traced.restored`.
+        subjects: [N], the same number for facts about the same subject.
+    """
+    row_of = {item: row for row, item in enumerate(places)}
+    rows = []
+    for curve in curves:
+        for layer, item in enumerate(curve.places(n_layers)):
+            point = {"corruption": corruption, **asdict(curve), "layer": layer}
+            rows.append(point | effects(traced, row_of[item], subjects))
+    return pd.DataFrame(rows)

@@ -1,0 +1,151 @@
+"""The fit of optimal ablation's constants for causal tracing (OAT; Li & Janson 2024, section 5).
+
+A constant in place of the subject's token embeddings is best where the answer loses the least probability: for the
+corrupted run, and for the run with each place restored, one of its own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from oacore.config.tracing import TracingFit
+from oacore.draws import prompts_of_step
+from oacore.engine.clean import clean_pass
+from oacore.fits.descent import ABSOLUTE_PROGRESS, Descent, descend
+from oacore.fits.record import read_fitted, write_fits
+from oacore.fits.resume import NOT_KEPT, Resumable
+from oacore.metrics import clustered_mean_and_se
+from oacore.models.weights import Model
+from oacore.store.provenance import Provenance
+from oacore.tracing.places import NOWHERE, Place
+from oacore.tracing.recall import Recall, answer_probability, embedded
+from oacore.tracing.restore import restored_apart
+from oacore.tracing.subjects import SubjectStatistics
+
+
+def _lost(
+    model: Model, recall: Recall, places: Sequence[Place], constants: Tensor, tokens_per_batch: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some places at a time: (their rows, probability lost [n, B]); differentiable in the constants."""
+    clean = clean_pass(model, recall.tokens, recall.lengths)
+    p_clean = answer_probability(model, recall, clean.entering[-1])
+
+    def entering(rows: slice) -> Tensor:
+        return embedded(model, recall, constants[rows, None, None])
+
+    for rows, p_restored in restored_apart(model, recall, clean, places, entering, tokens_per_batch):
+        yield rows, (p_clean - p_restored).clamp(min=0)
+
+
+@torch.no_grad()
+def lost_probability(
+    model: Model, recall: Recall, places: Sequence[Place], constants: Tensor, tokens_per_batch: int
+) -> Tensor:
+    """Probability lost, max(0, p_clean - p_restored) [n, B], with each place's constant [n, d]."""
+    batches = []
+    for part in recall.in_batches(tokens_per_batch):
+        batches.append(torch.cat([lost for _, lost in _lost(model, part, places, constants, tokens_per_batch)]))
+    return torch.cat(batches, 1)
+
+
+def lost_probability_gradient(
+    model: Model, recall: Recall, places: Sequence[Place], constants: Tensor, tokens_per_batch: int
+) -> Tensor:
+    """Gradient [n, d] of each place's mean probability lost in its own constant."""
+    gradient, leaf = torch.zeros_like(constants), constants.detach().requires_grad_()
+    for part in recall.in_batches(tokens_per_batch):
+        with torch.enable_grad():
+            for rows, lost in _lost(model, part, places, leaf, tokens_per_batch):
+                gradient[rows] += torch.autograd.grad(lost.sum() / len(recall), leaf)[0][rows]
+    return gradient
+
+
+def fit_place_constants(
+    model: Model,
+    places: Sequence[Place],
+    train: Recall,
+    validation: Recall,
+    statistics: SubjectStatistics,
+    settings: TracingFit,
+    *,
+    seed: int = 0,
+    tokens_per_batch: int = 16384,
+    resumable: Resumable = NOT_KEPT,
+    on_test: Callable[[], object] = lambda: None,
+) -> Descent:
+    """One constant per place [n, d], each from the mean subject embedding until its loss on the validation facts stops
+    falling.
+
+    The loss, max(0, p_clean - p_restored), is in probability; arguments as those of `oacore.fits.descent.descend`. Fits
+    of places whose restoring does nothing differ by chance, which would pass for effects: see `_without_chance`.
+    """
+    start = statistics.mean.repeat(len(places), 1)
+    unit = statistics.std.square().mean().sqrt().reshape(1, 1)
+
+    def gradient(running: Tensor, value: Tensor, step: int) -> Tensor:
+        batch = train.take(prompts_of_step(len(train), settings.batch_size, seed, step).to(model.device))
+        chosen = [places[i] for i in running.tolist()]
+        return lost_probability_gradient(model, batch, chosen, value, tokens_per_batch)
+
+    def validate(running: Tensor, value: Tensor) -> Tensor:
+        chosen = [places[i] for i in running.tolist()]
+        return lost_probability(model, validation, chosen, value, tokens_per_batch).mean(1)
+
+    descent = descend(
+        start,
+        unit,
+        gradient,
+        validate,
+        settings,
+        names=[item.name for item in places],
+        key="tracing.fit.learning_rate",
+        resumable=resumable,
+        what="OAT",
+        on_test=on_test,
+    )
+    return _without_chance(model, places, validation, descent, tokens_per_batch)
+
+
+def _without_chance(
+    model: Model, places: Sequence[Place], validation: Recall, descent: Descent, tokens_per_batch: int
+) -> Descent:
+    """The corrupted run takes whichever constant is best for it, and every place that one, unless its own is better
+    beyond chance.
+
+    Beyond chance: by two standard errors of the difference on the validation facts. On a planted recall, with fits
+    apart, the AIE of all other layers added up to 18 % of the peak's; so it is below 0.1 %
+    (tests/bench/bench_recall.py).
+    """
+    separate = descent.best
+    corrupted = [NOWHERE] * len(places)
+    best = lost_probability(model, validation, corrupted, separate, tokens_per_batch).mean(1).argmin()
+    shared = separate[best].expand_as(separate)
+    lost_separately, lost_shared = (
+        lost_probability(model, validation, places, constants, tokens_per_batch) for constants in (separate, shared)
+    )
+    subjects = validation.subject_numbers
+    better = []
+    for item, lost, lost_with_shared in zip(places, lost_separately, lost_shared, strict=True):
+        gain, se = clustered_mean_and_se(lost_with_shared - lost, subjects)
+        better.append(item != NOWHERE and gain > max(2 * se, ABSOLUTE_PROGRESS))
+    keep = torch.tensor(better, device=separate.device)
+    loss = torch.where(keep, lost_separately.mean(1), lost_shared.mean(1))
+    return replace(descent, best=torch.where(keep[:, None], separate, shared), best_loss=loss)
+
+
+def save_place_constants(path: str | Path, places: Sequence[Place], descent: Descent, provenance: Provenance) -> None:
+    """Write each place's constant [d] under its name, with the record of its fit."""
+    names = [item.name for item in places]
+    write_fits(path, dict(zip(names, descent.best, strict=True)), names, descent, provenance)
+
+
+def load_place_constants(path: str | Path, places: Sequence[Place], provenance: Provenance) -> Tensor:
+    """The constants [n, d] of the places.
+
+    Raises:
+        UserError: the file is damaged, of another model or other facts, or lacks a place.
+    """
+    return torch.stack(list(read_fitted(path, [item.name for item in places], provenance).values()))

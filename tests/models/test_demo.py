@@ -1,0 +1,81 @@
+"""The embedded model's language, and what its training promises; the trained model itself is tested in
+tests/workflow.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from oacore.config.model import DemoModel
+from oacore.errors import UserError
+from oacore.models import demo
+from oacore.tasks import greater_than, ioi
+from oacore.tasks.prompts import split_of
+
+SHORT = DemoModel(n_steps=3, batch_size=12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return demo.make_tokenizer()
+
+
+def test_every_word_of_the_language_is_one_token(tokenizer):
+    rng = np.random.default_rng(0)
+    told = [f"{fact.prompt} {fact.answer}" for fact in demo.facts(40, 0)]
+    spoken = [
+        prompt + answer
+        for module in (ioi, greater_than)
+        for prompt, answer in itertools.islice(module.sentences(rng, "train"), 50)
+    ]
+    for sentence in told + spoken:
+        assert tokenizer.unk_token_id not in tokenizer(sentence).input_ids, sentence
+    assert len(tokenizer("1743", add_special_tokens=False).input_ids) == 2
+    assert tokenizer("The war").input_ids[0] == tokenizer.bos_token_id
+
+
+def test_facts_have_two_token_subjects_and_one_held_out_wording_each(tokenizer):
+    facts = demo.facts(40, 0)
+    assert {len(tokenizer(fact.subject, add_special_tokens=False).input_ids) for fact in facts} == {2}
+    assert len({fact.prompt for fact in facts}) == len(facts)
+    for _, wordings in itertools.groupby(facts, key=lambda fact: (fact.subject, fact.relation)):
+        assert sum(fact.held_out for fact in wordings) == 1
+    held_out = [fact.prompt.replace(fact.subject, "{}") for fact in facts if fact.held_out]
+    assert set(held_out) == {wording for relation in demo.RELATIONS for wording in relation.wordings}, (
+        "every wording has its turn"
+    )
+    firsts = [fact.subject.split()[0] for fact in facts]
+    assert max(firsts.count(name) for name in firsts) > 8, "a first name alone does not tell who it is"
+
+
+def test_training_never_sees_what_is_measured():
+    kinds = demo.training_sentences(SHORT)
+    for kind in kinds[:2]:
+        assert {split_of(prompt) for prompt, _ in itertools.islice(kind, 200)} == {"train"}
+    held_out = {fact.prompt for fact in demo.facts(SHORT.n_subjects, SHORT.seed) if fact.held_out}
+    assert not held_out & {prompt for prompt, _ in itertools.islice(kinds[2], 1000)}
+
+
+def test_training_is_bit_identical(tokenizer):
+    torch.manual_seed(123)
+    first = demo.train_model(SHORT, tokenizer).state_dict()
+    torch.manual_seed(456)
+    second = demo.train_model(SHORT, tokenizer).state_dict()
+    other = demo.train_model(SHORT.model_copy(update={"seed": 1}), tokenizer).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_model_that_learned_too_little_is_refused_and_not_written(tmp_path):
+    with pytest.raises(
+        UserError, match=r"training failed: ioi_accuracy is 0\.\d+, required 0\.98; year_mass .* fact_accuracy"
+    ):
+        demo.build_demo(tmp_path / "demo", SHORT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_many_subjects():
+    with pytest.raises(UserError, match=r"demo_model\.n_subjects: 1000; allowed: at most 80"):
+        demo.facts(1000, 0)

@@ -1,0 +1,132 @@
+"""Loading, the parity gate and refusals."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_hf
+
+from oacore.engine.parity import check_parity, hugging_face_logits, open_model, parity_prompts
+from oacore.errors import UserError
+from oacore.models import hub
+from oacore.models.hub import load_hugging_face
+from oacore.models.load import canonical, load, pick_device
+from oacore.models.weights import weight_hash
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A model directory with a tokenizer."""
+    from oacore.models.demo import make_tokenizer
+
+    path = tmp_path_factory.mktemp("model") / "tiny-llama"
+    random_hf("llama").save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_open_model_passes_the_gate(directory):
+    loaded, parity = open_model(directory, device="cpu")
+    assert loaded.model.family == "llama"
+    assert parity.max_abs_log_prob < 1e-5
+    assert parity.n_prompts == 4
+    assert (loaded.model.n_layers, loaded.model.n_heads, loaded.model.n_kv_heads, loaded.model.d_head) == (3, 4, 2, 8)
+    assert loaded.model.graph.n_kv_heads == 2
+    assert load(directory, device="cpu").weight_hash == loaded.weight_hash
+
+
+def test_bf16_passes_its_gate_and_has_another_hash(directory):
+    loaded, parity = open_model(directory, dtype="bf16", device="cpu")
+    assert loaded.model.dtype == torch.bfloat16
+    assert parity.max_abs_log_prob < 0.1
+    assert loaded.weight_hash != load(directory, device="cpu").weight_hash
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "neox-parallel"])
+def test_gate_refuses_a_model_that_we_compute_wrongly(family):
+    hf = random_hf(family)
+    tokens, lengths = parity_prompts(97, 64)
+    expected = hugging_face_logits(hf, tokens, lengths)
+    model = canonical(hf)
+    assert check_parity(model, tokens, lengths, expected, 1e-3).max_abs_log_prob < 1e-4
+    wrong = replace(model, blocks=(replace(model.blocks[0], attention_scale=1.0), *model.blocks[1:]))
+    with pytest.raises(UserError, match=r"differs from Hugging Face's by [\d.e-]+ nats \(allowed: 0.001\)"):
+        check_parity(wrong, tokens, lengths, expected, 1e-3)
+    with pytest.raises(UserError, match="differs"):
+        check_parity(model, tokens, lengths, expected * float("nan"), 1e-3)
+
+
+def test_weight_hash_sees_one_changed_weight_and_scalars():
+    model = canonical(random_hf("gemma2"))
+    changed = model.blocks[1].W_in.clone()
+    changed[0, 0] += 1e-3
+    blocks = (model.blocks[0], replace(model.blocks[1], W_in=changed), model.blocks[2])
+    windows = (replace(model.blocks[0], window=7), *model.blocks[1:])
+    hashes = {
+        weight_hash(model),
+        weight_hash(replace(model, blocks=blocks)),
+        weight_hash(replace(model, blocks=windows)),
+    }
+    assert len(hashes) == 3
+    assert weight_hash(model) == weight_hash(canonical(random_hf("gemma2")))
+
+
+def refused(source, *parts):
+    start = time.perf_counter()
+    with pytest.raises(UserError) as caught:
+        load_hugging_face(source)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+    return time.perf_counter() - start
+
+
+def test_missing_directory():
+    refused("./no/such/model", "'./no/such/model' is not a directory", "allowed")
+
+
+def test_directory_without_config(tmp_path):
+    refused(tmp_path, "no readable config.json")
+
+
+def test_unsupported_architecture(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gptj"}))
+    refused(tmp_path, "architecture 'gptj'", "gpt2, gpt_neox, llama, qwen2, gemma2")
+
+
+def test_damaged_weights(tmp_path):
+    random_hf("gpt2").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(tmp_path, "can't be loaded", "complete model directory")
+
+
+def test_unreachable_hub_fails_at_once_when_offline():
+    refused("no-such-owner/no-such-model", "'no-such-owner/no-such-model'", "can't be loaded", "reachable hub")
+
+
+def test_unreachable_hub_fails_quickly(monkeypatch):
+    """The hub's own client would retry for 23-46 s."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub._hub_answers.cache_clear()
+    asked = []
+    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda request, timeout: asked.append(timeout) or _refuse())
+    refused("no-such-owner/no-such-model", "can't be loaded", "reachable hub")
+    assert asked == [hub.HUB_TIMEOUT], "asked once, with a time limit"
+    hub._hub_answers.cache_clear()
+
+
+def _refuse():
+    raise OSError("no route")
+
+
+def test_cuda_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device: 'cuda'"):
+        pick_device("cuda")
+    assert pick_device("auto").type == "cpu"

@@ -1,0 +1,1 @@
+"""Models with hand-set weights whose true circuit, or place of recall, is known."""

@@ -1,0 +1,135 @@
+"""Long stages killed at random moments: what comes out after going on is what an undisturbed run writes, bit for bit.
+
+One kill for each stage by default; `OA_KILLS=n` (`make test-kill`) takes n.
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from oacore.config.read import parse_config
+from oacore.runner import run_stage
+from oacore.store.artefacts import read_tensors
+from oacore.store.layout import Layout
+
+ROOT = Path(__file__).parents[2]
+N_KILLS = int(os.environ.get("OA_KILLS", "1"))
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+LONG = {"check_every": 5, "patience": 50}
+
+# stage: (what it is run for, changes that make it long, its outputs, its checkpoint, steps between two checkpoints)
+STAGES = {
+    "optimal": (
+        {"task": "ioi", "method": "optimal"},
+        {"ablation": {"optimal": LONG | {"max_steps": 40}}},
+        lambda layout: [layout.constants("ioi", "optimal")],
+        lambda layout: layout.ablation("ioi", ".constants-optimal-checkpoint.safetensors"),
+        5,
+    ),
+    "circuit_search": (
+        {"task": "ioi", "method": "ugs", "ablation": "optimal"},
+        {"circuits": {"masks": {"n_steps": 20, "record_every": 2}}},
+        lambda layout: [layout.circuits("ioi", "ugs-optimal/search.safetensors")],
+        lambda layout: layout.circuits("ioi", "ugs-optimal/.search-checkpoint.safetensors"),
+        2,
+    ),
+    "circuit_evaluation": (
+        {"task": "ioi", "ablation": "optimal"},
+        {"circuits": {"refit": LONG | {"max_steps": 18, "check_every": 3}}},
+        lambda layout: [
+            layout.circuits("ioi", f"acdc-optimal/{name}") for name in ("constants.safetensors", "pareto.csv")
+        ],
+        lambda layout: layout.circuits("ioi", ".refit-optimal-checkpoint.safetensors"),
+        3,
+    ),
+    "tracing_fit": (
+        {},
+        {"tracing": {"fit": LONG | {"max_steps": 30}}},
+        lambda layout: [layout.tracing("constants.safetensors")],
+        lambda layout: layout.tracing(".constants-checkpoint.safetensors"),
+        5,
+    ),
+    "lens_fit": (
+        {"task": "text", "lens": "oca"},
+        {"lenses": {"oca": LONG | {"max_steps": 150}}},
+        lambda layout: [layout.lens("text", "oca.safetensors")],
+        lambda layout: layout.lens("text", ".oca-checkpoint.safetensors"),
+        5,
+    ),
+}
+
+
+def merged(values, changes):
+    return values | {
+        key: merged(values[key], value) if isinstance(value, dict) else value for key, value in changes.items()
+    }
+
+
+def files_under(layout):
+    return {
+        path for folder in (layout.model_dir, layout.results_dir) for path in Path(folder).rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_a_random_moment(own_copy, tmp_path, capfd, stage):
+    what, changes, outputs, checkpoint, interval = STAGES[stage]
+    config = parse_config(merged(own_copy.model_dump(mode="json"), changes))
+    layout = Layout(config)
+    kept, written = Path(checkpoint(layout)), [Path(path) for path in outputs(layout)]
+    run_stage(stage, config, **what)
+    reference = {path: path.read_bytes() for path in written}
+    after = files_under(layout)
+    assert not kept.exists()
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [
+        sys.executable,
+        "-m",
+        "oacore",
+        stage,
+        "--config",
+        path,
+        *(f"--{name}={value}" for name, value in what.items()),
+    ]
+    options = {
+        "cwd": ROOT,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+        "env": os.environ | {"OMP_NUM_THREADS": "1"},
+    }
+    for number in range(N_KILLS):
+        dice = random.Random(f"{stage} {number}")
+        for file in written:
+            file.unlink()
+        process = subprocess.Popen(command, **options)
+        seen, wanted, last = 0, dice.randint(1, 3), None
+        while seen < wanted and process.poll() is None:
+            time.sleep(0.002)
+            if kept.exists() and (now := kept.stat().st_mtime_ns) != last:
+                seen, last = seen + 1, now
+        time.sleep(dice.random() * 0.1)
+        process.send_signal(SIGNALS[(number + list(STAGES).index(stage)) % len(SIGNALS)])
+        errors = process.communicate()[1].decode()
+        assert process.returncode != 0, "it was over before the kill"
+        assert "Traceback" not in errors, errors
+        assert not any(file.exists() for file in written), "an output before its end"
+        step = int(read_tensors(kept)[1]["step"])
+        assert step >= wanted * interval and step % interval == 0
+        capfd.readouterr()
+        run_stage(stage, config, **what)
+        assert re.search(rf"going on at step {step}$", capfd.readouterr().err, re.M), (
+            "it did not go on from the last checkpoint"
+        )
+        for file in written:
+            assert file.read_bytes() == reference[file], file
+        assert files_under(layout) == after, "something was left behind"

@@ -1,0 +1,115 @@
+"""Rules and the command line name the same files, and the workflow works as a module of another one."""
+
+import io
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from oacore.config.read import parse_config
+from oacore.jobs import STAGES, files_of, planned
+from oacore.store.layout import Layout
+
+ROOT = Path(__file__).parents[2]
+TINY = yaml.safe_load((ROOT / "tests/configs/tiny.yaml").read_text())
+
+
+def jobs_of_rules(values, folder):
+    """Every job of the workflow: (stage, wildcards, inputs, outputs), files by name."""
+    from snakemake.api import SnakemakeApi
+    from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
+
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with (
+        redirect_stderr(io.StringIO()),
+        SnakemakeApi(OutputSettings(quiet={Quietness.ALL}, dryrun=True)) as api,
+    ):
+        workflow_api = api.workflow(
+            resource_settings=ResourceSettings(cores=2),
+            config_settings=ConfigSettings(configfiles=[path]),
+            snakefile=ROOT / "Snakefile",
+        )
+        workflow_api.dag(DAGSettings())
+        workflow = workflow_api._workflow
+        workflow._prepare_dag(forceall=True, ignore_incomplete=True, lock_warn_only=True)
+        workflow._build_dag()
+        return [
+            (job.params.stage, dict(job.wildcards.items()), by_name(job.input), by_name(job.output))
+            for job in workflow.dag.jobs
+            if job.rule.name != "all"
+        ]
+
+
+def by_name(files):
+    return {name: [paths] if isinstance(paths, str) else [str(path) for path in paths] for name, paths in files.items()}
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_rules_name_the_files_that_the_command_line_takes(tmp_path, positions):
+    values = TINY | {"cache_dir": str(tmp_path / "cache"), "results_dir": str(tmp_path / "results")}
+    values |= {"lenses": TINY["lenses"] | {"positions": positions}}
+    config = parse_config(values)
+    layout = Layout(config)
+    expected = {}
+    for stage, wildcards in planned(config):
+        inputs, outputs = files_of(layout, stage, **wildcards)
+        expected[stage, *wildcards.values()] = inputs.named(), outputs.named()
+    found = {}
+    for stage, wildcards, inputs, outputs in jobs_of_rules(values, tmp_path):
+        if "task_dir" in wildcards:
+            wildcards = {"task": layout.task_of(wildcards["task_dir"])}
+        found[stage, *(wildcards[name] for name in STAGES[stage][1])] = inputs, outputs
+    assert set(found) == set(expected)
+    for job, files in expected.items():
+        assert found[job] == files, job
+
+
+MODULE = f"""
+configfile: "config.yaml"
+
+rule size:
+    input: "mine.txt"
+
+module oa:
+    snakefile: "{ROOT / "Snakefile"}"
+    config: config["oa"]
+    prefix: "sub"
+
+use rule * from oa as oa_*
+
+rule mine:
+    input: rules.oa_report.output.report
+    output: "mine.txt"
+    shell: "wc -c < {{input}} > {{output}}"
+"""
+
+
+def test_the_workflow_is_a_module_of_another(tiny_run, tmp_path):
+    """Under a prefix and with other rule names: the same gaps as in a run of its own, and no file outside of the
+    prefix.
+    """
+    _, layout = tiny_run
+    shutil.copytree(layout.model_dir, tmp_path / "sub/cache" / Path(layout.model_dir).name)
+    own = TINY | {"ablation": {"tasks": ["ioi"], "methods": ["zero", "mean", "counterfactual"]}}
+    own = {key: value for key, value in own.items() if key not in ("circuits", "tracing", "lenses")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"oa": own}))
+    (tmp_path / "Snakefile").write_text(MODULE)
+    command = [sys.executable, "-m", "snakemake", "--cores", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int((tmp_path / "mine.txt").read_text()) > 10_000
+    names = {path.name for path in tmp_path.iterdir()} - {".snakemake"}
+    assert names == {"Snakefile", "config.yaml", "mine.txt", "sub"}
+    assert {path.name for path in (tmp_path / "sub").iterdir()} == {"cache", "results"}
+    table = pd.read_csv(tmp_path / "sub/results/tiny/ioi/ablation/gaps.csv")
+    whole = pd.read_csv(layout.ablation("ioi", "gaps.csv"))
+    for method in ("zero", "mean", "counterfactual"):
+        ours, theirs = (frame[frame["method"] == method].reset_index(drop=True) for frame in (table, whole))
+        assert len(ours) and ours.equals(theirs)
+    assert (tmp_path / "sub/results/tiny/.lock").exists(), "the run's locks lie where its files do"
