@@ -167,3 +167,26 @@ def own_copy(tiny_run, tmp_path):
     for folder in (layout.model_dir, layout.results_dir):
         shutil.copytree(folder, tmp_path / Path(folder).relative_to(config.cache_dir))
     return config.model_copy(update={"cache_dir": tmp_path, "results_dir": tmp_path / "results"})
+
+
+def snakemake_dag(values, path, *, forced=False):
+    """Snakemake's plan for a config, which is written to `path`, without a process: dozens of questions a minute."""
+    import io
+    from contextlib import redirect_stderr
+
+    import yaml
+    from snakemake.api import SnakemakeApi
+    from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
+
+    path.write_text(yaml.safe_dump(values))
+    with redirect_stderr(io.StringIO()), SnakemakeApi(OutputSettings(quiet={Quietness.ALL}, dryrun=True)) as api:
+        api = api.workflow(
+            resource_settings=ResourceSettings(cores=2),
+            config_settings=ConfigSettings(configfiles=[path]),
+            snakefile=Path(__file__).parents[1] / "Snakefile",
+        )
+        api.dag(DAGSettings())
+        workflow = api._workflow
+        workflow._prepare_dag(forceall=forced, ignore_incomplete=True, lock_warn_only=True)
+        workflow._build_dag()
+        return workflow.dag

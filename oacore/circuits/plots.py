@@ -23,10 +23,9 @@ from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS, EdgeAblation
 from oacore.config.colors import SLATE
 from oacore.config.rows import Look
 from oacore.report.figures import HEIGHT, WIDTH, styled
-from oacore.report.numbers import FLOOR, plain, three_digits, verdict
+from oacore.report.numbers import FLOOR, Z95, plain, three_digits, verdict
 from oacore.report.series import in_order
 
-Z95 = 1.96  # half the width of a 95 % interval in standard errors
 # a KL smaller than the figure's largest by more than this has no place on its axis; nor has one at or below FLOOR
 DECADES = 1e4
 LineStyle = Literal["-", "--"]

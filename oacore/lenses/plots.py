@@ -32,9 +32,8 @@ from oacore.lenses.tables import (
     perturbations_in_order,
 )
 from oacore.report.figures import HEIGHT, WIDTH, styled
-from oacore.report.numbers import FLOOR, plain, three_digits
+from oacore.report.numbers import FLOOR, Z95, plain, three_digits
 
-Z95 = 1.96  # half the width of a 95 % interval in standard errors
 # a KL smaller than the figure's largest by more than this has no place on its axis; nor has one at or below FLOOR
 DECADES = 1e4
 Measure = Literal["similarity", "correlation"]

@@ -6,6 +6,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
+Z95 = 1.96  # half the width of a 95 % interval in standard errors
 # nats; an estimated gap at or below it, negative ones included, has no place on a log axis and is drawn here
 FLOOR = 1e-6
 SIGNIFICANT = 2.0  # standard errors of a difference: closer than this, two losses count as equal

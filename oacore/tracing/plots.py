@@ -33,11 +33,10 @@ from oacore.config.tracing import (
     usual_noise,
 )
 from oacore.report.figures import every_few, styled, tint
-from oacore.report.numbers import three_digits
+from oacore.report.numbers import Z95, three_digits
 from oacore.report.series import in_order
 from oacore.tracing.tables import PICTURE_COLUMNS, traced_rows
 
-Z95 = 1.96  # half the width of a 95 % interval in standard errors
 MARKED_LAYERS = 12  # up to so many layers each has a marker, beyond only some
 # Noise of other scales than the usual one.
 DASHES: tuple[LineStyle, ...] = (

@@ -1,15 +1,14 @@
 """Rules and the command line name the same files, and the workflow works as a module of another one."""
 
-import io
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from conftest import snakemake_dag
 
 from oacore.config.read import parse_config
 from oacore.jobs import STAGES, files_of, planned
@@ -21,29 +20,11 @@ TINY = yaml.safe_load((ROOT / "tests/configs/tiny.yaml").read_text())
 
 def jobs_of_rules(values, folder):
     """Every job of the workflow: (stage, wildcards, inputs, outputs), files by name."""
-    from snakemake.api import SnakemakeApi
-    from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
-
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    with (
-        redirect_stderr(io.StringIO()),
-        SnakemakeApi(OutputSettings(quiet={Quietness.ALL}, dryrun=True)) as api,
-    ):
-        workflow_api = api.workflow(
-            resource_settings=ResourceSettings(cores=2),
-            config_settings=ConfigSettings(configfiles=[path]),
-            snakefile=ROOT / "Snakefile",
-        )
-        workflow_api.dag(DAGSettings())
-        workflow = workflow_api._workflow
-        workflow._prepare_dag(forceall=True, ignore_incomplete=True, lock_warn_only=True)
-        workflow._build_dag()
-        return [
-            (job.params.stage, dict(job.wildcards.items()), by_name(job.input), by_name(job.output))
-            for job in workflow.dag.jobs
-            if job.rule.name != "all"
-        ]
+    return [
+        (job.params.stage, dict(job.wildcards.items()), by_name(job.input), by_name(job.output))
+        for job in snakemake_dag(values, folder / "config.yaml", forced=True).jobs
+        if job.rule.name != "all"
+    ]
 
 
 def by_name(files):

@@ -3,15 +3,14 @@ plan.
 """
 
 import ast
-import io
 import shutil
 from collections import Counter
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import yaml
+from conftest import snakemake_dag
 from pydantic import BaseModel
 
 from oacore.config.run import Config
@@ -22,22 +21,8 @@ TINY = yaml.safe_load((ROOT / "tests/configs/tiny.yaml").read_text())
 
 
 def planned(values, path):
-    """Jobs by rule that Snakemake would run for a config, without starting a process for each of some 200 questions."""
-    from snakemake.api import SnakemakeApi
-    from snakemake.settings.types import ConfigSettings, DAGSettings, OutputSettings, Quietness, ResourceSettings
-
-    path.write_text(yaml.safe_dump(values))
-    with redirect_stderr(io.StringIO()), SnakemakeApi(OutputSettings(quiet={Quietness.ALL}, dryrun=True)) as api:
-        api = api.workflow(
-            resource_settings=ResourceSettings(cores=2),
-            config_settings=ConfigSettings(configfiles=[path]),
-            snakefile=ROOT / "Snakefile",
-        )
-        api.dag(DAGSettings())
-        workflow = api._workflow
-        workflow._prepare_dag(forceall=False, ignore_incomplete=True, lock_warn_only=True)
-        workflow._build_dag()
-        return Counter(job.rule.name for job in workflow.dag.needrun_jobs()) - Counter(["all"])
+    """Jobs by rule that Snakemake would run for a config."""
+    return Counter(job.rule.name for job in snakemake_dag(values, path).needrun_jobs()) - Counter(["all"])
 
 
 @pytest.fixture(scope="module")
