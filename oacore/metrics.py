@@ -66,22 +66,23 @@ def kl_of_log_probs(target: Tensor, log_probs: Tensor) -> Tensor:
     return zero_below(terms.addcmul_(target.exp(), d).sum(-1), RESOLUTION)
 
 
-def mean_and_se(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error over the last axis (prompts), in float64."""
-    wide = values.double()
-    return wide.mean(-1), wide.std(-1) / wide.shape[-1] ** 0.5
-
-
 def clustered_mean_and_se(values: Tensor, clusters: np.ndarray) -> tuple[float, float]:
     """Mean over N values and its standard error over clusters: values [N] of the same cluster number [N] may depend on
     each other.
 
     With one value per cluster it is the plain standard error. NaN with a single cluster.
     """
+    means, errors = clustered_means_and_ses(values[None], clusters)
+    return float(means[0]), float(errors[0])
+
+
+def clustered_means_and_ses(values: Tensor, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same of many rows [m, N]: means and standard errors [m], in float64."""
     wide = values.double().cpu().numpy()
-    mean = float(wide.mean())
-    sums = np.bincount(np.unique(clusters, return_inverse=True)[1], wide - mean)
-    n_clusters = len(sums)
+    means = wide.mean(1)
+    number = np.unique(clusters, return_inverse=True)[1]
+    n_clusters = int(number.max()) + 1
     if n_clusters < 2:
-        return mean, float("nan")
-    return mean, float(np.sqrt((sums**2).sum() * n_clusters / (n_clusters - 1)) / len(wide))
+        return means, np.full(len(means), np.nan)
+    sums = np.stack([np.bincount(number, row - mean) for row, mean in zip(wide, means, strict=True)])
+    return means, np.sqrt((sums**2).sum(1) * n_clusters / (n_clusters - 1)) / wide.shape[1]

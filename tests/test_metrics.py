@@ -1,11 +1,12 @@
 """Losses against float64: exact where they are small, 0 where they are rounding, and never negative."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oacore.metrics import RESOLUTION, kl_divergence, kl_of_log_probs, zero_below
+from oacore.metrics import RESOLUTION, clustered_means_and_ses, kl_divergence, kl_of_log_probs, zero_below
 
 
 def in_float64(target_logits, logits):
@@ -78,3 +79,18 @@ def test_what_is_not_finite_stays():
     assert kl_of_log_probs(torch.tensor([0.0, -1e4]), torch.tensor([-float("inf"), 0.0])) == float("inf")
     values = zero_below(torch.tensor([float("nan"), float("inf"), -1e-7, 1e-7, 1e-6, -2.0]), 1e-6)
     assert torch.equal(values[1:], torch.tensor([float("inf"), 0.0, 0.0, 1e-6, -2.0])) and values[0].isnan()
+
+
+def test_standard_errors_are_those_of_repeated_experiments():
+    """Values that share a part within clusters of unequal sizes: the error over clusters is the spread of the mean over
+    3000 experiments; the plain one, over single values, is not half of it.
+    """
+    draw = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(40), draw.integers(1, 10, 40))
+    shared, own = draw.standard_normal((3000, 40)), draw.standard_normal((3000, len(clusters)))
+    values = shared[:, clusters] + 0.3 * own
+    means, errors = clustered_means_and_ses(torch.from_numpy(values), clusters)
+    spread = means.std()
+    assert np.sqrt((errors**2).mean()) == pytest.approx(spread, rel=0.06)
+    _, plain = clustered_means_and_ses(torch.from_numpy(values), np.arange(len(clusters)))
+    assert plain.mean() < 0.5 * spread

@@ -7,6 +7,7 @@ batches.
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import spearmanr
@@ -20,9 +21,11 @@ from oacore.draws import derangement
 from oacore.engine.clean import Batch, Clean, clean_log_probs, clean_pass
 from oacore.engine.statistics import Statistics
 from oacore.fits.resume import NOT_KEPT, Resumable
-from oacore.metrics import kl_divergence, mean_and_se
+from oacore.metrics import clustered_means_and_ses, kl_divergence
 from oacore.models.weights import Model
 from oacore.progress import progress
+
+SUMMARY_RATIOS = ("optimal", "optimal_positional")  # what all methods are compared with
 
 
 @torch.no_grad()
@@ -98,11 +101,15 @@ def _clean_of(model: Model, batch: Batch) -> Clean:
     return clean_pass(model, batch.tokens, batch.lengths)
 
 
-def gap_table(components: Sequence[Component], gaps: dict[Method, Tensor]) -> pd.DataFrame:
-    """Tidy table: component, kind, layer, head, method, gap_nats, se_nats, n_prompts."""
+def gap_table(components: Sequence[Component], gaps: dict[Method, Tensor], clusters: np.ndarray) -> pd.DataFrame:
+    """Tidy table: component, kind, layer, head, method, gap_nats, se_nats, n_prompts.
+
+    Args:
+        clusters: [N], `Prompts.cluster` of the prompts: what standard errors are over.
+    """
     rows = []
     for method, values in gaps.items():
-        mean, se = mean_and_se(values)
+        mean, se = clustered_means_and_ses(values, clusters)
         for component, gap, error in zip(components, mean.tolist(), se.tolist(), strict=True):
             head = component.head if component.kind == "head" else None
             rows.append((component.name, component.kind, component.layer, head, method, gap, error, values.shape[1]))
@@ -113,16 +120,21 @@ def gap_table(components: Sequence[Component], gaps: dict[Method, Tensor]) -> pd
 
 
 def summary_table(gaps: pd.DataFrame) -> pd.DataFrame:
-    """Per method: Spearman rank correlation with the counterfactual gap, and the median over components of gap(optimal)
-    / gap(method).
+    """Per method: Spearman rank correlation with the counterfactual gap, and the medians over components of
+    gap(optimal) / gap(method) and gap(optimal_positional) / gap(method).
 
-    A column is empty where the table lacks what it compares with; components whose gap is not positive have no ratio.
+    The first ratio is like for like where values are the same at all positions, the second where they follow the
+    position; the paper's figures are of the second kind. A column is empty where the table lacks what it compares with;
+    components whose gap is not positive have no ratio.
     """
     wide = gaps.pivot(index="component", columns="method", values="gap_nats")
     rows = []
     for method in gaps["method"].unique():
         rank = spearmanr(wide[method], wide["counterfactual"]).statistic if "counterfactual" in wide else None
         positive = wide[method] > 0
-        ratio = (wide["optimal"] / wide[method])[positive].median() if "optimal" in wide else None
-        rows.append((method, rank, ratio))
-    return pd.DataFrame(rows, columns=["method", "spearman_with_counterfactual", "median_ratio_optimal_to_method"])
+        ratios = [
+            (wide[optimal] / wide[method])[positive].median() if optimal in wide else None for optimal in SUMMARY_RATIOS
+        ]
+        rows.append((method, rank, *ratios))
+    columns = [f"median_ratio_{optimal}_to_method" for optimal in SUMMARY_RATIOS]
+    return pd.DataFrame(rows, columns=["method", "spearman_with_counterfactual", *columns])

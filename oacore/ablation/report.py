@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from oacore.config.ablation import ABLATION_TYPES
-from oacore.report.numbers import Estimate, human, three_digits
+from oacore.report.numbers import WHOSE_SE, Estimate, human, three_digits
 from oacore.report.parts import Definitions, Figure, Part, Section, Table
 from oacore.report.series import in_order
 
@@ -20,6 +20,18 @@ CAPTIONS = {
     "convergence_curves": "Lines that have become flat before their dot show that the fits were finished, so that a "
     "gap above is not a matter of too few steps.",
 }
+
+
+# What a sentence sets side by side: the optimal constant of each kind, and methods whose values follow the position as
+# little, or as much. The counterfactual value follows the prompt, so that it stands beside both.
+LIKE_FOR_LIKE = (
+    ("optimal", "optimal constant", ("zero", "mean", "resample", "counterfactual")),
+    (
+        "optimal_positional",
+        "optimal constant of each position",
+        ("zero", "mean_positional", "resample_positional", "counterfactual"),
+    ),
+)
 
 
 def ablation_section(
@@ -49,8 +61,8 @@ def methods_section(methods: Sequence[str]) -> Section:
     intro = (
         "The ablation loss gap of a component is the mean over prompts x of KL( M(x) ‖ M_ablated(x) ), in nats, "
         "between the next-token distributions at the last position: of the model as it is, and of the model with the "
-        "component's output replaced. The first position (BOS) is never replaced. SE is the standard error over "
-        "prompts. The methods differ in the replacement only:"
+        f"component's output replaced. The first position (BOS) is never replaced. {WHOSE_SE} The methods differ in "
+        "the replacement only:"
     )
     return Section(
         "Methods", intro, [Definitions({name: ABLATION_TYPES[name].note for name in in_order(methods, ABLATION_TYPES)})]
@@ -62,14 +74,11 @@ def _headline(gaps: pd.DataFrame, summary: pd.DataFrame) -> str:
     prompts = sorted(set(gaps["n_prompts"]))
     span = human(prompts[0]) if len(prompts) == 1 else f"{human(prompts[0])} to {human(prompts[-1])}"
     text = f"{gaps['component'].nunique()} components, {span} prompts each."
-    ratios = summary.set_index("method")["median_ratio_optimal_to_method"].astype(float).dropna()
-    shares = [
-        f"{three_digits(100 * ratios[m])}\u00a0% of {m}'s"
-        for m in ("zero", "mean", "resample", "counterfactual")
-        if m in ratios
-    ]
-    if shares:
-        text += f" In the median component, the gap of the optimal constant is {', '.join(shares)}."
+    for optimal, constant, others in LIKE_FOR_LIKE:
+        ratios = summary.set_index("method")[f"median_ratio_{optimal}_to_method"].astype(float).dropna()
+        shares = [f"{three_digits(100 * ratios[name])}\u00a0% of {name}'s" for name in others if name in ratios]
+        if shares:
+            text += f" In the median component, the gap of the {constant} is {', '.join(shares)}."
     return text
 
 
@@ -77,7 +86,8 @@ def _summary_table(gaps: pd.DataFrame, summary: pd.DataFrame) -> Table:
     by_method = gaps.groupby("method")["gap_nats"]
     table = pd.DataFrame({"components": by_method.count(), "median gap (nats)": by_method.median()})
     known = summary.set_index("method").astype(float)  # an empty column may hold None
-    table["optimal ÷ method (median, %)"] = 100 * known["median_ratio_optimal_to_method"]
+    for optimal, *_ in LIKE_FOR_LIKE:
+        table[f"{optimal} ÷ method (median, %)"] = 100 * known[f"median_ratio_{optimal}_to_method"]
     table["Spearman ρ with counterfactual"] = known["spearman_with_counterfactual"]
     table = (
         table.reindex(in_order(gaps["method"], ABLATION_TYPES))

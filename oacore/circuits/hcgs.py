@@ -25,7 +25,7 @@ class HardConcreteSampler:
     """The mask distribution of HCGS."""
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
-    slower: ClassVar[dict[str, float]] = {"counterfactual": 3.0, "resample": 1.5}
+    slower: ClassVar[dict[str, float]] = {"counterfactual": 3.0, "resample": 1.5, "resample_positional": 1.5}
 
     def start(self, n_fits: int, n_edges: int) -> State:
         """Locations at 0 and temperatures at `TEMPERATURE`, [F, E] each."""

@@ -115,8 +115,8 @@ def learn(
     loss_sum, since = torch.zeros(n_fits, device=device), 0
     watch, every_fit = Watch(resumable.path, int(state["step"])), torch.arange(n_fits, device=device)
     fits = [f"{what} {knob.value:g} (seed {knob.seed})" for knob in knobs]
-    with progress(what=what, unit="steps", total=settings.n_steps, initial=int(state["step"])) as bar:
-        while int(state["step"]) < settings.n_steps:
+    with progress(what=what, unit="steps", total=settings.steps, initial=int(state["step"])) as bar:
+        while int(state["step"]) < settings.steps:
             losses, gradients, sizes = sweep.gradients(state)
             state["step"] += 1
             named = {"loss": losses} | {f"gradient of {name}": value for name, value in gradients.items()}
@@ -126,7 +126,7 @@ def learn(
             loss_sum += losses
             since += 1
             bar.update()
-            if since == settings.record_every or int(state["step"]) == settings.n_steps:
+            if since == settings.record_every or int(state["step"]) == settings.steps:
                 watch.check(fits, ADVICE)  # the one place where the host waits for the device
                 _record(state, loss_sum / since, sizes)
                 loss_sum, since = torch.zeros(n_fits, device=device), 0
@@ -190,7 +190,7 @@ class _Sweep:
         noise = torch.stack([_uniform(self.generator, knob, step, shape) for knob in self.knobs])
         parameters = {name: state[name].requires_grad_() for name in self.parameters}
         second = {name: state[f"{name}/second"] for name in self.parameters}
-        alpha, theta = self.sampler.sample(parameters, noise, second, step / self.settings.n_steps)
+        alpha, theta = self.sampler.sample(parameters, noise, second, step / self.settings.steps)
         masks = edges.full(alpha.flatten(0, 1))  # [F R, J, S]
         masks = masks * edges.graph.prune(masks.detach() > 0)
         constants, written = self._written(state, chosen, step)
@@ -291,7 +291,7 @@ def search_masks(
         request.task.replacements(request.ablation, "train", start),
         request.task.constant_scales,
         request.objective,
-        request.settings.masks,
+        request.masks,
         train_constants=EDGE_ABLATIONS[request.ablation].fitted,
         resumable=request.resumable,
         what=f"{request.task.name} {request.method} {request.ablation}",

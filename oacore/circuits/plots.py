@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS, EdgeAblationType, SearchMethod
 from oacore.config.colors import SLATE
 from oacore.config.rows import Look
-from oacore.report.figures import HEIGHT, WIDTH, styled
+from oacore.report.figures import HEIGHT, WIDTH, legend_below, styled
 from oacore.report.numbers import FLOOR, Z95, plain, three_digits, verdict
 from oacore.report.series import in_order
 
@@ -266,13 +266,7 @@ def _fronts(circuits: pd.DataFrame, column: str, looks: Mapping[str, Look], titl
         keys.append(
             Line2D([], [], linestyle="none", marker="o", color=SLATE, fillstyle="none", markersize=5, label=text)
         )
-    figure.legend(
-        handles=keys,
-        loc="outside lower center",
-        ncols=-(-len(keys) // -(-len(keys) // 5)),
-        columnspacing=1.4,
-        handlelength=1.9,
-    )
+    legend_below(figure, keys)
     return figure
 
 

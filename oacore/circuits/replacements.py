@@ -101,7 +101,21 @@ def resample(replacements: Replacements, chosen: Tensor, draw: int) -> Tensor:
     partner = derangement(len(examples), generator).to(device)[chosen]
     drawn = torch.rand(len(examples), examples.prompts.n_tokens, generator=generator).to(device)[chosen]  # in [0, 1)
     positions = (drawn * (examples.prompts.last[partner] + 1)[:, None]).long()  # [n, t]
-    batch = examples.batch
+    return _partners_values(replacements, partner, positions)
+
+
+def resample_positional(replacements: Replacements, chosen: Tensor, draw: int) -> Tensor:
+    """What every source writes on another prompt, at the same positions; past its end, at its last one."""
+    examples, device = replacements.examples, chosen.device
+    generator = torch.Generator().manual_seed(replacements.seed * 1_000_003 + draw)
+    partner = derangement(len(examples), generator).to(device)[chosen]
+    positions = torch.arange(examples.prompts.n_tokens, device=device).minimum(examples.prompts.last[partner][:, None])
+    return _partners_values(replacements, partner, positions)
+
+
+def _partners_values(replacements: Replacements, partner: Tensor, positions: Tensor) -> Tensor:
+    """What every source writes on the prompts `partner` [n] at positions [n, t] after BOS: [n, S, t, d]."""
+    batch = replacements.examples.batch
     values = replacements.engine.sources(Batch(batch.tokens[partner], batch.lengths[partner]))
     return torch.gather(values, 2, positions[:, None, :, None].expand_as(values))
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from oacore.circuits.plots import compare_fronts, front_kl_at, front_sizes, front_table, methods_in_order, with_loss
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS, leading
-from oacore.report.numbers import Estimate, human
+from oacore.report.numbers import WHOSE_SE, Estimate, human
 from oacore.report.parts import Definitions, Figure, Part, Section, Table
 from oacore.report.series import in_order
 
@@ -53,7 +53,7 @@ def circuit_methods_section(methods: Sequence[str], ablations: Sequence[str]) ->
         "A circuit is a set of edges between the nodes of the model (its input, attention heads and MLPs, its logits); "
         "all other edges are ablated, at every position but the first (BOS), and edges that no longer lie on a path "
         "from input to logits do not count. Its loss is the mean over held-out prompts x of KL( M(x) ‖ M_circuit(x) ), "
-        "in nats, between the next-token distributions at the last position. SE is the standard error over prompts."
+        f"in nats, between the next-token distributions at the last position. {WHOSE_SE}"
     )
     notes = {
         method: CIRCUIT_METHODS[method].note for method in methods_in_order(pd.DataFrame({"method": list(methods)}))

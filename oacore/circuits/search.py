@@ -15,7 +15,15 @@ from torch import Tensor
 
 from oacore.circuits.circuit import by_size
 from oacore.circuits.task import CircuitTask
-from oacore.config.circuits import CIRCUIT_METHODS, CircuitMethod, Circuits, EdgeAblation, Objective, SearchMethod
+from oacore.config.circuits import (
+    CIRCUIT_METHODS,
+    CircuitMethod,
+    Circuits,
+    EdgeAblation,
+    MaskFit,
+    Objective,
+    SearchMethod,
+)
 from oacore.errors import UserError
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.models.graph import Graph
@@ -52,6 +60,11 @@ class SearchRequest:
     def knobs(self) -> tuple[float, ...]:
         """What the method sweeps."""
         return self.settings.knobs(self.method)
+
+    @property
+    def masks(self) -> MaskFit:
+        """How masks are learned."""
+        return self.settings.masks_under(self.ablation)
 
     @property
     def sizes(self) -> list[int]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from oacore.circuits.constants import Constants, constant_scales
@@ -29,6 +30,7 @@ class CircuitTask:
     Args:
         passes: by split.
         seed: of resampled replacements.
+        clusters: [N], what standard errors over the test prompts are over.
         provenance: of every file that belongs to these prompts.
         fitted: the components' fitted constants, for a search that takes them.
     """
@@ -38,6 +40,7 @@ class CircuitTask:
     passes: dict[str, Passes]
     statistics: Statistics
     seed: int
+    clusters: np.ndarray
     provenance: Provenance
     fitted: Path | None = None
 
@@ -60,7 +63,8 @@ class CircuitTask:
         }
         statistics = read_statistics(activations, provenance, model.device)
         fitted = next(iter(inputs.all("constants")), None) if "constants" in inputs.named() else None
-        return cls(task, engine, passes, statistics, config.seed, provenance, fitted)
+        clusters = splits["test"].cluster
+        return cls(task, engine, passes, statistics, config.seed, clusters, provenance, fitted)
 
     @property
     def constant_scales(self) -> Constants:

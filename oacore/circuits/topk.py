@@ -64,6 +64,6 @@ def budgeted(logit: Tensor, budget: Tensor) -> Tensor:
 def search(request: SearchRequest) -> Search:
     """Circuits of the highest scores, one for each size and seed; the size is fixed, so that no edge has a price."""
     sizes = checked_sizes([knob.value for knob in sweep_knobs(request)], request.graph.n_edges)
-    sampler = TopKSampler(torch.tensor(sizes, dtype=torch.float32), request.settings.masks.dynamic_window)
+    sampler = TopKSampler(torch.tensor(sizes, dtype=torch.float32), request.masks.dynamic_window)
     weights = [0.0] * len(sizes)
     return search_masks(request, sampler, weights, lambda scores: by_size(request.graph, scores, np.array(sizes)))

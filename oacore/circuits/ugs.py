@@ -48,10 +48,8 @@ class UniformSampler:
     """
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.995)
-    slower: ClassVar[dict[str, float]] = {
-        "counterfactual": 5.0,
-        "resample": 2.0,
-    }  # noisier replacements want smaller steps (reference-figures A.4)
+    # Noisier replacements want smaller steps. The authors' resample keeps positions (reference-figures A.4).
+    slower: ClassVar[dict[str, float]] = {"counterfactual": 5.0, "resample": 2.0, "resample_positional": 2.0}
 
     def __init__(self, dynamic_window: bool = False):
         self.dynamic_window = dynamic_window
@@ -85,4 +83,4 @@ class UniformSampler:
 
 def search(request: SearchRequest) -> Search:
     """Circuits by uniform gradient sampling, one for each lambda and seed."""
-    return search_lambdas(request, UniformSampler(request.settings.masks.dynamic_window))
+    return search_lambdas(request, UniformSampler(request.masks.dynamic_window))

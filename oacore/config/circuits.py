@@ -205,6 +205,13 @@ EDGE_ABLATIONS = registry(
             per_prompt=True,
         ),
         EdgeAblationType(
+            "resample_positional",
+            f"{_VALUES}:resample_positional",
+            "It carries its source's output on another prompt, at the same position as far as that prompt goes.",
+            Look(PURPLE, "<"),
+            per_prompt=True,
+        ),
+        EdgeAblationType(
             "cf_mean",
             f"{_VALUES}:counterfactual_mean",
             "It carries its source's mean output over the counterfactual prompts, position by position.",
@@ -259,8 +266,10 @@ def _readers(key: str) -> str:
 class MaskFit(Settings):
     """Learning of edge masks by UGS, HCGS and top-k (Li & Janson 2024, section 3)."""
 
-    n_steps: int = Field(
-        3000, ge=1, description="steps; the paper takes 6000 where constants are trained along (optimal ablations)"
+    n_steps: Annotated[int, Field(ge=1)] | dict[EdgeAblation, Annotated[int, Field(ge=1)]] = Field(
+        3000,
+        description="steps, or a number for each ablation type: the paper takes {optimal: 6000}, where constants are "
+        "trained along, and 3000 otherwise",
     )
     n_samples: int = Field(12, ge=1, description="mask samples per prompt and step")
     n_prompts: int = Field(5, ge=1, description="prompts a step")
@@ -272,6 +281,12 @@ class MaskFit(Settings):
     )
     dynamic_window: bool = Field(False, description="UGS, top-k: widen the window of edges whose gradient is noisy")
     record_every: int = Field(50, ge=1, description="steps between points of the curves, each a checkpoint")
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, of settings for one ablation type (`Circuits.masks_under`)."""
+        assert isinstance(self.n_steps, int)
+        return self.n_steps
 
 
 class Refit(OptimalFit):
@@ -339,16 +354,33 @@ class Circuits(Settings):
         key = CIRCUIT_METHODS[method].knob
         return getattr(self, key) if key else (1.0,)
 
-    def read_by(self, method: CircuitMethod) -> dict[str, Any]:
-        """The settings that one method's search depends on, JSON-able: those of the others do not make it stale."""
+    def masks_under(self, ablation: EdgeAblation) -> "MaskFit":
+        """How masks are learned under one ablation type, with its number of steps."""
+        steps = self.masks.n_steps
+        return self.masks.model_copy(update={"n_steps": steps if isinstance(steps, int) else steps[ablation]})
+
+    def read_by(self, method: CircuitMethod, ablation: EdgeAblation) -> dict[str, Any]:
+        """The settings that one method's search depends on under one ablation type, JSON-able: those of the others do
+        not make it stale.
+        """
         row = CIRCUIT_METHODS[method]
         values, keys = self.model_dump(), [key for key in ("seeds", row.knob, *row.keys) if key]
+        values["masks"] = self.masks_under(ablation).model_dump() if "masks" in keys else None
         return {"objective": self.objective_of(method)} | {key: values[key] for key in keys}
 
     def figures(self) -> tuple[str, ...]:
         """Names of the figures that these settings give (`oacore.circuits.plots.circuit_figures` draws them)."""
         compared = (f"ablation_types_{leading(self.methods)}",) if len(self.ablations) > 1 else ()
         return (*(f"pareto_{ablation}" for ablation in self.ablations), *compared)
+
+    @model_validator(mode="after")
+    def _every_ablation_has_steps(self) -> "Circuits":
+        steps = self.masks.n_steps
+        if isinstance(steps, dict) and (missing := [name for name in self.ablations if name not in steps]):
+            raise ValueError(
+                f"masks.n_steps: no number for {', '.join(missing)}; allowed: one for each of the ablations"
+            )
+        return self
 
     @model_validator(mode="after")
     def _knobs_have_names_of_their_own(self) -> "Circuits":

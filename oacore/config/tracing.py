@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import Field, model_validator
 
 from oacore.config.base import OptimalFit, Settings
-from oacore.config.colors import ACCENT, BLUE_GREY, INK, PALE_SLATE, SLATE
+from oacore.config.colors import ACCENT, BLUE_GREY, GOLD, INK, PALE_SLATE, SLATE
 from oacore.config.rows import Row, registry
 
 Site = Literal["attention", "mlp", "block"]
@@ -47,18 +47,28 @@ class CorruptionRow(Row):
     Args:
         scaled: it is noise of so many standard deviations: one corruption for each of `noise_scales`, which tables call
             `{name}-{scale}`, averaged over `n_draws` draws; its note has {scale} where the number belongs.
-        fitted: it takes a constant that is fitted first, that of the corrupted run.
-        per_place: as `fitted`, but each restored place has a constant and a corrupted run of its own.
+        constants: which of the constants that are fitted first it takes: the one that is best for the corrupted run
+            (`shared`), each restored place's own (`own`), or its own only where that is better beyond chance
+            (`cautious`); the last two have a corrupted run for each place. Empty for a corruption without constants.
         pictured: single facts are drawn token by token under it: a fitted one wherever constants are fitted, noise with
-            the scale nearest to the usual one. Not for one that is `per_place`: no constant is fitted to one token.
+            the scale nearest to the usual one. Not for constants of places: no constant is fitted to one token.
         look: of its curves; noise of several scales takes other line styles.
     """
 
     scaled: bool = False
-    fitted: bool = False
-    per_place: bool = False
+    constants: Literal["", "shared", "own", "cautious"] = ""
     pictured: bool = False
     look: Stroke = UNKNOWN
+
+    @property
+    def fitted(self) -> bool:
+        """Whether constants are fitted for it."""
+        return bool(self.constants)
+
+    @property
+    def per_place(self) -> bool:
+        """Whether each restored place has a corrupted run of its own."""
+        return self.constants in ("own", "cautious")
 
 
 _VALUES = "oacore.tracing.corruptions"
@@ -70,16 +80,23 @@ CORRUPTIONS = registry(
             f"{_VALUES}:constant",
             "Optimal ablation: one constant vector in place of the embedding of every subject token, trained on other "
             "facts to lose the least probability of the answer; a constant of its own for each restored place, and one "
-            "for the fully corrupted run.",
-            fitted=True,
-            per_place=True,
+            "for the fully corrupted run: the paper's estimator.",
+            constants="own",
             look=Stroke(ACCENT, marker="o", width=2.1, band=0.2),
+        ),
+        CorruptionRow(
+            "oat_cautious",
+            f"{_VALUES}:constant",
+            "The same, but a place has the corrupted run's constant unless its own is better on the validation facts "
+            "by more than two standard errors, so that fits which differ by chance do not pass for effects.",
+            constants="cautious",
+            look=Stroke(GOLD, marker="h", width=1.6, band=0.1),
         ),
         CorruptionRow(
             "oat_shared",
             f"{_VALUES}:constant",
             "The constant that optimal ablation trains for the fully corrupted run, whatever is restored.",
-            fitted=True,
+            constants="shared",
             pictured=True,
             look=Stroke(SLATE, (0, (5, 1.8)), "D"),
         ),

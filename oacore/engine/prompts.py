@@ -12,7 +12,7 @@ from oacore.store.reader import Reader
 from oacore.store.writer import Writer
 from oacore.tasks.prompts import Prompts
 
-ARRAYS = ("tokens", "lengths", "counterfactual", "answers", "wrong_answers", "subject", "continuation")
+ARRAYS = ("tokens", "lengths", "counterfactual", "answers", "wrong_answers", "subject", "continuation", "cluster")
 
 
 def write_prompts(path: str | Path, splits: dict[str, Prompts], provenance: Provenance) -> None:

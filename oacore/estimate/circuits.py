@@ -74,7 +74,7 @@ def mask_learning(case: Case, task: str, method: SearchMethod, ablation: EdgeAbl
     """
     s, t = case.sizes, case.prompt_tokens(task) - 1
     assert case.config.circuits is not None
-    fit = case.config.circuits.masks
+    fit = case.config.circuits.masks_under(ablation.name)
     F, P = case.n_circuits(method.name), min(fit.n_prompts, case.n_prompts(task)[0])
     n_masks = F * fit.n_samples * P
     masks = n_masks * (5 * mask_bytes(s) + 3 * FP32 * s.graph.n_edges)
@@ -82,7 +82,7 @@ def mask_learning(case: Case, task: str, method: SearchMethod, ablation: EdgeAbl
     replacement, making = replacement_bytes(case, F * P, t, ablation, fits=F)
     step = masked_pass(case, t, n_masks, n_masks, 1 if ablation.per_prompt else F, gradient=True)
     moment = fullest(step | {"masks": masks}, {"masks": masks / 2, "making replacements": making})
-    flop = fit.n_steps * masked_pass_flop(s, n_masks, t, gradient=True)
+    flop = fit.steps * masked_pass_flop(s, n_masks, t, gradient=True)
     return SearchCost(moment | {"optimiser": parameters, "replacements": replacement}, flop)
 
 

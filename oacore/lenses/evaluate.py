@@ -27,15 +27,15 @@ def lens_losses(lens: Lens, rows: LensRows, batch_size: int = BATCH_ROWS) -> tup
     return torch.cat(kl, 1), torch.cat(agree, 1)
 
 
-def loss_table(lens: Lens, rows: LensRows, prompts: np.ndarray) -> pd.DataFrame:
+def loss_table(lens: Lens, rows: LensRows, clusters: np.ndarray) -> pd.DataFrame:
     """One row per layer: lens, init, layer, kl_nats, se_nats, top1_agreement, n.
 
     Args:
-        prompts: [B], the prompt that each row is of; standard errors are over prompts.
+        clusters: [B], `Prompts.cluster` of each row's prompt: what standard errors are over.
     """
     kl, agree = lens_losses(lens, rows)
     table = []
     for layer, values in enumerate(kl):
-        mean, se = clustered_mean_and_se(values, prompts)
+        mean, se = clustered_mean_and_se(values, clusters)
         table.append((lens.name, lens.init, layer, mean, se, float(agree[layer].double().mean()), len(values)))
     return pd.DataFrame(table, columns=["lens", "init", "layer", "kl_nats", "se_nats", "top1_agreement", "n"])

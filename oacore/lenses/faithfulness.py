@@ -33,6 +33,7 @@ SMALLEST_CHANGE = 1e-7
 SMALLEST_MOVE = 1e-5  # of a residual's norm
 N_JACOBIAN = 64  # training rows over which a lens is linearised
 N_BOOTSTRAP = 1000
+MEASURES = ("similarity", "correlation", "direction_correlation")
 
 
 class Continuation:
@@ -159,29 +160,44 @@ class Reactions:
     changed: np.ndarray
 
     def row(self, seed: int) -> dict[str, float]:
-        """Mean similarity and correlation with 95 % intervals, by bootstrap over perturbations."""
+        """Three measures with 95 % intervals, by bootstrap over perturbations and, independently, prompts.
+
+        `similarity`: its mean; `correlation`: of the log KLs of all pairs of a perturbation and a prompt;
+        `direction_correlation`: of their means over prompts, as the authors take it.
+        """
         counted = self.changed.astype(float)
         # About their means: the variance of equal values is then 0, and not what squares of 20 leave of their
         # difference.
         x, y = (v - v[self.changed].mean() if self.changed.any() else v for v in (self.log_kl_model, self.log_kl_lens))
-        sums = np.stack([(v * counted).sum(1) for v in (counted, self.similarity, x, y, x * x, y * y, x * y)])  # [7, P]
-        draws = np.random.default_rng(seed).integers(0, sums.shape[1], (N_BOOTSTRAP, sums.shape[1]))
-
-        def statistics(chosen: np.ndarray) -> np.ndarray:
-            n, *moments = sums[:, chosen].sum(-1)
-            with np.errstate(invalid="ignore", divide="ignore"):  # nothing counted, or nothing that varies: NaN
-                s, sx, sy, sxx, syy, sxy = np.array(moments) / n
-                spread = np.sqrt(np.clip(sxx - sx**2, 0, None) * np.clip(syy - sy**2, 0, None))
-                return np.array([s, np.where(spread > 1e-12, (sxy - sx * sy) / spread, np.nan)])
-
-        values = statistics(np.arange(sums.shape[1]))
-        several = statistics(draws)
-        intervals: dict[str, float] = {}
-        for name, value, draw in zip(("similarity", "correlation"), values, several, strict=True):
-            known = draw[np.isfinite(draw)]
+        moments = np.stack([v * counted for v in (counted, self.similarity, x, y, x * x, y * y, x * y)])  # [7, P, B]
+        rng = np.random.default_rng(seed)
+        P, B = counted.shape
+        # How often each perturbation and each prompt is drawn: once as they are, and so many times anew.
+        drawn = [rng.multinomial(size, np.full(size, 1 / size), N_BOOTSTRAP) for size in (P, B)]
+        values, several = _measures(moments, np.ones((1, P)), np.ones((1, B))), _measures(moments, *drawn)
+        row: dict[str, float] = {}
+        for name, (value,), draws in zip(MEASURES, values, several, strict=True):
+            known = draws[np.isfinite(draws)]
             low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
-            intervals |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
-        return intervals | {"n": int(counted.sum())}
+            row |= {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
+        return row | {"n": int(counted.sum())}
+
+
+def _measures(moments: np.ndarray, of_perturbations: np.ndarray, of_prompts: np.ndarray) -> np.ndarray:
+    """`MEASURES` [3, R] with weights [R, P] and [R, B], from the moments [7, P, B]."""
+    by_direction = np.einsum("kpb,rb->krp", moments, of_prompts)  # [7, R, P]
+    sums = (by_direction * of_perturbations).sum(-1)  # [7, R]
+    n, x, y = by_direction[[0, 2, 3]]
+    with np.errstate(invalid="ignore", divide="ignore"):  # nothing counted, or nothing that varies: NaN
+        x, y, weights = np.where(n > 0, x / n, 0), np.where(n > 0, y / n, 0), of_perturbations * (n > 0)
+        means = np.stack([(v * weights).sum(-1) for v in (x, y, x * x, y * y, x * y)]) / weights.sum(-1)
+        return np.stack([sums[1] / sums[0], _correlation(*sums[2:] / sums[0]), _correlation(*means)])
+
+
+def _correlation(x: np.ndarray, y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """From the means of two variables, of their squares and of their product; NaN where one does not vary."""
+    spread = np.sqrt(np.clip(xx - x**2, 0, None) * np.clip(yy - y**2, 0, None))
+    return np.where(spread > 1e-12, (xy - x * y) / spread, np.nan)
 
 
 class _Layer:

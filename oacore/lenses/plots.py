@@ -31,7 +31,7 @@ from oacore.lenses.tables import (
     mean_over_datasets,
     perturbations_in_order,
 )
-from oacore.report.figures import HEIGHT, WIDTH, styled
+from oacore.report.figures import HEIGHT, WIDTH, legend_below, styled
 from oacore.report.numbers import FLOOR, Z95, plain, three_digits
 
 # a KL smaller than the figure's largest by more than this has no place on its axis; nor has one at or below FLOOR
@@ -341,8 +341,4 @@ def _legend(figure: Figure, table: pd.DataFrame, more: Sequence[Line2D] = ()) ->
         if _dashed(name):
             key.set(linestyle=(0, (3.5, 1.8)), markerfacecolor="white", markeredgecolor=look.color)
         keys.append(key)
-    keys += more
-    longest = max(len(str(key.get_label())) for key in keys)
-    most = max(1, min(5, int(78 / (longest + 6))))
-    columns = -(-len(keys) // -(-len(keys) // most))
-    figure.legend(handles=keys, loc="outside lower center", ncols=columns, columnspacing=1.4, handlelength=2.4)
+    legend_below(figure, [*keys, *more])

@@ -12,7 +12,7 @@ from oacore.lenses.tables import (
     mean_over_datasets,
     perturbations_in_order,
 )
-from oacore.report.numbers import Estimate, human, verdict
+from oacore.report.numbers import WHOSE_SE, Estimate, human, verdict
 from oacore.report.parts import Definitions, Figure, Part, Section, Table
 from oacore.report.series import in_order
 
@@ -33,6 +33,12 @@ CAPTIONS = {
     "truthfulness": "A line above its own right end was closer to the right answer at an earlier layer than at the "
     "last: look for it under permuted demonstrations, whose wrong labels later layers copy. Bands are 95\u00a0% "
     "intervals.",
+}
+MEASURED = {
+    "similarity": "Aitchison similarity of the changes of lens and model",
+    "correlation": "Correlation of the log KLs of lens and model over all pairs of a perturbation and a prompt",
+    "direction_correlation": "Correlation of their mean log KLs over prompts, one for each perturbation, as the "
+    "authors take it",
 }
 
 
@@ -57,7 +63,7 @@ def lens_section(
     parts: list[Part] = [Figure(figures[name], caption) for name, caption in CAPTIONS.items() if name in figures]
     parts.append(_loss_table(loss))
     if faithfulness is not None and len(faithfulness):
-        for measure in ("similarity", "correlation"):
+        for measure in MEASURED:
             if measure not in faithfulness or faithfulness[measure].notna().any():
                 parts.append(_faithfulness_table(faithfulness, measure))
         paragraphs += faithfulness_sentences(faithfulness)
@@ -73,8 +79,8 @@ def lens_methods_section(lenses: Sequence[str]) -> Section:
     """What a lens and its loss are, and each lens in one sentence."""
     intro = (
         "A lens of layer l predicts the model's next-token distribution from the residual stream that enters block l, "
-        "at the last position alone. Its loss is the mean over held-out prompts x of KL( M(x) ‖ lens(x) ), in nats. SE "
-        "is the standard error over prompts. The causal faithfulness of a lens is how its output follows the model's "
+        "at the last position alone. Its loss is the mean over held-out prompts x of KL( M(x) ‖ lens(x) ), in nats. "
+        f"{WHOSE_SE} The causal faithfulness of a lens is how its output follows the model's "
         "when that residual stream is perturbed: in direction (Aitchison similarity of the two changes) and in size "
         "(correlation of their log KLs)."
     )
@@ -217,12 +223,8 @@ def _faithfulness_table(faithfulness: pd.DataFrame, measure: str) -> Table:
     frame = (
         means.loc[perturbations_in_order(table), lenses_in_order(table)].rename_axis(None, axis="columns").reset_index()
     )
-    measured = {"similarity": "Aitchison similarity of", "correlation": "Correlation of the log KLs of"}[measure]
-    return Table(
-        frame,
-        f"{measured} the changes of lens and model, the mean of all layers that the lens was measured at.",
-        HIGHLIGHTED,
-    )
+    caption = f"{MEASURED[measure]}, the mean of all layers that the lens was measured at."
+    return Table(frame, caption, HIGHLIGHTED)
 
 
 def _truthfulness_table(means: pd.DataFrame) -> Table:

@@ -106,8 +106,12 @@ def make_tokenizer() -> Any:
     halves = pre_tokenizers.Split(Regex(r"\d{2}"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), halves])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    tokens = {"bos_token": BOS, "eos_token": BOS, "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, unk_token="<unk>", name_or_path="demo"
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=True,  # "the garden, Tyler", not "the garden , Tyler"
+        name_or_path="demo",
+        **tokens,
     )
 
 

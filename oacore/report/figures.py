@@ -1,6 +1,6 @@
 """What all figures share: one style, colours, axes, and saving to the same bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -9,6 +9,7 @@ from matplotlib import style
 from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from oacore.config.colors import ACCENT, GRID, INK, SLATE
@@ -72,6 +73,17 @@ def save(figure: Figure, path_stem: str | Path, provenance: Provenance = ANY) ->
         with atomic_path(png) as temporary:
             figure.savefig(temporary, metadata={"Software": None})
     return svg, png
+
+
+def legend_below(figure: Figure, keys: Sequence[Line2D]) -> None:
+    """All keys below the panels, in columns of about the same length, and no more of them than there is room for."""
+    longest = max(len(str(key.get_label())) for key in keys)
+    room = 13 * figure.get_figwidth()  # letters in a row; a key's line and the space beside it take 6
+    most = max(1, min(5, int(room / (longest + 6))))
+    rows = -(-len(keys) // most)
+    columns = -(-len(keys) // rows)
+    figure.set_figheight(figure.get_figheight() + 0.22 * max(0, rows - 3))  # or the panels would pay for them
+    figure.legend(handles=keys, loc="outside lower center", ncols=columns, columnspacing=1.4, handlelength=2.4)
 
 
 def every_few(count: int, most: int) -> list[int]:

@@ -25,6 +25,11 @@ def three_digits(value: float) -> str:
     return text.replace("-", "−", 1) if value < 0 else text
 
 
+WHOSE_SE = (
+    "SE is the standard error over prompts; those about the same subject, or of the same passage of text, count as one."
+)
+
+
 def verdict(own: float, own_se: float, other: float, other_se: float) -> str:
     """`below` or `above` if the loss `own` differs from `other` by more than `SIGNIFICANT` standard errors of the
     difference, else `equal`; `undecided` without standard errors. Losses at or below `FLOOR` are equal.

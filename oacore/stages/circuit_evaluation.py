@@ -20,7 +20,7 @@ from oacore.config.circuits import EDGE_ABLATIONS, Circuits, EdgeAblation
 from oacore.config.run import Config
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.jobs import Files
-from oacore.metrics import mean_and_se
+from oacore.metrics import clustered_means_and_ses
 from oacore.store.artefacts import read_json, write_table, write_tensors
 from oacore.store.codehash import codehash
 from oacore.store.layout import circuit_file
@@ -127,7 +127,7 @@ def _judge(
 def _write(opened: CircuitTask, judged: _Judged, losses: CircuitLosses, constants: Constants | None) -> None:
     """The files of one method."""
     folder, search, model, rows = judged.pareto.parent, judged.search, opened.engine.model, []
-    kl, se = (part.cpu().tolist() for part in mean_and_se(losses.kl))
+    kl, se = (part.tolist() for part in clustered_means_and_ses(losses.kl, opened.clusters))
     logit_diff = losses.logit_diff.double().mean(1).cpu().tolist()
     for index, (knob, seed) in enumerate(zip(search.knobs, search.seeds, strict=True)):
         facts = judged.provenance.noting(knob=knob, seed=seed, d_model=model.d_model, kl_nats=kl[index]).facts

@@ -24,7 +24,7 @@ def run(
     opened = CircuitTask.open(config, inputs, task)
     provenance = opened.provenance.requiring(method=method, ablation=ablation)
     provenance = provenance.noting(objective=settings.objective_of(method))
-    depends_on = [settings.read_by(method), codehash(EDGE_ABLATIONS[ablation].module)]
+    depends_on = [settings.read_by(method, ablation), codehash(EDGE_ABLATIONS[ablation].module)]
     row, start = CIRCUIT_METHODS[method], time.perf_counter()
     with Resumable.beside(outputs["search"], provenance, row.module, *depends_on) as resumable:
         search = row.load()(SearchRequest(opened, settings, method, ablation, resumable))

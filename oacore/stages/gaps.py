@@ -40,6 +40,6 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
             resumable=resumable,
             what=f"{task} gaps",
         )
-        table = gap_table(components, gaps)
+        table = gap_table(components, gaps, prompts["test"].cluster)
         write_table(outputs["summary"], summary_table(table), provenance)
         write_table(outputs["gaps"], table, provenance)

@@ -29,8 +29,8 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     lenses = opened.lenses(settings.lenses)
     rows, lengths = opened.sources.cache.read("test"), opened.splits["test"].lengths
     per_prompt = lengths - 1 if settings.positions == "all" else 1
-    prompts = np.repeat(np.arange(len(lengths)), per_prompt)
-    losses = [loss_table(lens, rows, prompts) for lens in progress(lenses, what=f"{task} lenses", unit="lenses")]
+    clusters = np.repeat(opened.splits["test"].cluster, per_prompt)
+    losses = [loss_table(lens, rows, clusters) for lens in progress(lenses, what=f"{task} lenses", unit="lenses")]
     drawn = [opened.lens(file) for file in settings.drawn_files()]
     first_prompts = batch_of(opened.splits["test"], opened.loaded.model.device).take(slice(0, settings.pictures))
     write_table(outputs["pictures"], token_table(opened.loaded, drawn, first_prompts), provenance)
@@ -56,7 +56,7 @@ def _length_table(config: Config, inputs: Files, opened: LensTask, lenses: Seque
             [rows_of(model, part) for part in batch_of(prompts, model.device).split(config.limits.tokens_per_batch)]
         )
         for lens in lenses:
-            table = loss_table(lens, rows, np.arange(len(rows))).drop(columns="top1_agreement")
+            table = loss_table(lens, rows, prompts.cluster).drop(columns="top1_agreement")
             table.insert(3, "n_tokens", n_tokens)
             tables.append(table)
     return pd.concat(tables)

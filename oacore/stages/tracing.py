@@ -1,7 +1,6 @@
 """Trace facts: average indirect effects on held-out subjects, and a few facts token by token."""
 
 import pandas as pd
-import torch
 
 from oacore.config.run import Config
 from oacore.config.tracing import CORRUPTIONS
@@ -13,7 +12,7 @@ from oacore.store.codehash import codehash
 from oacore.tracing.corruptions import corruptor
 from oacore.tracing.effects import aie_table
 from oacore.tracing.facts import traced_facts
-from oacore.tracing.fit import load_place_constants
+from oacore.tracing.fit import NO_CONSTANTS, load_place_constants
 from oacore.tracing.pictures import picture_table
 from oacore.tracing.places import NOWHERE, curves_of, places_of
 from oacore.tracing.trace import trace_all
@@ -31,7 +30,7 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     pictured = facts.pictured(tracing.pictures)
     curves = curves_of(tracing)
     places = places_of(curves, n_layers)
-    constants = torch.empty(0)
+    constants = NO_CONSTANTS
     if tracing.fitted:
         fitted = [*places, NOWHERE] if tracing.per_place else [NOWHERE]
         constants = load_place_constants(inputs["constants"], fitted, provenance).to(model.device)
@@ -40,7 +39,7 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
         name: corruptor(name, model, facts.statistics, constants, config.seed, tracing.n_draws)
         for name in (*names, *of_pictures)
     }
-    depends_on = [tracing.model_dump(), digest_of_tensors({"constants": constants})]
+    depends_on = [tracing.model_dump(), digest_of_tensors({"own": constants.own, "cautious": constants.cautious})]
     depends_on += [codehash(CORRUPTIONS[kind].module) for kind in tracing.corruption_kinds()]
     with Resumable.beside(outputs["aie"], provenance, "oacore.stages.tracing", *depends_on) as resumable:
         traced = trace_all(model, facts.test, places, {name: corruptors[name] for name in names}, limit, resumable)

@@ -21,7 +21,7 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     provenance = provenance.requiring(answer=tracing.answer).noting(settings=tracing.fit.model_dump())
     names = [item.name for item in places]
     with Resumable.beside(outputs["constants"], provenance, "oacore.tracing.fit", names) as resumable:
-        descent = fit_place_constants(
+        constants, descent = fit_place_constants(
             model,
             places,
             facts.recall["train"],
@@ -32,6 +32,6 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
             tokens_per_batch=limit,
             resumable=resumable,
         )
-        save_place_constants(outputs["constants"], places, descent, provenance)
+        save_place_constants(outputs["constants"], places, constants, descent, provenance)
     converged, steps = int(descent.converged.sum()), int(descent.n_steps.max())
     print(f"OAT: {converged} of {len(places)} constants converged in {steps} steps or fewer")

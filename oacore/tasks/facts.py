@@ -221,4 +221,7 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
     texts, ids = [encoded.fact.prompt for encoded in usable], [encoded.ids for encoded in usable]
     spans = [encoded.span for encoded in usable]
     answers = [encoded.answer for encoded in usable]
-    return build("facts", split, texts, ids, counterfactuals, [ids[:1] for ids in answers], wrong, spans, meta, answers)
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(known.fact.subject for known in usable))}
+    subjects = [number_of[encoded.fact.subject] for encoded in usable]
+    firsts = [ids[:1] for ids in answers]
+    return build("facts", split, texts, ids, counterfactuals, firsts, wrong, spans, meta, answers, subjects)

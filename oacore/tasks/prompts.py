@@ -35,6 +35,9 @@ class Prompts:
     wrong_answers: Ints  # [N, W], ids of the wrong answers, padded with -1
     subject: Ints  # [N, 2], half-open span of token positions; (-1, -1) where the task has no subject
     continuation: Ints  # [N, M], ids of the whole right answer (its first where there are several), padded with -1
+    # [N], the same number for prompts that are not independent, such as facts about one subject or windows of one
+    # passage: standard errors are over these.
+    cluster: Ints
     meta: dict[str, str | int] = field(default_factory=dict)  # counts for the report
 
     def digest(self) -> str:
@@ -48,6 +51,7 @@ class Prompts:
             self.wrong_answers,
             self.subject,
             self.continuation,
+            self.cluster,
         ):
             sha.update(f"{array.shape}".encode() + array.astype("<i4").tobytes())
         return sha.hexdigest()
@@ -179,9 +183,13 @@ def build(
     subject: Sequence[tuple[int, int]] | None = None,
     meta: dict[str, str | int] | None = None,
     continuation: Sequence[Sequence[int]] | None = None,
+    cluster: Sequence[int] | None = None,
 ) -> Prompts:
     """Stacks N encoded prompts (BOS included); raises ValueError where a counterfactual differs in length from its
     prompt.
+
+    Args:
+        cluster: numbers of prompts that are not independent; by default each prompt is by itself.
     """
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     if [len(ids) for ids in counterfactuals] != lengths.tolist():
@@ -199,6 +207,7 @@ def build(
         wrong_answers=pad(wrong_answers, -1),
         subject=spans,
         continuation=pad(continuation or [ids[:1] for ids in answers], -1),
+        cluster=np.array(range(len(prompts)) if cluster is None else cluster, np.int32),
         meta=meta or {},
     )
 

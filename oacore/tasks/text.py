@@ -92,4 +92,5 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
         answers,
         wrong,
         meta=meta,
+        cluster=owners[chosen],
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from oacore.config.tracing import CORRUPTIONS, kind_and_scale
 from oacore.engine.forward import add_positions, embed_tokens
 from oacore.models.weights import Model
+from oacore.tracing.fit import PlaceConstants
 from oacore.tracing.recall import Recall, embedded
 from oacore.tracing.subjects import SubjectStatistics
 
@@ -94,18 +95,21 @@ class Corruptor:
 
 
 def corruptor(
-    name: str, model: Model, statistics: SubjectStatistics, constants: Tensor, seed: int, n_draws: int
+    name: str, model: Model, statistics: SubjectStatistics, constants: PlaceConstants, seed: int, n_draws: int
 ) -> Corruptor:
     """A corruption by its name in the tables, such as `mean` or `gaussian-3`.
 
     Args:
-        constants: the fitted ones [n + 1, d] of n places and, last, of the corrupted run; [1, d] if that is all that is
-            fitted; not read by a corruption that is not fitted.
+        constants: the fitted ones of n places and, last, of the corrupted run, or of that alone; not read by a
+            corruption that takes none.
         seed, n_draws: of noise.
     """
     kind, scale = kind_and_scale(name)
     row, fitted = CORRUPTIONS[kind], torch.empty(0)
-    if row.fitted:
-        fitted = constants[:, None, None] if row.per_place else constants[-1]
+    match row.constants:
+        case "shared":
+            fitted = constants.cautious[-1]
+        case "own" | "cautious":
+            fitted = (constants.own if row.constants == "own" else constants.cautious)[:, None, None]
     sources = SubjectSources(model, statistics, fitted, scale, seed)
     return Corruptor(row.load(), sources, n_draws if row.scaled else 1, row.per_place)

@@ -5,7 +5,7 @@ corrupted run, and for the run with each place restored, one of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +24,25 @@ from oacore.tracing.places import NOWHERE, Place
 from oacore.tracing.recall import Recall, answer_probability, embedded
 from oacore.tracing.restore import restored_apart
 from oacore.tracing.subjects import SubjectStatistics
+
+CAUTIOUS = "cautious/"  # before a place's name
+
+
+@dataclass(frozen=True)
+class PlaceConstants:
+    """The constants of n places, of which the last is the corrupted run where there is a choice."""
+
+    own: Tensor  # [n, d] of each place's own fit
+    cautious: (
+        Tensor  # [n, d] its own where that is better beyond chance, else the one that is best for the corrupted run
+    )
+
+    def to(self, device: torch.device) -> "PlaceConstants":
+        """On a device."""
+        return PlaceConstants(self.own.to(device), self.cautious.to(device))
+
+
+NO_CONSTANTS = PlaceConstants(torch.empty(0), torch.empty(0))
 
 
 def _lost(
@@ -75,12 +94,12 @@ def fit_place_constants(
     tokens_per_batch: int = 16384,
     resumable: Resumable = NOT_KEPT,
     on_test: Callable[[], object] = lambda: None,
-) -> Descent:
+) -> tuple[PlaceConstants, Descent]:
     """One constant per place [n, d], each from the mean subject embedding until its loss on the validation facts stops
     falling.
 
     The loss, max(0, p_clean - p_restored), is in probability; arguments as those of `oacore.fits.descent.descend`. Fits
-    of places whose restoring does nothing differ by chance, which would pass for effects: see `_without_chance`.
+    of places whose restoring does nothing differ by chance, which can pass for effects: see `PlaceConstants.cautious`.
     """
     start = statistics.mean.repeat(len(places), 1)
     unit = statistics.std.square().mean().sqrt().reshape(1, 1)
@@ -106,12 +125,12 @@ def fit_place_constants(
         what="OAT",
         on_test=on_test,
     )
-    return _without_chance(model, places, validation, descent, tokens_per_batch)
+    return PlaceConstants(descent.best, _cautious(model, places, validation, descent.best, tokens_per_batch)), descent
 
 
-def _without_chance(
-    model: Model, places: Sequence[Place], validation: Recall, descent: Descent, tokens_per_batch: int
-) -> Descent:
+def _cautious(
+    model: Model, places: Sequence[Place], validation: Recall, separate: Tensor, tokens_per_batch: int
+) -> Tensor:
     """The corrupted run takes whichever constant is best for it, and every place that one, unless its own is better
     beyond chance.
 
@@ -119,7 +138,6 @@ def _without_chance(
     apart, the AIE of all other layers added up to 18 % of the peak's; so it is below 0.1 %
     (tests/bench/bench_recall.py).
     """
-    separate = descent.best
     corrupted = [NOWHERE] * len(places)
     best = lost_probability(model, validation, corrupted, separate, tokens_per_batch).mean(1).argmin()
     shared = separate[best].expand_as(separate)
@@ -132,20 +150,26 @@ def _without_chance(
         gain, se = clustered_mean_and_se(lost_with_shared - lost, subjects)
         better.append(item != NOWHERE and gain > max(2 * se, ABSOLUTE_PROGRESS))
     keep = torch.tensor(better, device=separate.device)
-    loss = torch.where(keep, lost_separately.mean(1), lost_shared.mean(1))
-    return replace(descent, best=torch.where(keep[:, None], separate, shared), best_loss=loss)
+    return torch.where(keep[:, None], separate, shared)
 
 
-def save_place_constants(path: str | Path, places: Sequence[Place], descent: Descent, provenance: Provenance) -> None:
-    """Write each place's constant [d] under its name, with the record of its fit."""
+def save_place_constants(
+    path: str | Path, places: Sequence[Place], constants: PlaceConstants, descent: Descent, provenance: Provenance
+) -> None:
+    """Write each place's constants [d] under its name, and as `cautious/{name}`, with the record of its fit."""
     names = [item.name for item in places]
-    write_fits(path, dict(zip(names, descent.best, strict=True)), names, descent, provenance)
+    values = dict(zip(names, constants.own, strict=True))
+    values |= {f"{CAUTIOUS}{name}": value for name, value in zip(names, constants.cautious, strict=True)}
+    write_fits(path, values, names, descent, provenance)
 
 
-def load_place_constants(path: str | Path, places: Sequence[Place], provenance: Provenance) -> Tensor:
-    """The constants [n, d] of the places.
+def load_place_constants(path: str | Path, places: Sequence[Place], provenance: Provenance) -> PlaceConstants:
+    """The constants of the places.
 
     Raises:
         UserError: the file is damaged, of another model or other facts, or lacks a place.
     """
-    return torch.stack(list(read_fitted(path, [item.name for item in places], provenance).values()))
+    names = [item.name for item in places]
+    fitted = read_fitted(path, [*names, *(f"{CAUTIOUS}{name}" for name in names)], provenance)
+    own, cautious = (torch.stack([fitted[f"{kind}{name}"] for name in names]) for kind in ("", CAUTIOUS))
+    return PlaceConstants(own, cautious)

@@ -17,7 +17,7 @@ from oacore.config.ablation import Method
 from oacore.draws import derangement
 from oacore.engine.clean import Batch, clean_log_probs, clean_pass
 from oacore.engine.statistics import Statistics
-from oacore.metrics import kl_divergence, mean_and_se
+from oacore.metrics import clustered_means_and_ses, kl_divergence
 from oacore.models.load import canonical
 
 METHODS: tuple[Method, ...] = Method.__args__
@@ -166,20 +166,24 @@ def test_tables():
     gaps = {
         "optimal": torch.tensor([[1.0, 3.0], [0.0, 0.2], [0.5, 0.5]]),
         "mean": torch.tensor([[4.0, 4.0], [0.0, 0.0], [2.0, 3.0]]),
+        "optimal_positional": torch.tensor([[1.0, 1.0], [0.0, 0.1], [0.25, 0.25]]),
         "counterfactual": torch.tensor([[5.0, 5.0], [0.1, 0.2], [7.0, 7.0]]),
     }
     components = components_of(canonical(random_hf("gpt2")), ("head",))[:3]
-    table = gap_table(components, gaps)
+    table = gap_table(components, gaps, np.arange(2))
     assert list(table.columns) == ["component", "kind", "layer", "head", "method", "gap_nats", "se_nats", "n_prompts"]
     first = table[(table["component"] == "a0.h0") & (table["method"] == "optimal")].iloc[0]
     assert (first["gap_nats"], first["n_prompts"], first["head"]) == (2.0, 2, 0)
     assert first["se_nats"] == pytest.approx(np.std([1, 3], ddof=1) / np.sqrt(2))
     summary = summary_table(table).set_index("method")
     assert summary.loc["mean", "median_ratio_optimal_to_method"] == pytest.approx(np.median([2 / 4, 0.5 / 2.5]))
+    assert summary.loc["mean", "median_ratio_optimal_positional_to_method"] == pytest.approx(
+        np.median([1 / 4, 0.25 / 2.5])
+    )
     assert summary.loc["optimal", "spearman_with_counterfactual"] == pytest.approx(
         spearmanr([2, 0.1, 0.5], [5, 0.15, 7])[0]
     )
-    only = summary_table(gap_table(components, {"zero": gaps["mean"]}))
+    only = summary_table(gap_table(components, {"zero": gaps["mean"]}, np.arange(2)))
     assert pd.isna(only["spearman_with_counterfactual"]).all()
 
 
@@ -190,8 +194,8 @@ def test_kl_and_standard_error_against_numpy():
     expected = (p * np.log(p / q)).sum(-1)
     found = kl_divergence(torch.from_numpy(target).log_softmax(-1), torch.from_numpy(logits))
     assert np.allclose(found.numpy(), expected)
-    mean, se = mean_and_se(torch.from_numpy(expected))
-    assert np.allclose(mean.numpy(), expected.mean(1)) and np.allclose(se.numpy(), expected.std(1, ddof=1) / 2)
+    mean, se = clustered_means_and_ses(torch.from_numpy(expected), np.arange(4))
+    assert np.allclose(mean, expected.mean(1)) and np.allclose(se, expected.std(1, ddof=1) / 2)
 
 
 def test_statistics_of_moments_against_numpy(setting):

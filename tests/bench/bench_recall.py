@@ -21,7 +21,7 @@ from oacore.config.tracing import CORRUPTIONS as KINDS
 from oacore.config.tracing import TracingFit, kind_and_scale
 from oacore.tracing.corruptions import corruptor
 from oacore.tracing.effects import aie_table
-from oacore.tracing.fit import fit_place_constants
+from oacore.tracing.fit import NO_CONSTANTS, fit_place_constants
 from oacore.tracing.places import NOWHERE, Curve, places_of
 from oacore.tracing.recall import Recall
 from oacore.tracing.subjects import subject_statistics
@@ -29,6 +29,7 @@ from oacore.tracing.trace import trace
 
 CORRUPTIONS = (
     "oat",
+    "oat_cautious",
     "oat_shared",
     "mean",
     "token_replacement",
@@ -75,10 +76,10 @@ def curves(
     of_sites = [Curve("mlp", "last_subject", 1), Curve("attention", "last", 1)]
     places = places_of(of_sites, model.n_layers)
     statistics = subject_statistics(model, train)
-    constants = torch.empty(0)
+    constants = NO_CONSTANTS
     if any(KINDS[kind_and_scale(name)[0]].fitted for name in names):
         every = [*places, NOWHERE]
-        constants = fit_place_constants(model, every, train, validation, statistics, FIT, seed=seed).best
+        constants, _ = fit_place_constants(model, every, train, validation, statistics, FIT, seed=seed)
     tables = []
     for name in names:
         corrupt = corruptor(name, model, statistics, constants, seed, n_draws)

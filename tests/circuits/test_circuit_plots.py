@@ -3,6 +3,7 @@ structure.
 """
 
 import re
+import warnings
 from collections import Counter
 from xml.etree import ElementTree
 
@@ -40,7 +41,7 @@ def fabricate(methods=tuple(WORSE), ablations=("counterfactual", "optimal")):
     sizes = (10, 20, 50, 90, 200, 400)
     harm = dict.fromkeys(ablations, 8.0) | {"optimal": 1.0}
     rows = [
-        (m, a, e, WORSE[m] * harm[a] / e, 0.02 * WORSE[m] * harm[a] / e)
+        (m, a, e, WORSE.get(m, 3.0) * harm[a] / e, 0.02 * WORSE.get(m, 3.0) * harm[a] / e)
         for m in methods
         for a in ablations
         for e in sizes
@@ -527,3 +528,17 @@ def test_tables_read_back_from_csv_give_the_same_section(tmp_path):
     read = pd.read_csv(tmp_path / "pareto.csv")
     sections = [circuit_report.circuit_section("t", frame, {}) for frame in (table, read)]
     assert render_page("t", {}, sections[:1]) == render_page("t", {}, sections[1:])
+
+
+def test_no_legend_runs_out_of_its_figure():
+    """All methods, two objectives, losses at the bottom: with five columns of such names it did, at both sides."""
+    table = fabricate(tuple(CIRCUIT_METHODS), tuple(EDGE_ABLATIONS))
+    twice = pd.concat([table, table.assign(objective="logit_diff", edges=table["edges"] + 1)])
+    twice.loc[twice["edges"] > 300, "kl_nats"] = 0.0
+    for name, figure in circuit_plots.circuit_figures(twice, 479).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            figure.draw_without_rendering()
+        assert figure.axes[0].bbox.height > 0.4 * figure.bbox.height, name
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0, name

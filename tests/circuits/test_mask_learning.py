@@ -384,6 +384,25 @@ def test_resampling_takes_other_prompts_real_tokens(setting):
     assert not torch.equal(replacements.of(everything, 0), replacements.of(everything, 1))
 
 
+def test_aligned_resampling_takes_other_prompts_tokens_at_the_same_place(setting):
+    """The authors' resample: of one other prompt, position by position, and its last one past its end."""
+    replacements, everything = setting.replacements("resample_positional"), torch.arange(8)
+    sources = setting.engine.sources(setting.batch)  # [N, S, t, d]
+    partners = set()
+    for draw in range(3):
+        values = replacements.of(everything, draw)
+        assert torch.equal(values, replacements.of(everything, draw))
+        for n in range(8):
+            of_partner = []
+            for m in set(range(8)) - {n}:
+                ends = int(setting.batch.lengths[m]) - 2  # after BOS, the last real one
+                places = torch.arange(values.shape[2]).clamp(max=ends)
+                of_partner.append(torch.allclose(values[n], sources[m][:, places], atol=1e-5))
+            assert sum(of_partner) == 1
+            partners.add((n, draw, of_partner.index(True)))
+    assert len({(n, m) for n, _, m in partners}) > 8, "another draw takes other partners"
+
+
 def test_logit_difference_by_hand():
     from oacore.circuits.passes import logit_difference
 

@@ -214,10 +214,10 @@ def test_tracing_names_what_it_makes():
     tracing = parse_config(TRACED | {"tracing": None}).tracing
     assert tracing.fitted and tracing.corruption_names()[:5] == (
         "oat",
+        "oat_cautious",
         "oat_shared",
         "gaussian-1",
         "gaussian-3",
-        "gaussian-5",
     )
     assert tracing.figures() == ("aie_attention", "aie_mlp", "noise_scales", "fact_0", "fact_1", "fact_2")
     settings = {

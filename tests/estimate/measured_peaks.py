@@ -109,7 +109,15 @@ def random_prompts(task: str, split: str, n: int, n_tokens: int, seed: int) -> P
     tokens[:, 0] = other[:, 0] = 0
     ids = tokens[:, -1:].copy()
     lengths, subject = torch.full((n,), n_tokens).int().numpy(), torch.tensor([[2, 4]]).repeat(n, 1).int().numpy()
-    about = {"task": task, "split": split, "text": ["-"] * n, "meta": {}, "subject": subject, "continuation": ids}
+    about = {
+        "task": task,
+        "split": split,
+        "text": ["-"] * n,
+        "meta": {},
+        "subject": subject,
+        "continuation": ids,
+        "cluster": torch.arange(n).int().numpy(),
+    }
     return Prompts(
         tokens=tokens, lengths=lengths, counterfactual=other, answers=ids, wrong_answers=ids % 9 + 1, **about
     )

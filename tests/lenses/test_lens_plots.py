@@ -76,9 +76,8 @@ def faithfulness_table(layers=3, perturbations=("resample_20", "project_random",
                         90,
                     )
                 )
-    return frame(
-        rows, "perturbation similarity similarity_low similarity_high correlation correlation_low correlation_high n"
-    )
+    columns = "perturbation similarity similarity_low similarity_high correlation correlation_low correlation_high n"
+    return frame(rows, columns).assign(direction_correlation=lambda table: table["correlation"] ** 2)
 
 
 def truthfulness_table(layers=4, datasets=("sst2", "trec")):
@@ -591,11 +590,11 @@ def test_section_shows_figures_tables_and_drawings(tmp_path):
     section = lens_report.lens_section("ioi", tables[0], svgs, {"One prompt.": token_grid_svg(picture())}, *tables[1:])
     assert section.title == "ioi: lenses"
     page = check(render_page("t", {}, [section, lens_report.lens_methods_section(["tuned", "oca", "new"])]))
-    assert page.count["figure"] == 7 and page.count["table"] == 4
+    assert page.count["figure"] == 7 and page.count["table"] == 5
     for caption in lens_report.CAPTIONS.values():
         assert caption in page.text
     assert config.LENSES["oca"].note in page.text and config.LENSES["mean"].note not in page.text
-    losses, similarity, correlation, truthfulness = (
+    losses, similarity, correlation, directions, truthfulness = (
         part.frame for part in section.parts if isinstance(part, parts.Table)
     )
     assert list(losses) == ["layer", *NAMES] and losses["layer"].tolist() == list(range(5))
@@ -604,7 +603,8 @@ def test_section_shows_figures_tables_and_drawings(tmp_path):
         assert losses[name].tolist() == [
             numbers.Estimate(kl, se) for kl, se in zip(rows["kl_nats"], rows["se_nats"], strict=True)
         ]
-        for measure, shown in (("similarity", similarity), ("correlation", correlation)):
+        measures = ("similarity", "correlation", "direction_correlation")
+        for measure, shown in zip(measures, (similarity, correlation, directions), strict=True):
             means = of(tables[1], name).groupby("perturbation")[measure].mean()
             np.testing.assert_allclose(shown.set_index("perturbation")[name], means.loc[shown["perturbation"]])
     row = truthfulness.set_index("lens").loc["oca"]

@@ -79,3 +79,13 @@ def test_a_model_that_learned_too_little_is_refused_and_not_written(tmp_path):
 def test_too_many_subjects():
     with pytest.raises(UserError, match=r"demo_model\.n_subjects: 1000; allowed: at most 80"):
         demo.facts(1000, 0)
+
+
+def test_the_tokenizer_writes_as_people_do(tmp_path):
+    """After it was saved and read, too."""
+    from transformers import AutoTokenizer
+
+    demo.make_tokenizer().save_pretrained(tmp_path)
+    text = "When Mary and Tyler went to the garden, Tyler gave"
+    for tokenizer in (demo.make_tokenizer(), AutoTokenizer.from_pretrained(tmp_path)):
+        assert tokenizer.decode(tokenizer(text).input_ids[1:]) == text

@@ -56,12 +56,16 @@ def fabricate_curves(gaps, methods=("optimal",)):
 def summarise(gaps):
     wide = gaps.pivot(index="component", columns="method", values="gap_nats")
     none = pd.Series(np.nan, wide.index)
-    optimal, counterfactual = (wide.get(method, none) for method in ("optimal", "counterfactual"))
+    counterfactual = wide.get("counterfactual", none)
+    ratios = {
+        f"median_ratio_{optimal}_to_method": [(wide.get(optimal, none) / wide[m]).median() for m in wide]
+        for optimal in ("optimal", "optimal_positional")
+    }
     return pd.DataFrame(
         {
             "method": wide.columns,
             "spearman_with_counterfactual": [wide[m].rank().corr(counterfactual.rank()) for m in wide],
-            "median_ratio_optimal_to_method": [(optimal / wide[m]).median() for m in wide],
+            **ratios,
         }
     )
 
@@ -548,6 +552,10 @@ def test_summary_and_headline_agree_with_the_tables():
     )
     share = numbers.human(100 * summary["median_ratio_optimal_to_method"]["zero"])
     assert f"{share}\u00a0% of zero's" in section.intro
+    kinds = [part.split(" is ")[1] for part in section.intro.split("In the median component") if " is " in part]
+    positional = {name for name in METHODS if name.endswith("_positional")} - {"optimal_positional"}
+    assert all("positional" not in kinds[0] and f"of {name}'s" in kinds[1] for name in positional), "like for like"
+    assert "of mean's" not in kinds[1] and "of resample's" not in kinds[1]
     without = fabricate(methods=("zero", "optimal"))
     empty = summarise(without).assign(spearman_with_counterfactual=None)
     section = report_module.ablation_section("t", without, empty, {})

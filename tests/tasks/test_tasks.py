@@ -85,7 +85,7 @@ def check_form(prompts, tokenizer, n):
     """What holds for the prompts of every task."""
     bos = tokenizer.bos_token_id
     assert prompts.tokens.shape == prompts.counterfactual.shape and len(prompts.tokens) == len(prompts.text) == n
-    for name in ("tokens", "lengths", "counterfactual", "answers", "wrong_answers", "subject"):
+    for name in ("tokens", "lengths", "counterfactual", "answers", "wrong_answers", "subject", "cluster"):
         assert getattr(prompts, name).dtype == np.int32 and len(getattr(prompts, name)) == n
     for text, tokens, length, other in zip(
         prompts.text, prompts.tokens, prompts.lengths, prompts.counterfactual, strict=True
@@ -182,7 +182,7 @@ def test_split_shares_and_fixed_values():
 
 def test_digest_sees_every_array_and_only_arrays(words):
     prompts = generate("greater_than", settings(5), words, 0, "train")
-    for name in ("tokens", "lengths", "counterfactual", "answers", "wrong_answers", "subject"):
+    for name in ("tokens", "lengths", "counterfactual", "answers", "wrong_answers", "subject", "cluster"):
         changed = getattr(prompts, name).copy()
         changed.flat[-1] += 1
         assert dataclasses.replace(prompts, **{name: changed}).digest() != prompts.digest(), name
@@ -585,6 +585,9 @@ def test_facts_keep_the_whole_answer(gpt2, facts_file):
 def test_facts_span_with_a_sentencepiece_tokenizer(stories, facts_file):
     prompts = generate("facts", settings(None, path=facts_file), stories, 0, "train")
     subjects = {fact.prompt: fact.subject for fact in read_facts_file(facts_file)}
+    of_text = [subjects[text] for text in prompts.text]
+    assert len(set(zip(prompts.cluster.tolist(), of_text, strict=True))) == len(set(of_text)) < len(of_text)
+    assert len(set(prompts.cluster.tolist())) == len(set(of_text)), "facts about one subject are one cluster"
     for tokens, text, (start, end) in zip(prompts.tokens, prompts.text, prompts.subject, strict=True):
         assert stories.decode(tokens[start:end]).strip() == subjects[text]
         assert tokens[0] == stories.bos_token_id and start >= 1
@@ -708,6 +711,8 @@ def test_text_windows(name, request):
             and own[0][0] != others[0][0]
         )
         assert right[0] in [encoded[i][at + 15] for i, at in own if at + 15 < len(encoded[i])]
+    owners = [places[tuple(tokens[1:])][0][0] for tokens in prompts.tokens]
+    assert prompts.cluster.tolist() == owners, "windows of one passage are one cluster"
     assert prompts.tokens.shape == (100, 16) and (prompts.lengths == 16).all()
     assert (prompts.tokens[:, 0] == tokenizer.bos_token_id).all() and (
         prompts.counterfactual[:, 0] == tokenizer.bos_token_id

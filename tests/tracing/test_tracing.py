@@ -19,6 +19,8 @@ from oacore.tracing.corruptions import SubjectSources, corruptor
 from oacore.tracing.effects import Traced, aie_table, effects
 from oacore.tracing.facts import TracedFacts
 from oacore.tracing.fit import (
+    NO_CONSTANTS,
+    PlaceConstants,
     fit_place_constants,
     load_place_constants,
     lost_probability,
@@ -241,7 +243,7 @@ def test_subject_statistics_and_noise(gpt2):
     assert torch.equal(sources.noise(recall.take(slice(1, 2)), 0)[0], one[1, :7]), "each fact has its own stream"
     assert not torch.equal(sources.noise(recall, 1), one)
     for name, sigma in (("gaussian-2", statistics.std), ("gaussian_scalar-2", statistics.scalar_std)):
-        corrupt = corruptor(name, gpt2, statistics, torch.empty(0), 3, 4)
+        corrupt = corruptor(name, gpt2, statistics, NO_CONSTANTS, 3, 4)
         expected = embed(gpt2, recall.tokens) + 2 * sigma * one
         assert corrupt.n_draws == 4 and torch.allclose(corrupt(recall, 0), expected, atol=1e-6)
 
@@ -249,21 +251,21 @@ def test_subject_statistics_and_noise(gpt2):
 def test_constants_and_replaced_tokens(gpt2):
     recall = some_recall()
     statistics = subject_statistics(gpt2, recall)
-    mean = corruptor("mean", gpt2, statistics, torch.empty(0), 0, 5)
+    mean = corruptor("mean", gpt2, statistics, NO_CONSTANTS, 0, 5)
     start = mean(recall, 0)
     clean = embed(gpt2, recall.tokens)
     assert mean.n_draws == 1 and torch.equal(start[~recall.in_subject], clean[~recall.in_subject])
     assert torch.allclose(start[0, 2], statistics.mean + gpt2.W_pos[2])
-    other = corruptor("token_replacement", gpt2, statistics, torch.empty(0), 0, 5)
+    other = corruptor("token_replacement", gpt2, statistics, NO_CONSTANTS, 0, 5)
     assert torch.equal(other(recall, 0), embed(gpt2, recall.other))
     constants = torch.stack((torch.zeros(gpt2.d_model), torch.ones(gpt2.d_model)))  # the corrupted run's comes last
-    shared = corruptor("oat_shared", gpt2, statistics, constants, 0, 5)
+    shared = corruptor("oat_shared", gpt2, statistics, PlaceConstants(-constants, constants), 0, 5)
     assert torch.allclose(shared(recall, 0)[1, 4], constants[1] + gpt2.W_pos[4])
 
 
 def test_tracing_averages_over_draws_and_batches(gpt2):
     recall = some_recall()
-    corrupt = corruptor("gaussian-1", gpt2, subject_statistics(gpt2, recall), torch.empty(0), 0, 3)
+    corrupt = corruptor("gaussian-1", gpt2, subject_statistics(gpt2, recall), NO_CONSTANTS, 0, 3)
     whole = trace(gpt2, recall, PLACES[:4], corrupt, 10_000, "")
     small = trace(gpt2, recall, PLACES[:4], corrupt, 64, "")
     for name in ("clean", "corrupted", "restored"):
@@ -304,7 +306,8 @@ SHORT = TracingFit(batch_size=2, max_steps=30, check_every=5)
 def test_fit_lowers_every_loss_and_resumes_bit_by_bit(gpt2, tmp_path):
     recall, statistics = some_recall(), subject_statistics(gpt2, some_recall())
     places = [PLACES[0], PLACES[1], NOWHERE]
-    whole = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT)
+    fitted, whole = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT)
+    assert torch.equal(fitted.own, whole.best)
     before = lost_probability(gpt2, recall, places, statistics.mean.repeat(3, 1), 10_000).mean(1)
     assert (whole.best_loss < 0.9 * before).all()
     assert torch.allclose(lost_probability(gpt2, recall, places, whole.best, 10_000).mean(1), whole.best_loss)
@@ -325,25 +328,43 @@ def test_fit_lowers_every_loss_and_resumes_bit_by_bit(gpt2, tmp_path):
     with pytest.raises(KilledError), resumable() as kept:
         fit_place_constants(gpt2, places, recall, recall, statistics, SHORT, resumable=kept, on_test=kill)
     assert (tmp_path / "checkpoint.safetensors").exists()
-    resumed = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT, resumable=resumable())
+    again, resumed = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT, resumable=resumable())
+    assert torch.equal(again.cautious, fitted.cautious)
     assert torch.equal(resumed.best, whole.best) and torch.equal(resumed.curve_losses, whole.curve_losses)
 
 
 def test_constants_of_places_are_used_place_by_place(gpt2):
     recall, places, statistics = some_recall(), PLACES[:4], subject_statistics(gpt2, some_recall())
     constants = torch.randn(5, gpt2.d_model, generator=torch.Generator().manual_seed(4))
-    traced = trace(gpt2, recall, places, corruptor("oat", gpt2, statistics, constants, 0, 1), 64, "")
+    both = PlaceConstants(constants, constants.flip(0))
+    traced = trace(gpt2, recall, places, corruptor("oat", gpt2, statistics, both, 0, 1), 64, "")
     for row, item in enumerate([*places, NOWHERE]):
-        shared = corruptor("oat_shared", gpt2, statistics, constants[: row + 1], 0, 1)
+        shared = corruptor("oat_shared", gpt2, statistics, PlaceConstants(constants, constants[: row + 1]), 0, 1)
         alone = trace(gpt2, recall, [item], shared, 10_000, "")
         of_place = traced.corrupted if item == NOWHERE else traced.restored[row]
         assert torch.allclose(of_place, alone.restored[0], rtol=1e-5)
+    cautious = trace(gpt2, recall, places, corruptor("oat_cautious", gpt2, statistics, both, 0, 1), 64, "")
+    turned = PlaceConstants(constants.flip(0), constants)
+    own = trace(gpt2, recall, places, corruptor("oat", gpt2, statistics, turned, 0, 1), 64, "")
+    assert torch.equal(cautious.restored, own.restored), "each takes the constants that it is named for"
+
+
+def test_cautious_constants_leave_the_shared_one_only_beyond_chance(gpt2):
+    """A place that restores nothing has the corrupted run's constant, whatever its own fit ended at."""
+    recall, statistics = some_recall(), subject_statistics(gpt2, some_recall())
+    places = [Place("mlp", "last", 0, 0), Place("block", "all_subject", 2, 1), NOWHERE]  # the second is empty, too
+    fitted, descent = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT)
+    shared = fitted.cautious[-1]
+    assert torch.equal(fitted.cautious[1], shared)
+    lost = lost_probability(gpt2, recall, [NOWHERE] * 3, descent.best, 10_000).mean(1)
+    assert torch.equal(shared, descent.best[lost.argmin()]), "the best of all for the corrupted run"
+    assert torch.equal(fitted.cautious[0], shared) or torch.equal(fitted.cautious[0], fitted.own[0])
 
 
 def test_traced_corruptions_are_kept_until_all_are_written(gpt2, tmp_path, monkeypatch):
     """After a kill, those that are done are read, not run again."""
     recall, statistics = some_recall(), subject_statistics(gpt2, some_recall())
-    corruptors = {name: corruptor(name, gpt2, statistics, torch.empty(0), 0, 2) for name in ("mean", "gaussian-1")}
+    corruptors = {name: corruptor(name, gpt2, statistics, NO_CONSTANTS, 0, 2) for name in ("mean", "gaussian-1")}
     whole = trace_all(gpt2, recall, PLACES[:3], corruptors, 10_000)
 
     class KilledError(Exception):
@@ -375,9 +396,10 @@ def test_traced_corruptions_are_kept_until_all_are_written(gpt2, tmp_path, monke
 def test_place_constants_are_read_by_name(gpt2, tmp_path):
     """In any order; a place that was not fitted is an error that names the file."""
     recall, places, path = some_recall(), [PLACES[0], PLACES[1], NOWHERE], tmp_path / "constants.safetensors"
-    descent = fit_place_constants(gpt2, places, recall, recall, subject_statistics(gpt2, recall), SHORT)
-    save_place_constants(path, places, descent, Provenance({"model_hash": "a"}))
-    assert torch.equal(load_place_constants(path, places[::-1], Provenance()), descent.best.flip(0))
+    constants, descent = fit_place_constants(gpt2, places, recall, recall, subject_statistics(gpt2, recall), SHORT)
+    save_place_constants(path, places, constants, descent, Provenance({"model_hash": "a"}))
+    read = load_place_constants(path, places[::-1], Provenance())
+    assert torch.equal(read.own, constants.own.flip(0)) and torch.equal(read.cautious, constants.cautious.flip(0))
     with pytest.raises(UserError, match=r"constants.safetensors: nothing fitted for mlp.last.2-2"):
         load_place_constants(path, [PLACES[5]], Provenance())
     with pytest.raises(UserError, match="model_hash"):
