@@ -222,7 +222,7 @@ def test_corruptions_are_told_apart_in_either_figure():
     table = fabricate(names, ("mlp",), ("last",), (1,))
     (ax,) = tracing_plots.aie_curves(table, "mlp").axes
     assert (
-        len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines(ax).values()}) == len(names) == 14
+        len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in lines(ax).values()}) == len(names) == 15
     )
     assert {name for name, line in lines(ax).items() if line.get_color() == figures.ACCENT} == {"oat"}
     assert {name for name, line in lines(ax).items() if line.get_color() == BLUE} == {"gaussian-3"}
