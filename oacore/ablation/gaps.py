@@ -5,7 +5,7 @@ batch's clean pass. Whatever is random is drawn per prompt from the seed, so no 
 batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from oacore.config.ablation import ABLATION_TYPES, Method
 from oacore.draws import derangement
 from oacore.engine.clean import Batch, Clean, clean_log_probs, clean_pass
 from oacore.engine.statistics import Statistics
+from oacore.fits.convergence import UNFITTED, OfFits, columns_in, typed
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.metrics import clustered_means_and_ses, kl_divergence
 from oacore.models.weights import Model
@@ -101,22 +102,29 @@ def _clean_of(model: Model, batch: Batch) -> Clean:
     return clean_pass(model, batch.tokens, batch.lengths)
 
 
-def gap_table(components: Sequence[Component], gaps: dict[Method, Tensor], clusters: np.ndarray) -> pd.DataFrame:
-    """Tidy table: component, kind, layer, head, method, gap_nats, se_nats, n_prompts.
+def gap_table(
+    components: Sequence[Component],
+    gaps: dict[Method, Tensor],
+    clusters: np.ndarray,
+    fits: Mapping[Method, OfFits] | None = None,
+) -> pd.DataFrame:
+    """Tidy table: component, kind, layer, head, method, gap_nats, se_nats, n_prompts, converged, steps, left_nats.
 
     Args:
         clusters: [N], `Prompts.cluster` of the prompts: what standard errors are over.
+        fits: of the methods whose constants were fitted; the last three columns are empty for others.
     """
     rows = []
     for method, values in gaps.items():
         mean, se = clustered_means_and_ses(values, clusters)
+        of_method = (fits or {}).get(method, {})
         for component, gap, error in zip(components, mean.tolist(), se.tolist(), strict=True):
             head = component.head if component.kind == "head" else None
-            rows.append((component.name, component.kind, component.layer, head, method, gap, error, values.shape[1]))
-    table = pd.DataFrame(
-        rows, columns=["component", "kind", "layer", "head", "method", "gap_nats", "se_nats", "n_prompts"]
-    )
-    return table.astype({"head": "Int64"})
+            named = (component.name, component.kind, component.layer, head, method)
+            fit = of_method.get(component.name, UNFITTED)
+            rows.append((*named, gap, error, values.shape[1], *fit))
+    columns = ["component", "kind", "layer", "head", "method", "gap_nats", "se_nats", "n_prompts"]
+    return typed(pd.DataFrame(rows, columns=[*columns, *columns_in("nats")]).astype({"head": "Int64"}))
 
 
 def summary_table(gaps: pd.DataFrame) -> pd.DataFrame:

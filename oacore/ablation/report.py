@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from oacore.config.ablation import ABLATION_TYPES
+from oacore.report.convergence import convergence_sentence, unfinished
 from oacore.report.numbers import WHOSE_SE, Estimate, human, three_digits
 from oacore.report.parts import Definitions, Figure, Part, Section, Table
 from oacore.report.series import in_order
@@ -79,7 +80,8 @@ def _headline(gaps: pd.DataFrame, summary: pd.DataFrame) -> str:
         shares = [f"{three_digits(100 * ratios[name])}\u00a0% of {name}'s" for name in others if name in ratios]
         if shares:
             text += f" In the median component, the gap of the {constant} is {', '.join(shares)}."
-    return text
+    fits = convergence_sentence(gaps, "gap_nats", "left_nats", "lower their gap")
+    return " ".join(filter(None, (text, fits)))
 
 
 def _summary_table(gaps: pd.DataFrame, summary: pd.DataFrame) -> Table:
@@ -105,7 +107,8 @@ def _top_table(gaps: pd.DataFrame, count: int = 10) -> Table:
     columns: dict[str, list[object]] = {"component": list(ranked)}
     for method in [by, *(m for m in methods if m != by)]:
         rows = gaps[gaps["method"] == method].set_index("component").reindex(list(ranked))
-        columns[method] = [Estimate(gap, se) for gap, se in zip(rows["gap_nats"], rows["se_nats"], strict=True)]
+        estimates = zip(rows["gap_nats"], rows["se_nats"], ~unfinished(rows), strict=True)
+        columns[method] = [Estimate(*estimate) for estimate in estimates]
     return Table(
         pd.DataFrame(columns), f"The {len(ranked)} components with the largest {by} gap: gap ± SE in nats.", by
     )

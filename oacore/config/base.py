@@ -15,17 +15,28 @@ class Settings(BaseModel):
 class OptimalFit(Settings):
     """Fitting of optimal constants (methods: Li & Janson 2024, section 2.3)."""
 
-    learning_rate: float = Field(0.2, gt=0, description="Adam step, in standard deviations of the component's output")
+    learning_rate: float = Field(
+        0.2, gt=0, description="Adam step as a round begins, in standard deviations of the component's output"
+    )
     batch_size: int = Field(16, ge=1, description="prompts a step, shared by all components")
-    max_steps: int = Field(2000, ge=1, description="cap for components that do not converge")
-    check_every: int = Field(20, ge=1, description="steps between convergence tests on the validation prompts")
+    first_round: int = Field(
+        50,
+        ge=1,
+        description="steps of the first round, in which the rate falls to zero; every further one has twice as many",
+    )
+    max_steps: int = Field(3150, ge=1, description="cap on the steps of all rounds; the last one ends there")
     tolerance: float = Field(
-        0.005, gt=0, lt=1, description="relative improvement of the validation gap that counts as progress"
+        0.01, gt=0, lt=1, description="share of the validation loss that a round must gain, or the fit has converged"
     )
-    patience: int = Field(2, ge=1, description="tests without progress before the learning rate drops")
-    n_decays: int = Field(
-        3, ge=0, description="drops of the learning rate (by 4) before a component counts as converged"
-    )
+
+    @property
+    def round_ends(self) -> list[int]:
+        """The steps at which rounds end: each has twice the last one's steps, the last what is left of the cap."""
+        ends, length = [0], self.first_round
+        while ends[-1] + 3 * length <= self.max_steps:  # or too little would be left for another
+            ends.append(ends[-1] + length)
+            length *= 2
+        return [*ends[1:], self.max_steps]
 
 
 def nearest(value: object, choices: Iterable[str]) -> str:

@@ -292,13 +292,10 @@ class MaskFit(Settings):
 class Refit(OptimalFit):
     """Constants fitted anew for every circuit of every method, for optimal ablations: equal terms for all."""
 
-    learning_rate: float = Field(0.1, gt=0, description="Adam step, in standard deviations of a source's output")
-    batch_size: int = Field(32, ge=1, description="prompts a step, shared by all circuits")
-    max_steps: int = Field(1000, ge=1, description="cap for circuits whose constants do not converge")
-    patience: int = Field(1, ge=1, description="tests without progress before the learning rate drops")
-    n_decays: int = Field(
-        2, ge=0, description="drops of the learning rate (by 4) before a circuit's constants count as converged"
+    learning_rate: float = Field(
+        0.2, gt=0, description="Adam step as a round begins, in standard deviations of a source's output"
     )
+    batch_size: int = Field(8, ge=1, description="prompts a step, shared by all circuits")
 
 
 class Circuits(Settings):

@@ -155,15 +155,15 @@ class LensFit(OptimalFit):
     """Fitting of OCA's constants."""
 
     learning_rate: float = Field(
-        0.1, gt=0, description="Adam step, in standard deviations of a layer's attention output"
+        0.1, gt=0, description="Adam step as a round begins, in standard deviations of a layer's attention output"
     )
     batch_size: int = Field(200, ge=1, description="cached rows a step, shared by all layers")
-    max_steps: int = Field(10000, ge=1, description="cap for layers that do not converge")
-    check_every: int = Field(100, ge=1, description="steps between convergence tests on the validation rows")
-    tolerance: float = Field(
-        0.002, gt=0, lt=1, description="relative improvement of the validation KL that counts as progress"
+    first_round: int = Field(
+        150,
+        ge=1,
+        description="steps of the first round, in which the rate falls to zero; every further one has twice as many",
     )
-    n_decays: int = Field(3, ge=0, description="drops of the learning rate (by 4) before a layer counts as converged")
+    max_steps: int = Field(9450, ge=1, description="cap on the steps of all rounds; the last one ends there")
 
 
 class AffineFit(LensFit):

@@ -179,15 +179,9 @@ class TracingFit(OptimalFit):
     """Fitting of the constants of causal tracing: the loss is the answer's probability that is lost."""
 
     learning_rate: float = Field(
-        0.1, gt=0, description="Adam step, in standard deviations of the subjects' token embeddings"
+        0.1, gt=0, description="Adam step as a round begins, in standard deviations of the subjects' token embeddings"
     )
     batch_size: int = Field(20, ge=1, description="facts a step, shared by all places")
-    max_steps: int = Field(
-        1000, ge=1, description="cap for places whose constants do not converge; the paper's number of steps"
-    )
-    n_decays: int = Field(
-        2, ge=0, description="drops of the learning rate (by 4) before a place's constant counts as converged"
-    )
 
 
 _NOISE = ", ".join(row.name for row in CORRUPTIONS.values() if row.scaled)

@@ -48,10 +48,10 @@ def logits_bytes(s: Sizes, R: float) -> float:
 
 
 def descent_bytes(n_values: float) -> float:
-    """15 x 4 bytes a value: start, 5 of the state, 3 rows taken out, gradient, and Adam's 5 temporaries
+    """14 x 4 bytes a value: start, 4 of the state, 3 rows taken out, gradient, and Adam's 5 temporaries
     (`fits.descent.descend`).
     """
-    return 15 * FP32 * n_values
+    return 14 * FP32 * n_values
 
 
 def statistics_bytes(s: Sizes, T: int) -> float:
@@ -79,4 +79,4 @@ def unembed_flop(s: Sizes, R: float) -> float:
 
 def fit_flop(fit: OptimalFit, step: Callable[[], float], test: Callable[[], float]) -> float:
     """All steps of a fit that runs to its cap, and its tests."""
-    return fit.max_steps * step() + (1 + fit.max_steps / fit.check_every) * test()
+    return fit.max_steps * step() + (1 + len(fit.round_ends)) * test()

@@ -1,11 +1,20 @@
-"""Stochastic descent of many independent fits at once: Adam with a rate per fit, a convergence test, checkpoints that
-resume bit by bit.
+"""Stochastic descent of many independent fits at once, in rounds of annealed Adam, each twice as long as the last.
 
-Each row of one tensor is a fit with its own Adam state, learning rate and convergence test, and leaves the batch as
-soon as it has converged. The whole state is one dictionary of tensors, and each step's prompts follow from the seed and
-the step alone.
+Each row of one tensor is a fit with its own Adam state, learning rate and convergence test. Within a round the learning
+rate falls linearly to zero, which takes the noise of small batches out of the result; the next round goes on from the
+best so far. So what a round gained is also about what is left: an error that falls as one over the steps leaves as much
+as its last doubling gained. A fit has converged, and leaves the batch, when that is below the tolerance.
+
+Four of the demo's circuits (IOI, 1,152 coordinates each): after 80 steps of 8 prompts their validation KL was 23 to 44 %
+above that of a fit of 96,000 prompts, after two more rounds 3 to 17 %; one round as long as all three ended within 4 %
+of those (a fifth circuit has several minima). Gauss-Newton steps (the Fisher metric of 1,024 sampled gradients, damped adaptively) were behind at any number of prompts,
+and Adam in the eigenbasis of each source's gradients was unstable.
+
+The whole state is one dictionary of tensors, and each step's prompts follow from the seed and the step alone: a
+checkpoint resumes bit by bit.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,9 +26,11 @@ from oacore.fits.resume import NOT_KEPT, Resumable, State
 from oacore.fits.watch import Watch
 from oacore.progress import progress
 
-BETAS, EPSILON = (0.9, 0.999), 1e-10
+BETAS, EPSILON = (0.9, 0.99), 1e-10
 MOMENTUM, WEIGHT_DECAY, LARGEST_NORM = 0.9, 1e-3, 1.0  # of `sgd_step`: the tuned lens's official recipe
-DECAY = 0.25  # of the learning rate, each time a fit stops improving
+SLOWER, FASTER = 1 / 4, 8.0  # times the rate, after a round that made things worse or never left the start
+RETRIES = 2  # rounds that either may be tried again
+LOOK_EVERY = 20  # steps between looks for numbers that are not finite, and chances to save
 ABSOLUTE_PROGRESS = 1e-6  # nats, or probability where that is the loss: smaller improvements do not count
 
 
@@ -29,9 +40,10 @@ class Descent:
 
     best: Tensor  # [n, ...]
     best_loss: Tensor  # [n] nats, on the validation prompts
+    left: Tensor  # [n] nats that a round of twice the steps would gain, about: what the last one gained
     n_steps: Tensor  # [n] steps taken
     converged: Tensor  # [n] bool; False: stopped by the cap
-    curve_steps: Tensor  # [c] steps at which convergence was tested
+    curve_steps: Tensor  # [c] steps at which rounds ended
     curve_losses: Tensor  # [c, n] validation loss in nats at those steps
 
 
@@ -80,17 +92,16 @@ def descend(
 ) -> Descent:
     """Fit every row of `start` [n, ...].
 
-    A row runs Adam until its validation loss stops improving by `tolerance`; its learning rate then drops, and after
-    `n_decays` drops it counts as converged. What is tested, and kept if it is the best so far, is the average of the
-    iterates since the last test: it is closer to the minimum than any of them.
+    After a round that ends worse than it began a row goes on with a lower rate; one that never left its start is tried
+    with a higher one before it counts as converged, and is warned of.
 
     Args:
         scale: broadcasts against start; the unit of `settings.learning_rate`.
         gradient: (rows [m], their values [m, ...], step) -> gradient [m, ...] of each row's loss.
         validate: (rows [m], their values [m, ...]) -> validation losses [m] in nats.
         names: of the rows, and `key`: of the learning rate in the config, for errors.
-        resumable: where the state is kept, at every test.
-        on_test: called after every convergence test.
+        resumable: where the state is kept, after every round and every minute.
+        on_test: called after every round.
         sgd: take `sgd_step`s instead of Adam's; the rate is then absolute but for `scale`.
 
     Raises:
@@ -98,30 +109,38 @@ def descend(
     """
     everything = torch.arange(len(start), device=start.device)
     state = resumable.load(start.device) or _initial_state(start, validate(everything, start), settings)
-    scale = scale.expand(len(start), *scale.shape[1:])
+    scale, step_of = scale.expand(len(start), *scale.shape[1:]), _sgd if sgd else _adam
     watch = Watch(resumable.path, int(state["step"]))
     advice = f"allowed: a smaller {key}, now {settings.learning_rate:g}, and a model with finite weights"
     watch.see("validation loss", state["best_loss"], int(state["step"]), everything)
     watch.check(names, advice)
+    ends = settings.round_ends
     with progress(what=what, unit="steps", total=settings.max_steps, initial=int(state["step"])) as bar:
-        while int(state["step"]) < settings.max_steps and not bool(state["done"].all()):
+        for begin, end in zip([0, *ends], ends, strict=False):
             running = (~state["done"]).nonzero()[:, 0]
-            for _ in range(min(settings.check_every, settings.max_steps - int(state["step"]))):
-                slope = gradient(running, state["value"][running], int(state["step"]))
+            if int(state["step"]) >= end or not len(running):
+                continue
+            while (step := int(state["step"])) < end:
+                slope = gradient(running, state["value"][running], step)
+                rate = _like(state["rate"][running], start) * scale[running] * ((end - step) / (end - begin))
+                step_of(state, running, slope, rate, step - begin + 1)
                 state["step"] += 1
-                watch.see("gradient", slope, int(state["step"]), running)
-                rate = _like(state["rate"][running], start) * scale[running]
-                (_sgd if sgd else _adam)(state, running, slope, rate)
+                watch.see("gradient", slope, step + 1, running)
                 bar.update()
-            loss = _test_convergence(state, running, validate, settings)
-            watch.see("validation loss", loss, int(state["step"]), running)
+                if (step + 1 - begin) % LOOK_EVERY == 0:
+                    watch.check(names, advice)
+                    resumable.save_sometimes(state)
+            loss = validate(running, state["value"][running])
+            watch.see("validation loss", loss, end, running)
             watch.check(names, advice)
+            _judge_round(state, running, loss, settings)
             bar.set_postfix_str(f"{int(state['done'].sum())}/{len(start)} converged", refresh=False)
             on_test()
             resumable.save(state)
-            watch.saved = int(state["step"])
+            watch.saved = end
+    _warn_of_idle(state, names, what, settings)
     return Descent(
-        state["best"], state["best_loss"], state["n_steps"], state["done"], state["curve_steps"], state["curve_losses"]
+        *(state[name] for name in ("best", "best_loss", "left", "n_steps", "done", "curve_steps", "curve_losses"))
     )
 
 
@@ -138,12 +157,12 @@ def _initial_state(start: Tensor, loss: Tensor, settings: OptimalFit) -> State:
         "value": start.clone(),
         "first": torch.zeros_like(start),
         "second": torch.zeros_like(start),
-        "sum": torch.zeros_like(start),
         "best": start.clone(),
         "best_loss": loss,
+        "left": torch.full_like(loss, torch.nan),
         "rate": torch.full((n,), settings.learning_rate, device=device),
-        "stale": counter.clone(),
-        "decays": counter.clone(),
+        "slower": counter.clone(),
+        "faster": counter.clone(),
         "n_steps": counter.clone(),
         "done": torch.zeros(n, dtype=torch.bool, device=device),
         "curve_steps": torch.zeros(1, dtype=torch.int64),
@@ -151,46 +170,56 @@ def _initial_state(start: Tensor, loss: Tensor, settings: OptimalFit) -> State:
     }
 
 
-def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor) -> None:
+def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: int) -> None:
     value, first, second = (state[name][rows] for name in ("value", "first", "second"))
-    value, first, second = adam_step(value, first, second, gradient, int(state["step"]), rate)
+    value, first, second = adam_step(value, first, second, gradient, step, rate)
     state["first"][rows], state["second"][rows], state["value"][rows] = first, second, value
-    state["sum"][rows] += value
 
 
-def _sgd(state: State, rows: Tensor, gradient: Tensor, rate: Tensor) -> None:
-    value, momentum = sgd_step(state["value"][rows], state["first"][rows], gradient, rate)
-    state["first"][rows], state["value"][rows] = momentum, value
-    state["sum"][rows] += value
+def _sgd(state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: int) -> None:
+    state["value"][rows], state["first"][rows] = sgd_step(state["value"][rows], state["first"][rows], gradient, rate)
 
 
-def _test_convergence(
-    state: State,
-    running: Tensor,
-    validate: Callable[[Tensor, Tensor], Tensor],
-    settings: OptimalFit,
-) -> Tensor:
-    """Keep what improved on the validation prompts; slow down, and at last stop, what did not. Returns the losses
-    tested.
-    """
-    since = int(state["step"]) - int(state["curve_steps"][-1])
-    average = state["sum"][running] / since
-    state["sum"].zero_()
-    loss = validate(running, average)
-    best = state["best_loss"][running]
-    progress = best - loss > settings.tolerance * best + ABSOLUTE_PROGRESS
-    better = running[loss < best]
-    state["best"][better], state["best_loss"][better] = average[loss < best], loss[loss < best]
-    state["stale"][running] = torch.where(progress, 0, state["stale"][running] + 1)
-    slow = running[state["stale"][running] >= settings.patience]
-    state["decays"][slow] += 1
-    state["rate"][slow] *= DECAY
-    state["stale"][slow] = 0
-    state["value"][slow] = state["best"][slow]
-    state["done"] = state["decays"] > settings.n_decays
+def _small(state: State, settings: OptimalFit) -> Tensor:
+    """What counts as no progress [n], in nats."""
+    return settings.tolerance * state["best_loss"] + ABSOLUTE_PROGRESS
+
+
+def _idle(state: State, settings: OptimalFit) -> Tensor:
+    """Which fits [n] are no better than their start, where better was possible."""
+    start = state["curve_losses"][0].to(state["best_loss"].device)
+    return (start - state["best_loss"] <= settings.tolerance * start) & (start > ABSOLUTE_PROGRESS)
+
+
+def _judge_round(state: State, running: Tensor, loss: Tensor, settings: OptimalFit) -> None:
+    """Keep what improved on the validation prompts, set the next round's rates, and end what has converged."""
+    gain, small = state["best_loss"][running] - loss, _small(state, settings)[running]
+    better = gain > 0
+    state["best"][running[better]], state["best_loss"][running[better]] = state["value"][running[better]], loss[better]
+    worse = gain < -small
+    idle = (gain <= small) & ~worse & _idle(state, settings)[running]
+    for chosen, counter, factor in ((worse, "slower", SLOWER), (idle, "faster", FASTER)):
+        state[counter][running[chosen]] += 1
+        state["rate"][running[chosen]] *= factor
+    again = (worse & (state["slower"][running] <= RETRIES)) | (idle & (state["faster"][running] <= RETRIES))
+    state["left"][running] = gain.clamp(min=0)
+    state["done"][running] = (gain <= small) & ~again
+    state["value"][running] = state["best"][running]
+    state["first"].zero_()
+    state["second"].zero_()
     state["n_steps"][running] = state["step"].to(running.device)
     state["curve_steps"] = torch.cat((state["curve_steps"], state["step"][None]))
     latest = state["curve_losses"][-1].clone()
     latest[running.cpu()] = loss.cpu()
     state["curve_losses"] = torch.cat((state["curve_losses"], latest[None]))
-    return loss
+
+
+def _warn_of_idle(state: State, names: Sequence[str], what: str, settings: OptimalFit) -> None:
+    idle = [names[row] for row in _idle(state, settings).nonzero()[:, 0].tolist()]
+    if idle:
+        shown = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+        print(
+            f"warning: {what}: no better than its start, at any rate that was tried: {shown} ({len(idle)} of "
+            f"{len(names)} fits)",
+            file=sys.stderr,
+        )

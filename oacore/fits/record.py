@@ -11,7 +11,7 @@ from oacore.fits.descent import Descent
 from oacore.store.artefacts import read_tensors, write_tensors
 from oacore.store.provenance import Provenance
 
-RECORD = ("best_loss", "n_steps", "converged", "curve_steps", "curve_losses")
+RECORD = ("best_loss", "left", "n_steps", "converged", "curve_steps", "curve_losses")
 
 
 def write_fits(

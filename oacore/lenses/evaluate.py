@@ -1,11 +1,14 @@
 """How well lenses predict on held-out rows."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from oacore.engine.forward import final_norm, unembed
+from oacore.fits.convergence import UNFITTED, Convergence, columns_in, typed
 from oacore.lenses.kl import unembedded_kl
 from oacore.lenses.lens import Lens
 from oacore.lenses.numbers import BATCH_ROWS
@@ -27,15 +30,18 @@ def lens_losses(lens: Lens, rows: LensRows, batch_size: int = BATCH_ROWS) -> tup
     return torch.cat(kl, 1), torch.cat(agree, 1)
 
 
-def loss_table(lens: Lens, rows: LensRows, clusters: np.ndarray) -> pd.DataFrame:
-    """One row per layer: lens, init, layer, kl_nats, se_nats, top1_agreement, n.
+def loss_table(lens: Lens, rows: LensRows, clusters: np.ndarray, fits: Sequence[Convergence] = ()) -> pd.DataFrame:
+    """One row per layer: lens, init, layer, kl_nats, se_nats, top1_agreement, n, converged, steps, left_nats.
 
     Args:
         clusters: [B], `Prompts.cluster` of each row's prompt: what standard errors are over.
+        fits: of each layer; the last three columns are empty without.
     """
     kl, agree = lens_losses(lens, rows)
     table = []
     for layer, values in enumerate(kl):
         mean, se = clustered_mean_and_se(values, clusters)
-        table.append((lens.name, lens.init, layer, mean, se, float(agree[layer].double().mean()), len(values)))
-    return pd.DataFrame(table, columns=["lens", "init", "layer", "kl_nats", "se_nats", "top1_agreement", "n"])
+        fit, agreement = fits[layer] if fits else UNFITTED, float(agree[layer].double().mean())
+        table.append((lens.name, lens.init, layer, mean, se, agreement, len(values), *fit))
+    columns = ["lens", "init", "layer", "kl_nats", "se_nats", "top1_agreement", "n", *columns_in("nats")]
+    return typed(pd.DataFrame(table, columns=columns))

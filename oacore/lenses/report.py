@@ -12,6 +12,7 @@ from oacore.lenses.tables import (
     mean_over_datasets,
     perturbations_in_order,
 )
+from oacore.report.convergence import convergence_sentence, unfinished
 from oacore.report.numbers import WHOSE_SE, Estimate, human, verdict
 from oacore.report.parts import Definitions, Figure, Part, Section, Table
 from oacore.report.series import in_order
@@ -196,7 +197,9 @@ def _intro(loss: pd.DataFrame) -> str:
     text = (
         f"{lenses} lens{'es' * (lenses != 1)} at {layers} layer{'s' * (layers != 1)}, each on {span} held-out prompts."
     )
-    return " ".join([text, *filter(None, (loss_sentence(loss, other) for other in ("tuned", "logit")))])
+    sentences = [loss_sentence(loss, other) for other in ("tuned", "logit")]
+    sentences.append(convergence_sentence(loss, "kl_nats", "left_nats", "lower their KL"))
+    return " ".join([text, *filter(None, sentences)])
 
 
 def _best(loss: pd.DataFrame, lens: str) -> pd.DataFrame:
@@ -208,7 +211,10 @@ def _best(loss: pd.DataFrame, lens: str) -> pd.DataFrame:
 def _loss_table(loss: pd.DataFrame) -> Table:
     """One row per layer, one column per lens."""
     names = lenses_in_order(loss)
-    cells = {(row["name"], row["layer"]): Estimate(row["kl_nats"], row["se_nats"]) for row in loss.to_dict("records")}
+    estimates = zip(loss["kl_nats"], loss["se_nats"], ~unfinished(loss), strict=True)
+    cells = dict(
+        zip(zip(loss["name"], loss["layer"], strict=True), (Estimate(*each) for each in estimates), strict=True)
+    )
     rows = [
         {"layer": int(layer)} | {name: cells.get((name, layer)) for name in names}
         for layer in sorted(set(loss["layer"]))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from oacore.report.numbers import Estimate, estimate_texts, human
+from oacore.report.numbers import DAGGER, Estimate, estimate_texts, human
 from oacore.report.parts import Table
 
 
@@ -32,10 +32,12 @@ def _column(values: list[object], highlighted: bool) -> list[_Cell]:
     tails = [text[0].partition(".")[2] for text in texts]
     longest = max(map(len, tails), default=0)
     cells = []
-    for text, tail in zip(texts, tails, strict=True):
+    for value, text, tail in zip(values, texts, tails, strict=True):
         point = "\u2008" if longest and not tail else ""  # as wide as a full stop
         pad = point + "\u2007" * (longest - len(tail))  # as wide as a digit
-        cells.append(_Cell(text[0], text[1] if len(text) > 1 else "", pad if numeric else "", numeric, highlighted))
+        mark = DAGGER if isinstance(value, Estimate) and not value.finished else ""
+        first, error = text[0] + mark * (len(text) == 1), text[1] + mark if len(text) > 1 else ""
+        cells.append(_Cell(first, error, pad if numeric else "", numeric, highlighted))
     return cells
 
 

@@ -9,6 +9,7 @@ import numpy as np
 Z95 = 1.96  # half the width of a 95 % interval in standard errors
 # nats; an estimated gap at or below it, negative ones included, has no place on a log axis and is drawn here
 FLOOR = 1e-6
+DAGGER = "†"  # of numbers whose fit had not converged
 SIGNIFICANT = 2.0  # standard errors of a difference: closer than this, two losses count as equal
 
 
@@ -54,6 +55,7 @@ class Estimate:
 
     value: float
     se: float
+    finished: bool = True  # False: its fit had not converged, and it carries a dagger
 
 
 def human(value: object) -> str:
@@ -64,7 +66,7 @@ def human(value: object) -> str:
         case bool():
             return "yes" if value else "no"
         case Estimate():
-            return " ± ".join(estimate_texts(value))
+            return " ± ".join(estimate_texts(value)) + f" {DAGGER}" * (not value.finished)
         case Integral():
             return f"{int(value):,}".replace("-", "−")
         case Real():

@@ -18,6 +18,7 @@ from oacore.circuits.search import Search
 from oacore.circuits.task import CircuitTask
 from oacore.config.circuits import EDGE_ABLATIONS, Circuits, EdgeAblation
 from oacore.config.run import Config
+from oacore.fits.convergence import UNFITTED, Convergence, columns_in, of_descent, typed
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.jobs import Files
 from oacore.metrics import clustered_means_and_ses
@@ -41,13 +42,14 @@ def run(config: Config, inputs: Files, outputs: Files, task: str, ablation: Edge
     names = [names[row] for row in first.tolist()]
     distinct = masks[first].float().to(opened.engine.model.device)
     with _resumable(settings, opened, ablation, outputs, names, distinct) as resumable:
-        constants, losses = _judge(settings, opened, ablation, distinct, names, resumable)
+        constants, losses, fits = _judge(settings, opened, ablation, distinct, names, resumable)
         start = 0
         for part in judged:
             rows = torch.from_numpy(which[start : start + len(part.names)]).flatten()
             start += len(part.names)
             own_constants = None if constants is None else Constants(*(values[rows] for values in constants))
-            _write(opened, part, CircuitLosses(losses.kl[rows], losses.logit_diff[rows]), own_constants)
+            own_fits = [fits[row] for row in rows.tolist()]
+            _write(opened, part, CircuitLosses(losses.kl[rows], losses.logit_diff[rows]), own_constants, own_fits)
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,11 @@ def _judge(
     masks: Tensor,
     names: Sequence[str],
     resumable: Resumable,
-) -> tuple[Constants | None, CircuitLosses]:
-    """Constants of every circuit, where the ablation type has fitted ones, and all losses on the test prompts."""
-    start, constants = opened.start(ablation), None
+) -> tuple[Constants | None, CircuitLosses, Sequence[Convergence]]:
+    """Constants of every circuit, where the ablation type has fitted ones, all losses on the test prompts, and how the
+    fits came out.
+    """
+    start, constants, fits = opened.start(ablation), None, [UNFITTED] * len(masks)
     if EDGE_ABLATIONS[ablation].fitted:
         constants, descent = refit_constants(
             opened.passes["train"],
@@ -118,13 +122,19 @@ def _judge(
             resumable=resumable,
             what=f"{opened.name} {ablation} refit",
         )
-        converged = int(descent.converged.sum())
+        converged, fits = int(descent.converged.sum()), of_descent(descent)
         print(f"{opened.name} {ablation}: constants of {converged} of {len(masks)} circuits converged")
     replacements = opened.replacements(ablation, "test", start)
-    return constants, circuit_losses(opened.passes["test"], masks, replacements, constants)
+    return constants, circuit_losses(opened.passes["test"], masks, replacements, constants), fits
 
 
-def _write(opened: CircuitTask, judged: _Judged, losses: CircuitLosses, constants: Constants | None) -> None:
+def _write(
+    opened: CircuitTask,
+    judged: _Judged,
+    losses: CircuitLosses,
+    constants: Constants | None,
+    fits: Sequence[Convergence],
+) -> None:
     """The files of one method."""
     folder, search, model, rows = judged.pareto.parent, judged.search, opened.engine.model, []
     kl, se = (part.tolist() for part in clustered_means_and_ses(losses.kl, opened.clusters))
@@ -148,9 +158,10 @@ def _write(opened: CircuitTask, judged: _Judged, losses: CircuitLosses, constant
                 "logit_diff": logit_diff[index],
                 "fit_seconds": judged.timing["seconds_per_circuit"],
                 "peak_mb": judged.timing["peak_mb"],
+                **dict(zip(columns_in("nats"), fits[index], strict=True)),
             }
         )
     if constants is not None:
         provenance = judged.provenance.noting(knobs=search.knobs, seeds=search.seeds)
         write_tensors(folder / "constants.safetensors", constants._asdict(), provenance)
-    write_table(judged.pareto, pd.DataFrame(rows), judged.provenance)
+    write_table(judged.pareto, typed(pd.DataFrame(rows)), judged.provenance)

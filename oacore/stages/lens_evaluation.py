@@ -19,6 +19,7 @@ from oacore.progress import progress
 from oacore.store.artefacts import write_table
 from oacore.tasks.generate import generate
 
+LENGTH_COLUMNS = ("lens", "init", "layer", "kl_nats", "se_nats", "n")
 WINDOWS = "text"  # the task whose prompts are windows, of any length
 
 
@@ -30,12 +31,15 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     rows, lengths = opened.sources.cache.read("test"), opened.splits["test"].lengths
     per_prompt = lengths - 1 if settings.positions == "all" else 1
     clusters = np.repeat(opened.splits["test"].cluster, per_prompt)
-    losses = [loss_table(lens, rows, clusters) for lens in progress(lenses, what=f"{task} lenses", unit="lenses")]
+    losses = [
+        loss_table(lens, rows, clusters, opened.fits(file))
+        for file, lens in progress(lenses.items(), what=f"{task} lenses", unit="lenses")
+    ]
     drawn = [opened.lens(file) for file in settings.drawn_files()]
     first_prompts = batch_of(opened.splits["test"], opened.loaded.model.device).take(slice(0, settings.pictures))
     write_table(outputs["pictures"], token_table(opened.loaded, drawn, first_prompts), provenance)
     for path in outputs.all("lengths"):
-        write_table(path, _length_table(config, inputs, opened, lenses), provenance)
+        write_table(path, _length_table(config, inputs, opened, list(lenses.values())), provenance)
     write_table(outputs["loss"], pd.concat(losses), provenance)
     print(f"{task}: {len(lenses)} lenses on {len(rows)} held-out rows")
 
@@ -56,7 +60,7 @@ def _length_table(config: Config, inputs: Files, opened: LensTask, lenses: Seque
             [rows_of(model, part) for part in batch_of(prompts, model.device).split(config.limits.tokens_per_batch)]
         )
         for lens in lenses:
-            table = loss_table(lens, rows, prompts.cluster).drop(columns="top1_agreement")
+            table = loss_table(lens, rows, prompts.cluster)[[*LENGTH_COLUMNS]]
             table.insert(3, "n_tokens", n_tokens)
             tables.append(table)
     return pd.concat(tables)

@@ -22,7 +22,7 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
         )
     table = faithfulness_table(
         model,
-        opened.lenses(settings.lenses),
+        list(opened.lenses(settings.lenses).values()),
         batch_of(opened.splits["test"], model.device).take(slice(0, settings.n_prompts)),
         opened.sources.cache.read("train", TRAIN_ROWS).residual,
         layers,

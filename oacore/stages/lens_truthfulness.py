@@ -33,6 +33,6 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
         for path in paths
         for demonstrations in ("true", "permuted")
     }
-    lenses = opened.lenses(settings.lenses)
+    lenses = list(opened.lenses(settings.lenses).values())
     table = truthfulness_table(loaded.model, lenses, prompts, config.limits.tokens_per_batch)
     write_table(outputs["table"], table, opened.provenance)

@@ -4,6 +4,7 @@ import pandas as pd
 
 from oacore.config.run import Config
 from oacore.config.tracing import CORRUPTIONS
+from oacore.fits.convergence import OfFits, read_convergence
 from oacore.fits.resume import Resumable
 from oacore.inputs import gated_model, read_splits
 from oacore.jobs import Files
@@ -12,7 +13,7 @@ from oacore.store.codehash import codehash
 from oacore.tracing.corruptions import corruptor
 from oacore.tracing.effects import aie_table
 from oacore.tracing.facts import traced_facts
-from oacore.tracing.fit import NO_CONSTANTS, load_place_constants
+from oacore.tracing.fit import NO_CONSTANTS, fits_behind, load_place_constants
 from oacore.tracing.pictures import picture_table
 from oacore.tracing.places import NOWHERE, curves_of, places_of
 from oacore.tracing.trace import trace_all
@@ -31,9 +32,11 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     curves = curves_of(tracing)
     places = places_of(curves, n_layers)
     constants = NO_CONSTANTS
+    fits: OfFits = {}
     if tracing.fitted:
         fitted = [*places, NOWHERE] if tracing.per_place else [NOWHERE]
         constants = load_place_constants(inputs["constants"], fitted, provenance).to(model.device)
+        fits = read_convergence(inputs["constants"], provenance)
     names, of_pictures = tracing.corruption_names(), tracing.pictured_corruptions()
     corruptors = {
         name: corruptor(name, model, facts.statistics, constants, config.seed, tracing.n_draws)
@@ -44,7 +47,9 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     with Resumable.beside(outputs["aie"], provenance, "oacore.stages.tracing", *depends_on) as resumable:
         traced = trace_all(model, facts.test, places, {name: corruptors[name] for name in names}, limit, resumable)
         subjects = facts.test.subject_numbers
-        aie = [aie_table(name, traced[name], places, subjects, curves, n_layers) for name in names]
+        aie = [
+            aie_table(name, traced[name], places, subjects, curves, n_layers, fits_behind(name, fits)) for name in names
+        ]
         pictures = picture_table(
             loaded, facts, pictured, {name: corruptors[name] for name in of_pictures}, tracing, limit
         )

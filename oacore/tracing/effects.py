@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from oacore.fits.convergence import UNFITTED, Convergence, OfFits, typed
 from oacore.metrics import PROBABILITY_RESOLUTION, clustered_mean_and_se, zero_below
-from oacore.tracing.places import Curve, Place
+from oacore.tracing.places import NOWHERE, Curve, Place
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,23 @@ def aie_table(
     subjects: np.ndarray,
     curves: Sequence[Curve],
     n_layers: int,
+    fits: OfFits | None = None,
 ) -> pd.DataFrame:
-    """One row per curve and layer, from the probabilities of the places that they mean.
+    """One row per curve and layer, from the probabilities of the places that they mean; columns as `tables.AIE_COLUMNS`
+    and, where constants were fitted, how: converged, steps, left (of probability).
 
     Args:
         places: in the order of `traced.restored`.
         subjects: [N], the same number for facts about the same subject.
+        fits: by the places' names, of which `NOWHERE` is the corrupted run; a place without one shares that one's.
     """
     row_of = {item: row for row, item in enumerate(places)}
     rows = []
     for curve in curves:
         for layer, item in enumerate(curve.places(n_layers)):
             point = {"corruption": corruption, **asdict(curve), "layer": layer}
-            rows.append(point | effects(traced, row_of[item], subjects))
-    return pd.DataFrame(rows)
+            fit = UNFITTED
+            if fits:
+                fit = Convergence.together([fits[place.name] for place in (item, NOWHERE) if place.name in fits])
+            rows.append(point | effects(traced, row_of[item], subjects) | fit._asdict())
+    return typed(pd.DataFrame(rows))

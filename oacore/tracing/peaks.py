@@ -7,7 +7,18 @@ from oacore.report.series import in_order
 from oacore.tracing.tables import traced_rows
 
 PEAK_COLUMNS = (
-    *("corruption", "site", "position", "window", "peak_layer", "aie", "se", "aie_normalised", "concentration"),
+    *(
+        "corruption",
+        "site",
+        "position",
+        "window",
+        "peak_layer",
+        "aie",
+        "se",
+        "aie_normalised",
+        "concentration",
+        "converged",
+    ),
 )
 
 
@@ -17,7 +28,7 @@ def peak_table(aie: pd.DataFrame) -> pd.DataFrame:
 
     `concentration` is the peak's share of the sum of the curve's positive values: 1 if all of the effect is at one
     layer, NaN if there is none. Neighbouring windows overlap, so that wider ones are less concentrated by themselves:
-    compare it within a window.
+    compare it within a window. `converged` is empty without fits.
 
     Raises:
         ValueError: as `traced_rows`.
@@ -36,9 +47,11 @@ def peak_table(aie: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(PEAK_COLUMNS)).astype({"window": int, "peak_layer": int})
 
 
-def _peak(curve: pd.DataFrame) -> tuple[float, ...]:
-    """Layer, AIE, its standard error and its normalised value at the peak of a curve, and the concentration."""
+def _peak(curve: pd.DataFrame) -> tuple[object, ...]:
+    """Layer, AIE, its standard error and its normalised value at the peak of a curve, the concentration, and whether
+    its fits had converged.
+    """
     peak = curve.iloc[int(curve["aie"].to_numpy().argmax())]
     total = float(curve["aie"].clip(lower=0).sum())
     share = float(peak["aie"]) / total if total > 0 else float("nan")
-    return (*peak[["layer", "aie", "se", "aie_normalised"]], share)
+    return (*peak[["layer", "aie", "se", "aie_normalised"]], share, peak.get("converged"))

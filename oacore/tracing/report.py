@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from oacore.config.tracing import CORRUPTIONS, POSITIONS, SITES, corruptions_in_order, kind_and_scale, usual_noise
+from oacore.report.convergence import convergence_sentence, unfinished
 from oacore.report.numbers import Estimate, human, three_digits
 from oacore.report.parts import Definitions, Figure, Part, Section, Table
 from oacore.report.series import in_order
@@ -122,7 +123,10 @@ def _intro(aie: pd.DataFrame, peaks: pd.DataFrame) -> str:
         f"{count} held-out {facts}, {len(names)} corruption{'s' * (len(names) != 1)}. The mean probability of the "
         f"answer is {three_digits(_mean(aie, names[0], 'p_clean'))} in the clean run, and {left} in the corrupted one."
     )
-    return "\n\n".join([text, *(peak_sentence(peaks, site) for site in in_order(peaks["site"], SITES))])
+    fits = convergence_sentence(aie, "", "left", "move their AIE")
+    return "\n\n".join(
+        [" ".join(filter(None, (text, fits))), *(peak_sentence(peaks, site) for site in in_order(peaks["site"], SITES))]
+    )
 
 
 def _mean(aie: pd.DataFrame, corruption: str, column: str) -> float:
@@ -149,7 +153,7 @@ def _peak_table(peaks: pd.DataFrame, site: str, window: int) -> Table:
             "corruption": list(rows["corruption"]),
             "tokens": [POSITIONS.get(position, position) for position in rows["position"]],
             "peak layer": list(rows["peak_layer"]),
-            "AIE": [Estimate(value, se) for value, se in zip(rows["aie"], rows["se"], strict=True)],
+            "AIE": [Estimate(*each) for each in zip(rows["aie"], rows["se"], ~unfinished(rows), strict=True)],
             "normalised AIE": list(rows["aie_normalised"]),
             "share at peak": list(rows["concentration"]),
         }
