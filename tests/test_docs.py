@@ -326,7 +326,7 @@ def test_the_edits_bring_the_task_into_the_pipeline(my_model, tmp_path):
     (tmp_path / "my.yaml").write_text(
         f"model: {my_model / 'my-model'}\ndevice: cpu\nlimits: {{threads: 1}}\n"
         "tasks: {agreement: {n_train: 24, n_validation: 8, n_test: 12}}\n"
-        "ablation: {methods: [zero, counterfactual, optimal], optimal: {max_steps: 4, check_every: 2}}\n"
+        "ablation: {methods: [zero, counterfactual, optimal], optimal: {max_steps: 4}}\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, tmp_path / "kernels")))}
 

@@ -137,16 +137,15 @@ def fit_constants(
 ) -> Descent:
     """Fit every component's constant.
 
-    Each component runs Adam until its gap on the validation prompts stops improving by `tolerance`; its learning rate
-    then drops, and after `n_decays` drops it counts as converged. The constant that is tested, and kept if it is the
-    best so far, is the average of the iterates since the last test: it is closer to the minimum than any of them.
+    Each component runs rounds of Adam, each twice as long as the last, until a round lowers its gap on the validation
+    prompts by less than `tolerance`; the constant of the lowest gap is kept.
 
     Args:
         start: [C, Q, W], e.g. `starting_means`.
         seed: of the order in which training prompts are drawn.
         resumable: where the state is kept, at every test.
         what: named in the progress lines.
-        on_test: called after every convergence test.
+        on_test: called after every round.
     """
     components = tuple(components)
 

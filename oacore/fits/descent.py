@@ -5,10 +5,11 @@ rate falls linearly to zero, which takes the noise of small batches out of the r
 best so far. So what a round gained is also about what is left: an error that falls as one over the steps leaves as much
 as its last doubling gained. A fit has converged, and leaves the batch, when that is below the tolerance.
 
-Four of the demo's circuits (IOI, 1,152 coordinates each): after 80 steps of 8 prompts their validation KL was 23 to 44 %
-above that of a fit of 96,000 prompts, after two more rounds 3 to 17 %; one round as long as all three ended within 4 %
-of those (a fifth circuit has several minima). Gauss-Newton steps (the Fisher metric of 1,024 sampled gradients, damped adaptively) were behind at any number of prompts,
-and Adam in the eigenbasis of each source's gradients was unstable.
+Four of the demo's circuits (IOI, 1,152 coordinates each): after 80 steps of 8 prompts their validation KL was 23 to
+44 % above that of a fit of 96,000 prompts, after two more rounds 3 to 17 %; one round as long as all three ended within
+4 % of those (a fifth circuit has several minima). Gauss-Newton steps (the Fisher metric of 1,024 sampled gradients,
+damped adaptively) were behind at any number of prompts, and Adam in the eigenbasis of each source's gradients was
+unstable.
 
 The whole state is one dictionary of tensors, and each step's prompts follow from the seed and the step alone: a
 checkpoint resumes bit by bit.

@@ -38,7 +38,7 @@ CORRUPTIONS = (
     "gaussian-5",
     "gaussian_scalar-3",
 )
-FIT = TracingFit(max_steps=200, tolerance=0.02, patience=1, n_decays=1)
+FIT = TracingFit(max_steps=350, tolerance=0.02)
 N_DRAWS, TOKENS_PER_BATCH = 5, 16384
 
 

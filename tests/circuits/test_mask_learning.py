@@ -293,7 +293,7 @@ def test_huge_lambda_empties_the_circuit_and_it_can_be_measured(setting):
         start,
         setting.scales,
         own,
-        Refit(max_steps=20, check_every=10, batch_size=4),
+        Refit(max_steps=20, batch_size=4),
         names=["a", "b"],
     )
     losses = circuit_losses(setting.passes(), own, setting.replacements("optimal"), constants)
@@ -424,7 +424,7 @@ def test_partly_ablated_edges_would_bias_the_constants(monkeypatch):
     half = ablated.clone()
     half[0, j, s] = 0.5
     start = setting.replacements("optimal").start
-    settings = Refit(max_steps=600, check_every=20, batch_size=8, tolerance=1e-4, n_decays=6)
+    settings = Refit(max_steps=600, batch_size=8, tolerance=1e-4)
     fitted, _ = refit_constants(
         setting.passes(), setting.passes(), start, setting.scales, ablated, settings, names=["edge"]
     )

@@ -102,7 +102,7 @@ def test_a_step_of_optimal_fit_keeps_constants_in_fp32(tmp_path):
     model, batch = canonical(random_hf("llama").bfloat16()), some_batch()
     items, statistics = components_of(model, ("head", "mlp")), some_statistics(model)
     start = optimal.starting_means(model, items, statistics, positional=False)
-    settings = OptimalFit(max_steps=1, check_every=1, batch_size=4)
+    settings = OptimalFit(max_steps=1, batch_size=4)
     fit = optimal.fit_constants(
         model,
         items,

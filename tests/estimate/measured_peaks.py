@@ -71,7 +71,7 @@ CONFIG = {
     "limits": {"tokens_per_batch": 1344, "memory_gb": 0.25},
     "ablation": {
         "methods": ["resample", "counterfactual", "optimal"],
-        "optimal": {"max_steps": 1, "check_every": 1, "batch_size": 8},
+        "optimal": {"max_steps": 1, "batch_size": 8},
     },
     "circuits": {
         "methods": ["ugs", "eap_ig"],
@@ -79,15 +79,15 @@ CONFIG = {
         "sizes": [100, 1000],
         "n_prompts": 16,
         "masks": {"n_steps": 1, "n_samples": 4, "n_prompts": 4},
-        "refit": {"max_steps": 1, "check_every": 1, "batch_size": 8},
+        "refit": {"max_steps": 1, "batch_size": 8},
     },
     "tracing": {
         "windows": [3],
         "positions": ["last"],
         "sites": ["mlp"],
-        "fit": {"max_steps": 1, "check_every": 1, "batch_size": 8},
+        "fit": {"max_steps": 1, "batch_size": 8},
     },
-    "lenses": {"oca": {"max_steps": 1, "check_every": 1}, "tuned": {"max_steps": 1, "check_every": 1}},
+    "lenses": {"oca": {"max_steps": 1}, "tuned": {"max_steps": 1}},
 }
 
 

@@ -24,7 +24,7 @@ from oacore.store.layout import Layout
 from oacore.store.reader import Reader
 
 START = torch.ones(3, 2)
-SETTINGS = OptimalFit(check_every=5, max_steps=100, patience=50)
+SETTINGS = OptimalFit(first_round=10, max_steps=150, tolerance=1e-6)
 
 
 def quadratic(rows, values, step):

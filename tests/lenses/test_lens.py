@@ -29,7 +29,7 @@ from oacore.models.load import canonical
 from oacore.store.provenance import Provenance
 from oacore.tasks.prompts import build
 
-SHORT = LensFit(batch_size=16, max_steps=60, check_every=5, tolerance=0.01, patience=2, n_decays=2)
+SHORT = LensFit(batch_size=16, first_round=4, max_steps=60)
 
 
 def some_batch(n=6, length=9, seed=0):
@@ -343,7 +343,7 @@ def test_every_lens_on_bf16_weights(tmp_path, name):
     }
     path = tmp_path / "activations.h5"
     write_activations(path, model, splits, Provenance({"model_hash": "m"}))
-    settings = SHORT.model_copy(update={"max_steps": 4, "check_every": 2})
+    settings = SHORT.model_copy(update={"max_steps": 4})
     row, of_rows = LENSES[name], sources(model, path)
     if not row.fit:
         lens = unfitted(model, name, path)

@@ -29,8 +29,8 @@ circuits:
 lenses:
   tasks: [ioi]
   lenses: [oca, bias, logit]
-  oca: { max_steps: 2, check_every: 1 }
-  tuned: { max_steps: 40, check_every: 10, batch_size: 12 }
+  oca: { max_steps: 2 }
+  tuned: { first_round: 10, max_steps: 40, batch_size: 12 }
   pictures: 1
   faithfulness: { lenses: [bias], layers: [1], n_prompts: 4, n_directions: 3, resample_sizes: [2] }
 """

@@ -23,13 +23,13 @@ from oacore.store.layout import Layout
 ROOT = Path(__file__).parents[2]
 N_KILLS = int(os.environ.get("OA_KILLS", "1"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-LONG = {"check_every": 5, "patience": 50}
+LONG = {"first_round": 5, "tolerance": 1e-6}
 
 # stage: (what it is run for, changes that make it long, its outputs, its checkpoint, steps between two checkpoints)
 STAGES = {
     "optimal": (
         {"task": "ioi", "method": "optimal"},
-        {"ablation": {"optimal": LONG | {"max_steps": 40}}},
+        {"ablation": {"optimal": LONG | {"max_steps": 155}}},
         lambda layout: [layout.constants("ioi", "optimal")],
         lambda layout: layout.ablation("ioi", ".constants-optimal-checkpoint.safetensors"),
         5,
@@ -43,7 +43,7 @@ STAGES = {
     ),
     "circuit_evaluation": (
         {"task": "ioi", "ablation": "optimal"},
-        {"circuits": {"refit": LONG | {"max_steps": 18, "check_every": 3}}},
+        {"circuits": {"refit": LONG | {"first_round": 3, "max_steps": 93}}},
         lambda layout: [
             layout.circuits("ioi", f"acdc-optimal/{name}") for name in ("constants.safetensors", "pareto.csv")
         ],
@@ -52,14 +52,14 @@ STAGES = {
     ),
     "tracing_fit": (
         {},
-        {"tracing": {"fit": LONG | {"max_steps": 30}}},
+        {"tracing": {"fit": LONG | {"max_steps": 155}}},
         lambda layout: [layout.tracing("constants.safetensors")],
         lambda layout: layout.tracing(".constants-checkpoint.safetensors"),
         5,
     ),
     "lens_fit": (
         {"task": "text", "lens": "oca"},
-        {"lenses": {"oca": LONG | {"max_steps": 150}}},
+        {"lenses": {"oca": LONG | {"max_steps": 155}}},
         lambda layout: [layout.lens("text", "oca.safetensors")],
         lambda layout: layout.lens("text", ".oca-checkpoint.safetensors"),
         5,

@@ -95,9 +95,8 @@ KEYS = {
     "ablation.methods": (["zero", "mean", "optimal", "optimal_positional"], GAPS),
     "ablation.components": (["head", "mlp", "attention_layer"], CONSTANTS),
     **{
-        f"ablation.optimal.{key}": (7, CONSTANTS) for key in ("learning_rate", "batch_size", "max_steps", "check_every")
+        f"ablation.optimal.{key}": (7, CONSTANTS) for key in ("learning_rate", "batch_size", "first_round", "max_steps")
     },
-    **{f"ablation.optimal.{key}": (7, CONSTANTS) for key in ("patience", "n_decays")},
     "ablation.optimal.tolerance": (0.5, CONSTANTS),
     "circuits.methods": (["ugs", "hcgs", "topk", "eap", "eap_ig", "acdc", "exact"], JUDGED),
     "circuits.ablations": (["optimal"], {"circuit_figures": 1} | REPORT),
@@ -116,9 +115,8 @@ KEYS = {
     "circuits.masks.dynamic_window": (True, {"circuit_search": 6} | JUDGED),
     **{
         f"circuits.refit.{key}": (7, JUDGED | {"circuit_evaluation": 1})
-        for key in ("learning_rate", "batch_size", "max_steps", "check_every")
+        for key in ("learning_rate", "batch_size", "first_round", "max_steps")
     },
-    **{f"circuits.refit.{key}": (7, JUDGED | {"circuit_evaluation": 1}) for key in ("patience", "n_decays")},
     "circuits.refit.tolerance": (0.5, JUDGED | {"circuit_evaluation": 1}),
     "tracing.corruptions": (["gaussian"], TRACED),
     "tracing.noise_scales": ([1, 2], TRACED),
@@ -128,24 +126,15 @@ KEYS = {
     "tracing.windows": ([1], TRACING),
     "tracing.answer": ("joint", TRACING),
     "tracing.pictures": (1, TRACED),
-    **{
-        f"tracing.fit.{key}": (7, TRACING)
-        for key in ("learning_rate", "batch_size", "max_steps", "check_every", "patience", "n_decays")
-    },
+    **{f"tracing.fit.{key}": (7, TRACING) for key in ("learning_rate", "batch_size", "first_round", "max_steps")},
     "tracing.fit.tolerance": (0.5, TRACING),
     "lenses.tasks": (["text", "ioi"], LENSES),
     "lenses.lenses": (["oca", "oca_shared", "linear_oca", "tuned", "logit", "grad"], MEASURED),
     "lenses.init": (["identity"], MEASURED),
     "lenses.positions": ("all", {"lens_activations": 1} | LENSES),
-    **{
-        f"lenses.oca.{key}": (7, OCA)
-        for key in ("learning_rate", "batch_size", "max_steps", "check_every", "patience", "n_decays")
-    },
+    **{f"lenses.oca.{key}": (7, OCA) for key in ("learning_rate", "batch_size", "first_round", "max_steps")},
     "lenses.oca.tolerance": (0.5, OCA),
-    **{
-        f"lenses.tuned.{key}": (7, TUNED)
-        for key in ("learning_rate", "batch_size", "max_steps", "check_every", "patience", "n_decays")
-    },
+    **{f"lenses.tuned.{key}": (7, TUNED) for key in ("learning_rate", "batch_size", "first_round", "max_steps")},
     "lenses.tuned.tolerance": (0.5, TUNED),
     "lenses.grad_prompts": (5, {"lens_fit": 1} | MEASURED),
     "lenses.lengths": ([7], MEASURED),

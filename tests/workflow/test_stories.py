@@ -35,7 +35,7 @@ def config_of(shared_data, tmp_path, **more):
         },
         "ablation": {
             "methods": ["zero", "mean", "resample", "optimal"],
-            "optimal": {"max_steps": 40, "check_every": 10},
+            "optimal": {"first_round": 10, "max_steps": 40},
             "components": ["head", "attention_layer", "mlp"],
         },
     }
