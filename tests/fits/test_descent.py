@@ -15,7 +15,7 @@ WIDTH, FLOOR = 40, 0.5  # coordinates of a fit, and its loss at the optimum
 
 
 class Noisy:
-    """Quadratic bowls 0.5 sum h (x - x*)^2 + FLOOR, whose gradients carry noise as a batch's do; the optimum is known."""
+    """Bowls 0.5 sum h (x - x*)^2 + FLOOR, whose gradients carry noise as a batch's do; the optimum is known."""
 
     def __init__(self, n=3, noise=0.3):
         draw = torch.Generator().manual_seed(0)
@@ -92,7 +92,7 @@ def test_a_fit_whose_start_loses_nothing_ends_without_a_warning(capsys):
 
 
 def test_a_round_that_overfits_is_not_kept():
-    """From the second round on the gradient leads away from the validation optimum, as with too few training prompts."""
+    """From the second round on gradients lead away from the validation optimum, as with too few training prompts."""
     problem, plain = Noisy(noise=0), Noisy(noise=0).gradient
     problem.gradient = lambda rows, values, step: plain(rows, values, step) if step < 50 else -torch.ones_like(values)
     found = problem.fit(OptimalFit(max_steps=3150))
