@@ -185,7 +185,8 @@ def _circuit_evaluation(layout: Layout, task: str, ablation: str) -> tuple[Named
 
     inputs = _of_task(layout, task, "activations")
     inputs |= {"searches": each("search.safetensors"), "timings": each("timing.json")}
-    return inputs, {"paretos": each("pareto.csv"), "circuits": _circuits(layout, task, ablation)}
+    outputs: Named = {"losses": each("losses.safetensors"), "paretos": each("pareto.csv")}
+    return inputs, outputs | {"circuits": _circuits(layout, task, ablation)}
 
 
 def _circuits(layout: Layout, task: str, ablation: str) -> list[str]:
@@ -205,9 +206,10 @@ def _circuit_figures(layout: Layout, task: str) -> tuple[Named, Named]:
     assert settings is not None
     ablations = settings.ablations
     judged = [files_of(layout, "circuit_evaluation", task=task, ablation=name)[1].named() for name in ablations]
-    inputs: Named = {"model": layout.model_json}
-    inputs |= {name: [path for files in judged for path in files[name]] for name in ("paretos", "circuits")}
-    outputs: Named = {name: layout.circuits(task, f"{name}.csv") for name in ("pareto", "stability", "edge_frequency")}
+    inputs: Named = _of_task(layout, task)
+    inputs |= {name: [path for files in judged for path in files[name]] for name in ("losses", "paretos", "circuits")}
+    tables = ("pareto", "fronts", "stability", "edge_frequency")
+    outputs: Named = {name: layout.circuits(task, f"{name}.csv") for name in tables}
     outputs |= {"figures": _drawn(layout.circuits(task, "figures/"), settings.figures())}
     return inputs, outputs | {"drawings": [layout.circuits(task, f"figures/circuit_{name}.svg") for name in ablations]}
 

@@ -9,7 +9,7 @@ The KL of a front is the lowest of several estimates, so it is a little too low,
 was given.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from oacore.circuits.fronts import base_name, front, methods_in_order, with_loss
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS, EdgeAblationType, SearchMethod
 from oacore.config.colors import SLATE
 from oacore.config.rows import Look
 from oacore.report.figures import HEIGHT, WIDTH, legend_below, styled
-from oacore.report.numbers import FLOOR, Z95, plain, three_digits, verdict
+from oacore.report.numbers import FLOOR, Z95, plain, three_digits
 from oacore.report.series import in_order
 
 # a KL smaller than the figure's largest by more than this has no place on its axis; nor has one at or below FLOOR
@@ -32,125 +33,6 @@ LineStyle = Literal["-", "--"]
 
 
 UNKNOWN = Look(SLATE, "<")
-COLUMNS = ("method", "ablation", "objective", "knob", "seed", "edges", "nodes", "kl_nats", "se_nats", "logit_diff")
-
-
-def with_loss(pareto: pd.DataFrame) -> pd.DataFrame:
-    """The circuits with a KL, those found with another objective than KL under a name of their own: `ugs (logit_diff)`.
-
-    Raises ValueError if a column is missing, if no circuit has a KL or if one is infinite.
-    """
-    if missing := [column for column in COLUMNS if column not in pareto]:
-        raise ValueError(f"pareto: no column {', '.join(missing)}; found {', '.join(map(str, pareto.columns))}")
-    pareto = pareto[pareto["kl_nats"].notna()].reset_index(drop=True)
-    if pareto.empty:
-        raise ValueError("pareto: no row with a value in kl_nats")
-    if (infinite := np.isinf(pareto["kl_nats"])).any():
-        raise ValueError(f"pareto: infinite kl_nats for a circuit of {pareto[infinite]['method'].iloc[0]}")
-    plain = pareto["objective"].isna() | (pareto["objective"] == "kl")
-    method = pareto["method"].map(_base)  # so that doing this twice changes nothing
-    return pareto.assign(method=method.where(plain, method + " (" + pareto["objective"].astype(str) + ")"))
-
-
-def front(circuits: pd.DataFrame) -> pd.DataFrame:
-    """The rows that no other row dominates, by edges: their KL falls strictly. Of equal circuits, the one of the lowest
-    knob and seed.
-    """
-    ties = [column for column in ("method", "knob", "seed") if column in circuits]
-    ordered = circuits[circuits["kl_nats"].notna()].sort_values(["edges", "kl_nats", *ties], kind="stable")
-    before = ordered["kl_nats"].cummin().shift(fill_value=np.inf)
-    return ordered[ordered["kl_nats"] < before]
-
-
-def smallest_good(circuits: pd.DataFrame, most: int) -> pd.Series:
-    """The row to draw: of circuits with at most `most` edges the smallest one whose KL is at most twice the lowest, or
-    at most `FLOOR`.
-
-    If all have more edges, one of the smallest.
-    """
-    few = circuits[circuits["edges"] <= most]
-    few = few if len(few) else circuits[circuits["edges"] == circuits["edges"].min()]
-    good = few[few["kl_nats"] <= max(2 * few["kl_nats"].min(), FLOOR)]
-    return good.sort_values(["edges", "kl_nats"], kind="stable").iloc[0]
-
-
-def front_kl_at(circuits: pd.DataFrame, edges: float) -> pd.Series | None:
-    """The row of the lowest KL among circuits with at most `edges` edges; None if there is none."""
-    small = front(circuits[circuits["edges"] <= edges])
-    return None if small.empty else small.iloc[-1]
-
-
-def methods_in_order(pareto: pd.DataFrame) -> list[str]:
-    """The methods present, in the order of the registry, each followed by its other objectives; unknown ones last."""
-    names, order = sorted(set(pareto["method"])), list(CIRCUIT_METHODS)
-    return sorted(names, key=lambda name: order.index(_base(name)) if _base(name) in order else len(order))
-
-
-def front_sizes(pareto: pd.DataFrame, most: int = 5) -> list[int]:
-    """Sizes at which to compare fronts: of 1, 2, 5, 10, 20, ... edges those that at least two methods reach, `most` of
-    them.
-    """
-    smallest = np.sort(pareto.groupby("method")["edges"].min())
-    largest = max(1, *(int(front(circuits)["edges"].max()) for _, circuits in pareto.groupby("method")))
-    low = smallest[min(1, len(smallest) - 1)]
-    sizes = [
-        step * 10**power
-        for power in range(len(str(largest)))
-        for step in (1, 2, 5)
-        if low <= step * 10**power <= largest
-    ]
-    sizes = sizes or [largest]
-    chosen = np.unique(np.linspace(0, len(sizes) - 1, min(most, len(sizes))).round().astype(int))
-    return [sizes[i] for i in chosen]
-
-
-def front_table(pareto: pd.DataFrame, sizes: Sequence[int] | None = None) -> pd.DataFrame:
-    """The lowest KL within each size, one row per ablation type, size and method (ablation, max_edges, method, edges,
-    kl_nats, se_nats, ratio_to_best). A method without so small a circuit has no row; `ratio_to_best` is NaN if the best
-    KL is at or below `FLOOR`.
-
-    `sizes`: the largest numbers of edges allowed; by default `front_sizes` of each ablation type.
-    """
-    pareto = with_loss(pareto)
-    rows = []
-    for ablation in in_order(pareto["ablation"], EDGE_ABLATIONS):
-        circuits = pareto[pareto["ablation"] == ablation]
-        for size in sizes or front_sizes(circuits):
-            on_front = {m: front_kl_at(circuits[circuits["method"] == m], size) for m in methods_in_order(circuits)}
-            present = {method: row for method, row in on_front.items() if row is not None}
-            best = min((row["kl_nats"] for row in present.values()), default=np.nan)
-            for method, row in present.items():
-                ratio = row["kl_nats"] / best if best > FLOOR else np.nan
-                rows.append((ablation, size, method, row["edges"], row["kl_nats"], row["se_nats"], ratio))
-    return pd.DataFrame(
-        rows, columns=["ablation", "max_edges", "method", "edges", "kl_nats", "se_nats", "ratio_to_best"]
-    )
-
-
-def compare_fronts(pareto: pd.DataFrame, ablation: str, method: str) -> pd.DataFrame:
-    """`method` against every circuit on the front of every other method, under one ablation type: one row each.
-
-    Columns: method (the other one), edges, kl_nats, se_nats; own_edges, own_kl_nats and own_se_nats of the lowest KL of
-    `method` with at most as many edges; verdict. Two falling step functions differ most where the second one steps:
-    these circuits are all that matters.
-
-    Verdicts: those of `plots.verdict`; `none` if `method` has no circuit so small.
-    """
-    pareto = with_loss(pareto)
-    circuits = pareto[pareto["ablation"] == ablation]
-    of_method = circuits[circuits["method"] == method]
-    rows = []
-    for other in methods_in_order(circuits[circuits["method"] != method]):
-        for point in front(circuits[circuits["method"] == other]).to_dict("records"):
-            best = front_kl_at(of_method, point["edges"])
-            point_of_other = (other, point["edges"], point["kl_nats"], point["se_nats"])
-            if best is None:
-                rows.append((*point_of_other, np.nan, np.nan, np.nan, "none"))
-                continue
-            decided = verdict(best["kl_nats"], best["se_nats"], point["kl_nats"], point["se_nats"])
-            rows.append((*point_of_other, best["edges"], best["kl_nats"], best["se_nats"], decided))
-    columns = ["method", "edges", "kl_nats", "se_nats", "own_edges", "own_kl_nats", "own_se_nats", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def circuit_figures(pareto: pd.DataFrame, n_edges_total: int) -> dict[str, Figure]:
@@ -174,12 +56,12 @@ def circuit_figures(pareto: pd.DataFrame, n_edges_total: int) -> dict[str, Figur
 def pareto_front(pareto: pd.DataFrame, ablation: str, n_edges_total: int) -> Figure:
     """KL over edges under one ablation type, both logarithmic: each method's front a staircase with 95 % intervals.
 
-    The stairs are the lowest KL that a method reaches within a number of edges. Dominated circuits are faint, random
-    ones are points.
+    The stairs are `fronts.front`: chosen on validation prompts, drawn at the KL on test prompts. Dominated circuits are
+    faint, random ones are points.
     """
     pareto = with_loss(pareto)
     circuits = pareto[pareto["ablation"] == ablation]
-    looks = {method: _look(CIRCUIT_METHODS, _base(method)) for method in methods_in_order(circuits)}
+    looks = {method: _look(CIRCUIT_METHODS, base_name(method)) for method in methods_in_order(circuits)}
     return _fronts(circuits, "method", looks, f"Circuits under {ablation} ablation", n_edges_total)
 
 
@@ -197,11 +79,6 @@ def ablation_types(pareto: pd.DataFrame, method: str, n_edges_total: int) -> Fig
 def _look(rows: Mapping[str, SearchMethod | EdgeAblationType], name: str) -> Look:
     """How a method or an ablation type is drawn; a name without a row as none of these."""
     return rows[name].look if name in rows else UNKNOWN
-
-
-def _base(method: str) -> str:
-    """The method without its objective."""
-    return method.partition(" (")[0]
 
 
 class _Scale(NamedTuple):

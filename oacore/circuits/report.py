@@ -1,19 +1,21 @@
 """The report's section on the circuits of one task; what it says is computed from the table of circuits."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
-from oacore.circuits.plots import compare_fronts, front_kl_at, front_sizes, front_table, methods_in_order, with_loss
+from oacore.circuits.fronts import base_name, best_within, front_sizes, front_table, methods_in_order, with_loss
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS, leading
-from oacore.report.numbers import WHOSE_SE, Estimate, human
+from oacore.report.convergence import convergence_sentence, unfinished
+from oacore.report.numbers import WHOSE_SE, Estimate, human, three_digits
 from oacore.report.parts import Definitions, Figure, Part, Section, Table
 from oacore.report.series import in_order
 
 PARETO = (
-    "The lower and the further left a staircase, the better the method: it is the lowest loss reached with {ablation} "
-    "ablation by circuits of at most that many edges. Bars are 95\u00a0% intervals; faint marks are circuits that "
-    "another one of the same method beats."
+    "The lower and the further left a staircase, the better the method: of its circuits of at most that many edges, "
+    "the one of the lowest loss on validation prompts, with its loss on test prompts. Bars are 95\u00a0% intervals; "
+    "faint marks are circuits that another one of the same method beats."
 )
 ABLATION_TYPES = (
     "The same method under each ablation type: the lower a staircase, the fewer edges suffice, and the less of the "
@@ -24,16 +26,18 @@ ABLATION_TYPES = (
 def circuit_section(
     task: str,
     pareto: pd.DataFrame,
+    fronts: pd.DataFrame,
     figures: Mapping[str, str],
     drawings: Mapping[str, str] | None = None,
     stability: pd.DataFrame | None = None,
 ) -> Section:
     """The section of one task: what the fronts say, Pareto figures, chosen circuits, drawings, stability.
 
+    `fronts` is the table of `oacore.circuits.fronts.compare_fronts`;
     `figures` maps names of `circuit_plots.circuit_figures` to SVG text, `drawings` captions to text of
     `circuit_drawing.circuit_svg`; `stability` has one row per method, ablation and knob (method, ablation, knob,
     n_circuits, jaccard, jaccard_low, jaccard_high). Raises ValueError for a figure without a caption, and as
-    `circuits.plots.with_loss`.
+    `circuits.fronts.with_loss`.
     """
     captions = {name: _caption(name) for name in figures}
     pareto = with_loss(pareto)
@@ -44,7 +48,7 @@ def circuit_section(
     parts += [Figure(svg, caption) for caption, svg in (drawings or {}).items()]
     if stability is not None and len(stability):
         parts.append(_stability_table(stability))
-    return Section(f"{task}: circuits", _intro(pareto, ablations), parts)
+    return Section(f"{task}: circuits", _intro(pareto, fronts, ablations), parts)
 
 
 def circuit_methods_section(methods: Sequence[str], ablations: Sequence[str]) -> Section:
@@ -66,70 +70,54 @@ def circuit_methods_section(methods: Sequence[str], ablations: Sequence[str]) ->
     )
 
 
-def front_sentence(pareto: pd.DataFrame, ablation: str, method: str = leading(CIRCUIT_METHODS)) -> str:
-    """Is the front of `method` at or below every other method's under this ablation type, and where is it not?
-
-    Differences count beyond `plots.SIGNIFICANT` standard errors; see `circuit_plots.compare_fronts`.
+def front_sentence(fronts: pd.DataFrame, ablation: str, method: str = leading(CIRCUIT_METHODS)) -> str:
+    """Against which methods the front of `method` is lower, against which not, and where not most; `fronts` is the
+    table of `oacore.circuits.fronts.compare_fronts`.
     """
-    rows = compare_fronts(pareto, ablation, method)
-    name = f"{method} with {ablation} ablation"
+    rows = fronts[(fronts["ablation"] == ablation) & (fronts["method"] == method)] if len(fronts) else fronts
     if rows.empty:
-        return f"There is no front to compare that of {name} with."
-    decided = rows[rows["verdict"].isin(["below", "equal", "above"])]
-    above = decided[decided["verdict"] == "above"]
-    notes = []
-    if decided.empty:
-        text = f"The front of {name} cannot be compared with another"
-    elif above.empty:
-        below = int((decided["verdict"] == "below").sum())
-        text = (
-            f"The front of {name} is at or below every other method's ({_list(decided['method'])}): of the "
-            f"{_count(decided)} there, none has a lower loss, by more than two standard errors, than {method} within "
-            f"as many edges, and {below} {_have(below)} a higher one"
-        )
-    else:
-        others = [other for other in dict.fromkeys(decided["method"]) if other not in set(above["method"])]
-        places = "; ".join(_above(other, above, decided) for other in dict.fromkeys(above["method"]))
-        text = (
-            f"The front of {name} is not at or below every other method's: it is above, by more than two standard "
-            f"errors, {places}"
-        )
-        notes += [f"it is at or below the front of {_list(others)}"] if others else []
-    if len(unknown := rows[rows["verdict"] == "undecided"]):
-        notes.append(f"left open for want of a standard error: {_count(unknown)} of {_list(unknown['method'])}")
-    if len(smaller := rows[rows["verdict"] == "none"]):
-        notes.append(f"not compared: {_count(smaller)} of {_list(smaller['method'])}, smaller than any of {method}")
-    return "; ".join([text, *notes]) + "."
+        return f"There is no front to compare that of {method} with {ablation} ablation with."
+    text = f"The front of {method} with {ablation} ablation (its KL over another's, the geometric mean over log size)"
+    parts = []
+    for verdict, wording in (("below", "is below {}"), ("undecided", "is not apart from {}"), ("above", "is above {}")):
+        chosen = rows[rows["verdict"] == verdict]
+        if len(chosen):
+            parts.append(wording.format("; ".join(_against(row, verdict) for row in chosen.to_dict("records"))))
+    apart = rows[rows["verdict"] == "apart"]
+    if len(apart):
+        parts.append(f"has no size in common with that of {', '.join(apart['other'])}")
+    return f"{text} {'; it '.join(parts)}."
 
 
-def _above(other: str, above: pd.DataFrame, decided: pd.DataFrame) -> str:
-    """`at 2 of 8 front circuits of acdc, most at 97 edges (0.300 ± 0.010 against 0.220 ± 0.020 nats)`."""
-    rows = above[above["method"] == other]
-    worst = rows.iloc[int((rows["own_kl_nats"] - rows["kl_nats"]).to_numpy().argmax())]
-    of_method, of_other = (Estimate(worst[f"{who}kl_nats"], worst[f"{who}se_nats"]) for who in ("own_", ""))
-    total = int((decided["method"] == other).sum())
-    circuits = f"{len(rows)} of {total} front circuits of {other}" if total > 1 else f"the one front circuit of {other}"
-    where = f"{'most ' * (len(rows) > 1)}at {human(int(worst['edges']))} edges"
-    return f"at {circuits}, {where} ({human(of_method)} against {human(of_other)} nats)"
+def _against(row: Mapping[Any, Any], verdict: str) -> str:
+    """`acdc (0.91, 95 % interval 0.85 to 0.97, from 28 to 60 edges)`."""
+    ratio, low, high = (three_digits(row[name]) for name in ("ratio", "low", "high"))
+    text = f"{row['other']} ({ratio}, 95\u00a0% interval {low} to {high}, "
+    sizes = [human(int(row[name])) for name in ("edges_low", "edges_high")]
+    text += f"from {sizes[0]} to {sizes[1]} edges" if sizes[0] != sizes[1] else f"at {sizes[0]} edges"
+    if verdict != "below" and row["largest_ratio"] > 1:
+        text += f", most at {human(int(row['at_edges']))}, {three_digits(row['largest_ratio'])}"
+    return text + ")"
 
 
-def _intro(pareto: pd.DataFrame, ablations: Sequence[str]) -> str:
+def _intro(pareto: pd.DataFrame, fronts: pd.DataFrame, ablations: Sequence[str]) -> str:
     methods = methods_in_order(pareto)
     counts = [(len(pareto), "circuit"), (len(methods), "method"), (len(ablations), "ablation type")]
     first, *rest = (f"{human(count)} {noun}{'s' * (count != 1)}" for count, noun in counts)
     method = next((m for m in methods if not _is_baseline(m)), methods[0])
-    sentences = [front_sentence(pareto, ablation, method) for ablation in ablations if _has(pareto, ablation, method)]
+    sentences = []
+    for ablation in ablations:
+        circuits = pareto[pareto["ablation"] == ablation]
+        if (circuits["method"] == method).any():
+            fits = convergence_sentence(circuits, "kl_nats", "left_nats", "lower their KL")
+            sentences.append(" ".join(filter(None, (front_sentence(fronts, ablation, method), fits))))
     return "\n\n".join([f"{first} of {' and '.join(rest)}. {sentences[0]}", *sentences[1:]])
 
 
 def _is_baseline(method: str) -> bool:
     """Whether any other method must beat it."""
-    name = method.partition(" (")[0]
+    name = base_name(method)
     return name in CIRCUIT_METHODS and CIRCUIT_METHODS[name].baseline
-
-
-def _has(pareto: pd.DataFrame, ablation: str, method: str) -> bool:
-    return bool(((pareto["ablation"] == ablation) & (pareto["method"] == method)).any())
 
 
 def _front_table(pareto: pd.DataFrame, ablation: str) -> Table:
@@ -142,13 +130,13 @@ def _front_table(pareto: pd.DataFrame, ablation: str) -> Table:
         row: dict[str, object] = {"method": method}
         for size in dict.fromkeys(table["max_edges"]):
             at = of_method[of_method["max_edges"] == size]
-            row[f"≤ {human(size)} edges"] = Estimate(at["kl_nats"].item(), at["se_nats"].item()) if len(at) else None
+            row[f"≤ {human(size)} edges"] = _estimate(at.iloc[0]) if len(at) else None
         ratios = of_method["ratio_to_best"].dropna()
         row["÷ best (median)"] = float(ratios.median()) if len(ratios) else None
         rows.append(row)
     caption = (
-        f"Fronts under {ablation} ablation: lowest KL ± SE in nats within each size, and its ratio to the best "
-        "method's there."
+        f"Fronts under {ablation} ablation: within each size the circuit of lowest KL on validation prompts, with its "
+        "KL ± SE in nats on test prompts, and their ratio to the best method's."
     )
     return Table(pd.DataFrame(rows), caption, leading(CIRCUIT_METHODS))
 
@@ -161,15 +149,14 @@ def _chosen_table(pareto: pd.DataFrame, ablations: Sequence[str]) -> Table:
     for ablation in ablations:
         circuits = pareto[pareto["ablation"] == ablation]
         for method in methods_in_order(circuits):
-            best = front_kl_at(circuits[circuits["method"] == method], limit)
+            best = best_within(circuits[circuits["method"] == method], limit)
             if best is not None:
-                loss = Estimate(best["kl_nats"], best["se_nats"])
                 values = (
                     method,
                     ablation,
                     int(best["edges"]),
                     int(best["nodes"]),
-                    loss,
+                    _estimate(best),
                     float(best["logit_diff"]),
                     float(best["knob"]),
                 )
@@ -177,8 +164,13 @@ def _chosen_table(pareto: pd.DataFrame, ablations: Sequence[str]) -> Table:
     columns = ["method", "ablation", "edges", "nodes", "KL (nats)", "logit difference", "knob", "seed"]
     return Table(
         pd.DataFrame(rows, columns=columns),
-        f"Each method's circuit of lowest KL ± SE with at most {human(limit)} edges.",
+        f"Each method's circuit with at most {human(limit)} edges, chosen on validation prompts; KL ± SE.",
     )
+
+
+def _estimate(circuit: pd.Series) -> Estimate:
+    """A circuit's KL."""
+    return Estimate(circuit["kl_nats"], circuit["se_nats"], finished=not unfinished(circuit.to_frame().T).item())
 
 
 def _stability_table(stability: pd.DataFrame) -> Table:
@@ -202,15 +194,3 @@ def _caption(name: str) -> str:
     if name.startswith("ablation_types_"):
         return ABLATION_TYPES
     raise ValueError(f"figures: {name}; captions exist for pareto_{{ablation}} and ablation_types_{{method}}")
-
-
-def _list(names: Sequence[str] | pd.Series) -> str:
-    return ", ".join(dict.fromkeys(names))
-
-
-def _count(rows: pd.DataFrame) -> str:
-    return f"{len(rows)} front circuit{'s' * (len(rows) != 1)}"
-
-
-def _have(count: int) -> str:
-    return "has" if count == 1 else "have"

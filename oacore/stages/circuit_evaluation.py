@@ -1,6 +1,6 @@
 """Judge all circuits of one ablation type on equal terms: constants fitted anew, then held-out losses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from oacore.store.codehash import codehash
 from oacore.store.layout import circuit_file
 from oacore.store.provenance import Provenance
 
+JUDGED_ON = ("test", "validation")  # circuits are reported on the first and chosen on the second
+
 
 def run(config: Config, inputs: Files, outputs: Files, task: str, ablation: EdgeAblation) -> None:
-    """Write every method's circuits, pareto.csv and, for fitted ablations, constants.safetensors."""
+    """Write every method's circuits, pareto.csv, losses.safetensors and, where fitted, constants.safetensors."""
     settings = config.circuits
     assert settings is not None
     opened = CircuitTask.open(config, inputs, task)
@@ -48,8 +50,8 @@ def run(config: Config, inputs: Files, outputs: Files, task: str, ablation: Edge
             rows = torch.from_numpy(which[start : start + len(part.names)]).flatten()
             start += len(part.names)
             own_constants = None if constants is None else Constants(*(values[rows] for values in constants))
-            own_fits = [fits[row] for row in rows.tolist()]
-            _write(opened, part, CircuitLosses(losses.kl[rows], losses.logit_diff[rows]), own_constants, own_fits)
+            own_losses = {split: CircuitLosses(*(part[rows] for part in of)) for split, of in losses.items()}
+            _write(opened, part, own_losses, own_constants, [fits[row] for row in rows.tolist()])
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class _Judged:
     method: str
     search: Search
     timing: dict[str, Any]
+    losses: Path
     pareto: Path
     provenance: Provenance
 
@@ -71,12 +74,14 @@ class _Judged:
 def _read(
     settings: Circuits, opened: CircuitTask, ablation: EdgeAblation, inputs: Files, outputs: Files
 ) -> list[_Judged]:
-    files = zip(settings.methods, inputs.all("searches"), inputs.all("timings"), outputs.all("paretos"), strict=True)
+    read, written = ("searches", "timings"), ("losses", "paretos")
+    files = (*(inputs.all(name) for name in read), *(outputs.all(name) for name in written))
     judged = []
-    for method, search, timing, pareto in files:
+    for method, search, timing, losses, pareto in zip(settings.methods, *files, strict=True):
         provenance = opened.provenance.requiring(method=method, ablation=ablation)
-        read = Search.load(search, provenance), read_json(timing, provenance)
-        judged.append(_Judged(method, *read, pareto, provenance.noting(objective=settings.objective_of(method))))
+        found = Search.load(search, provenance), read_json(timing, provenance)
+        noted = provenance.noting(objective=settings.objective_of(method))
+        judged.append(_Judged(method, *found, losses, pareto, noted))
     return judged
 
 
@@ -104,9 +109,9 @@ def _judge(
     masks: Tensor,
     names: Sequence[str],
     resumable: Resumable,
-) -> tuple[Constants | None, CircuitLosses, Sequence[Convergence]]:
-    """Constants of every circuit, where the ablation type has fitted ones, all losses on the test prompts, and how the
-    fits came out.
+) -> tuple[Constants | None, dict[str, CircuitLosses], Sequence[Convergence]]:
+    """Constants of every circuit, where the ablation type has fitted ones, all losses on the test prompts and on the
+    validation prompts, and how the fits came out.
     """
     start, constants, fits = opened.start(ablation), None, [UNFITTED] * len(masks)
     if EDGE_ABLATIONS[ablation].fitted:
@@ -124,21 +129,26 @@ def _judge(
         )
         converged, fits = int(descent.converged.sum()), of_descent(descent)
         print(f"{opened.name} {ablation}: constants of {converged} of {len(masks)} circuits converged")
-    replacements = opened.replacements(ablation, "test", start)
-    return constants, circuit_losses(opened.passes["test"], masks, replacements, constants), fits
+    losses = {
+        split: circuit_losses(opened.passes[split], masks, opened.replacements(ablation, split, start), constants)
+        for split in JUDGED_ON
+    }
+    return constants, losses, fits
 
 
 def _write(
     opened: CircuitTask,
     judged: _Judged,
-    losses: CircuitLosses,
+    losses: Mapping[str, CircuitLosses],
     constants: Constants | None,
     fits: Sequence[Convergence],
 ) -> None:
     """The files of one method."""
     folder, search, model, rows = judged.pareto.parent, judged.search, opened.engine.model, []
-    kl, se = (part.tolist() for part in clustered_means_and_ses(losses.kl, opened.clusters))
-    logit_diff = losses.logit_diff.double().mean(1).cpu().tolist()
+    kl, se = (part.tolist() for part in clustered_means_and_ses(losses["test"].kl, opened.clusters))
+    logit_diff, chosen_by = (
+        values.double().mean(1).cpu().tolist() for values in (losses["test"].logit_diff, losses["validation"].kl)
+    )
     for index, (knob, seed) in enumerate(zip(search.knobs, search.seeds, strict=True)):
         facts = judged.provenance.noting(knob=knob, seed=seed, d_model=model.d_model, kl_nats=kl[index]).facts
         scores, mask = search.scores[index].double().numpy(), search.masks[index].numpy()
@@ -155,13 +165,15 @@ def _write(
                 "nodes": circuit.n_nodes,
                 "kl_nats": kl[index],
                 "se_nats": se[index],
+                "validation_kl_nats": chosen_by[index],
                 "logit_diff": logit_diff[index],
                 "fit_seconds": judged.timing["seconds_per_circuit"],
                 "peak_mb": judged.timing["peak_mb"],
                 **dict(zip(columns_in("nats"), fits[index], strict=True)),
             }
         )
+    provenance = judged.provenance.noting(knobs=search.knobs, seeds=search.seeds)
+    write_tensors(judged.losses, {"kl": losses["test"].kl.float().cpu()}, provenance)
     if constants is not None:
-        provenance = judged.provenance.noting(knobs=search.knobs, seeds=search.seeds)
         write_tensors(folder / "constants.safetensors", constants._asdict(), provenance)
     write_table(judged.pareto, typed(pd.DataFrame(rows)), judged.provenance)

@@ -7,30 +7,35 @@ import pandas as pd
 
 from oacore.circuits.circuit import Circuit, edge_table
 from oacore.circuits.drawing import circuit_svg
+from oacore.circuits.fronts import compare_fronts, smallest_good
 from oacore.circuits.mib_file import load_circuit
-from oacore.circuits.plots import circuit_figures, smallest_good
+from oacore.circuits.plots import circuit_figures
 from oacore.circuits.stability import edge_frequency, stability
 from oacore.config.circuits import leading
 from oacore.config.run import Config
+from oacore.engine.prompts import read_prompts
 from oacore.inputs import provenance_of
 from oacore.jobs import Files
 from oacore.report.figures import save
-from oacore.store.artefacts import read_json, read_table, write_svg, write_table
+from oacore.store.artefacts import read_json, read_table, read_tensors, write_svg, write_table
 from oacore.store.layout import circuit_file
 
 DRAWN_EDGES = 1000  # more make a page of megabytes that nobody can read
 
 
 def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
-    """Write pareto.csv of all methods, stability.csv, edge_frequency.csv, the figures and one drawing per ablation
-    type.
+    """Write pareto.csv of all methods, fronts.csv, stability.csv, edge_frequency.csv, the figures and one drawing per
+    ablation type.
     """
     assert config.circuits is not None
     provenance, facts = provenance_of(config, inputs["model"], task), read_json(inputs["model"])
     files = _CircuitFiles(inputs, facts["model_hash"])
     pareto = pd.concat([read_table(path, provenance) for path in inputs.all("paretos")], ignore_index=True)
     frequency, alike = _over_seeds(files, pareto)
+    losses = np.concatenate([read_tensors(path, provenance)[1]["kl"].numpy() for path in inputs.all("losses")])
+    clusters = read_prompts(inputs["prompts"], "test").cluster
     write_table(outputs["pareto"], pareto, provenance)
+    write_table(outputs["fronts"], compare_fronts(pareto, losses, clusters, seed=config.seed), provenance)
     write_table(outputs["stability"], alike, provenance)
     write_table(outputs["edge_frequency"], frequency, provenance)
     figures = circuit_figures(pareto, facts["sizes"]["n_edges"])

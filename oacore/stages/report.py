@@ -78,6 +78,7 @@ def _ablation(inputs: Files, task: str, provenance: Provenance, example: dict[st
 def _circuits(config: Config, inputs: Files, task: str, provenance: Provenance) -> Section:
     assert config.circuits is not None
     pareto = read_table(inputs[f"circuit_figures_pareto_{task}"], provenance)
+    fronts = read_table(inputs[f"circuit_figures_fronts_{task}"], provenance)
     stability = read_table(inputs[f"circuit_figures_stability_{task}"], provenance)
     drawings = _svgs(inputs, f"circuit_figures_drawings_{task}", provenance)
     captioned = {
@@ -85,7 +86,7 @@ def _circuits(config: Config, inputs: Files, task: str, provenance: Provenance) 
         for ablation in config.circuits.ablations
     }
     figures = _svgs(inputs, f"circuit_figures_figures_{task}", provenance)
-    return circuit_section(task, pareto, figures, captioned, stability if len(stability) else None)
+    return circuit_section(task, pareto, fronts, figures, captioned, stability if len(stability) else None)
 
 
 def _tracing(config: Config, inputs: Files, provenance: Provenance) -> Section:

@@ -99,9 +99,7 @@ def main() -> None:
     longer = {"max_steps": given.times * settings.max_steps, "tolerance": settings.tolerance / 5}
     long = fit(settings.model_copy(update=longer))
     print(f"\n{given.config}, {given.task}, {given.kind}: {settings}; long: {longer}")
-    print(
-        f"{'fit':24} {'steps':>6} {'converged':>9} {'loss':>10} {'left %':>7} {'above %':>8} {'long: steps':>12} {'loss':>10}"
-    )
+    print("fit                       steps converged       loss  left %  above %  long: steps       loss")
     above = 100 * (ours.best_loss - long.best_loss) / long.best_loss.clamp(min=ABSOLUTE_PROGRESS)
     left = 100 * ours.left / ours.best_loss.clamp(min=ABSOLUTE_PROGRESS)
     for row, name in enumerate(names):

@@ -10,15 +10,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib.collections import LineCollection, PathCollection
+from test_fronts import WORSE, circuits, compared, fabricate
 from test_report import check
 
 from oacore.circuits import drawing as circuit_drawing
 from oacore.circuits import plots as circuit_plots
 from oacore.circuits import report as circuit_report
-from oacore.circuits.plots import compare_fronts, front, front_kl_at, front_table
+from oacore.circuits.fronts import best_within, front, with_loss
 from oacore.circuits.report import front_sentence
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
 from oacore.errors import UserError
@@ -27,26 +26,6 @@ from oacore.report import figures, numbers, parts
 from oacore.report.page import render_page
 
 SVG = "{http://www.w3.org/2000/svg}"
-COLUMNS = ["method", "ablation", "objective", "knob", "seed", "edges", "nodes", "kl_nats", "se_nats", "logit_diff"]
-WORSE = {"ugs": 1.0, "hcgs": 1.4, "eap": 4.0, "acdc": 2.0, "random": 30.0}  # times the loss of UGS at the same size
-
-
-def circuits(rows):
-    """A table from (method, ablation, edges, kl, se)."""
-    full = [(m, a, "kl", 0.001 * i, 0, e, e // 3 + 1, kl, se, 1.5) for i, (m, a, e, kl, se) in enumerate(rows)]
-    return pd.DataFrame(full, columns=COLUMNS).assign(fit_seconds=1.0, peak_mb=10.0)
-
-
-def fabricate(methods=tuple(WORSE), ablations=("counterfactual", "optimal")):
-    sizes = (10, 20, 50, 90, 200, 400)
-    harm = dict.fromkeys(ablations, 8.0) | {"optimal": 1.0}
-    rows = [
-        (m, a, e, WORSE.get(m, 3.0) * harm[a] / e, 0.02 * WORSE.get(m, 3.0) * harm[a] / e)
-        for m in methods
-        for a in ablations
-        for e in sizes
-    ]
-    return circuits(rows)
 
 
 def stairs(ax):
@@ -66,123 +45,12 @@ def save_all(drawn, folder):
     return {name: figures.save(figure, folder / name)[0].read_text() for name, figure in drawn.items()}
 
 
-# ---- Fronts ----------------------------------------------------------------------------------------------------------
-
-POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(-2, 6).map(lambda kl: kl / 4)), min_size=1, max_size=14)
-
-
-@settings(max_examples=150, deadline=None)
-@given(POINTS, st.integers(-1, 7))
-def test_front_is_what_no_other_circuit_dominates(points, size):
-    table = circuits([("ugs", "optimal", edges, kl, 0.1) for edges, kl in points])
-    best = front(table)
-    undominated = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
-    found = list(zip(best["edges"], best["kl_nats"], strict=True))
-    assert set(found) == undominated and len(found) == len(undominated)
-    assert found == sorted(found)
-    small = [kl for edges, kl in points if edges <= size]
-    row = front_kl_at(table, size)
-    assert (row is None) == (not small)
-    if small:
-        assert row["kl_nats"] == min(small) and row["edges"] == min(edges for edges, kl in points if kl == min(small))
-    shuffled = table.sample(frac=1, random_state=1)
-    pd.testing.assert_frame_equal(front(shuffled), best)
-
-
-def test_front_leaves_out_what_was_not_measured():
-    table = circuits([("ugs", "optimal", 5, np.nan, 0.1), ("ugs", "optimal", 9, 0.5, 0.1)])
-    assert front(table)["edges"].tolist() == [9]
-    assert front_kl_at(table, 5) is None
-
-
-def test_front_table_has_the_best_of_each_size_and_its_ratio():
-    table = front_table(fabricate(("ugs", "hcgs", "eap")), [20, 100])
-    assert table["ablation"].drop_duplicates().tolist() == ["counterfactual", "optimal"]
-    rows = table[(table["ablation"] == "optimal") & (table["max_edges"] == 100)].set_index("method")
-    assert rows["edges"].tolist() == [90, 90, 90]
-    np.testing.assert_allclose(rows["kl_nats"], [1 / 90, 1.4 / 90, 4 / 90])
-    np.testing.assert_allclose(rows["ratio_to_best"], [1, 1.4, 4])
-
-
-@pytest.mark.parametrize("kl", [0.0, 1e-8])
-def test_front_table_without_a_small_circuit_or_a_best_above_the_floor(kl):
-    table = front_table(circuits([("ugs", "optimal", 5, kl, 0.1), ("eap", "optimal", 40, 0.5, 0.1)]), [4, 10, 40])
-    assert list(zip(table["max_edges"], table["method"], strict=True)) == [(10, "ugs"), (40, "ugs"), (40, "eap")]
-    assert table["ratio_to_best"].isna().all()
-
-
-def test_losses_below_the_floor_are_equal_whatever_their_errors():
-    rows = compare_fronts(
-        circuits([("ugs", "optimal", 470, 2e-8, 2e-9), ("eap", "optimal", 470, 0.0, 0.0)]), "optimal", "ugs"
-    )
-    assert rows["verdict"].tolist() == ["equal"]
-
-
-@pytest.mark.parametrize(
-    ("points", "chosen"),
-    [
-        ([(40, 0.30), (60, 0.19), (90, 0.11), (300, 0.10)], 60),  # within twice the lowest
-        ([(40, 0.30), (90, 2e-8), (479, 0.0)], 90),  # below the floor, losses are alike
-        ([(40, 0.30), (470, -1.45e-8), (479, -1.4e-8)], 470),  # as a table of an older version may have them
-        ([(1200, 0.1), (1100, 0.2)], 1100),  # all too large to draw
-        ([(60, 0.2), (60, 0.1), (1100, 0.0)], 60),
-    ],
-)
-def test_the_circuit_that_is_drawn(points, chosen):
-    row = circuit_plots.smallest_good(circuits([("ugs", "optimal", edges, kl, 0.1) for edges, kl in points]), 1000)
-    assert row["edges"] == chosen and row["kl_nats"] == min(kl for edges, kl in points if edges == chosen)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(0, 40_000), min_size=1, max_size=8), st.lists(st.integers(0, 40_000), min_size=1, max_size=8)
-)
-def test_sizes_of_the_table_are_reached_and_few(first, second):
-    rows = [(m, "optimal", e, 1 / (1 + e), 0.1) for m, sizes in (("ugs", first), ("eap", second)) for e in sizes]
-    sizes = circuit_plots.front_sizes(circuits(rows))
-    assert 1 <= len(sizes) <= 5 and sizes == sorted(set(sizes))
-    assert max(min(first), min(second)) <= sizes[0] and sizes[-1] <= max(1, *first, *second)
-
-
-POSITIVE = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 9)), min_size=1, max_size=6)
-
-
-@settings(max_examples=150, deadline=None)
-@given(POSITIVE, POSITIVE)
-def test_comparison_at_the_others_steps_finds_every_place_where_a_front_is_above(own, other):
-    rows = [("ugs", "optimal", e, kl, 0.0) for e, kl in own] + [("eap", "optimal", e, kl, 0.0) for e, kl in other]
-    verdicts = compare_fronts(circuits(rows), "optimal", "ugs")["verdict"]
-
-    def lowest(points, size):
-        return min((kl for e, kl in points if e <= size), default=np.inf)
-
-    everywhere = [(lowest(own, size), lowest(other, size)) for size in range(10)]
-    assert verdicts.isin(["above", "none"]).any() == any(ours > theirs for ours, theirs in everywhere)
-
-
-@pytest.mark.parametrize(
-    ("own", "other", "verdict"),
-    [
-        ((0.5, 0.03), (0.6, 0.03), "below"),
-        ((0.5, 0.03), (0.58, 0.03), "equal"),
-        ((0.6, 0.03), (0.5, 0.03), "above"),
-        ((0.5, np.nan), (0.9, 0.1), "undecided"),
-        ((0.5, 0.0), (0.5, 0.0), "equal"),
-    ],
-)
-def test_verdicts_need_two_standard_errors_of_the_difference(own, other, verdict):
-    table = circuits([("ugs", "optimal", 10, *own), ("eap", "optimal", 12, *other), ("eap", "optimal", 8, 2.0, 0.1)])
-    rows = compare_fronts(table, "optimal", "ugs")
-    assert rows["verdict"].tolist() == ["none", verdict]
-    assert rows[["method", "edges", "own_edges"]].iloc[1].tolist() == ["eap", 12, 10]
-
-
 def test_other_objectives_are_methods_of_their_own():
     table = fabricate(("ugs",), ("optimal",))
     table.loc[table["edges"] > 60, "objective"] = "logit_diff"
-    named = circuit_plots.with_loss(table)
+    named = with_loss(table)
     assert sorted(set(named["method"])) == ["ugs", "ugs (logit_diff)"]
-    pd.testing.assert_frame_equal(circuit_plots.with_loss(named), named)
+    pd.testing.assert_frame_equal(with_loss(named), named)
     figure = circuit_plots.circuit_figures(table, 500)["pareto_optimal"]
     assert legend(figure) == ["ugs", "ugs (logit_diff)"]
     assert {line.get_linestyle() for line in figure.axes[0].lines if line.get_drawstyle().startswith("steps")} == {
@@ -216,7 +84,7 @@ def test_figures_are_one_per_ablation_type_and_their_comparison():
 
 def test_pareto_figure_draws_each_front_as_stairs_and_every_circuit():
     table = fabricate()
-    table.loc[(table["method"] == "ugs") & (table["edges"] == 90), "kl_nats"] = 3.0  # dominated
+    table.loc[(table["method"] == "ugs") & (table["edges"] == 90), ["kl_nats", "validation_kl_nats"]] = 3.0  # dominated
     figure = circuit_plots.circuit_figures(table, 12_345)["pareto_optimal"]
     (ax,) = figure.axes
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
@@ -274,7 +142,7 @@ def test_any_table_gives_figures_and_a_section(rows, tmp_path):
         ).all()
         assert ax.get_ylim()[0] > 0 and ax.get_ylim()[1] < 1e5 * ax.get_ylim()[0]
     svgs = save_all(figures, tmp_path)
-    page = check(render_page("t", {}, [circuit_report.circuit_section("task", table, svgs)]))
+    page = check(render_page("t", {}, [circuit_report.circuit_section("task", table, compared(table), svgs)]))
     assert page.count["figure"] == len(figures) and "nan" not in page.text
 
 
@@ -415,7 +283,9 @@ def test_several_drawings_share_a_page_and_all_text_is_escaped():
     title = "<b>ugs & co</b>"
     drawings = {f"<i>{n}": circuit_drawing.circuit_svg(random_edges(SMALL, seed=n), SMALL, title) for n in range(2)}
     drawings["empty"] = circuit_drawing.circuit_svg(random_edges(SMALL).iloc[:0], SMALL, "")
-    text = render_page("t", {}, [circuit_report.circuit_section("task", fabricate(), {}, drawings)])
+    text = render_page(
+        "t", {}, [circuit_report.circuit_section("task", fabricate(), compared(fabricate()), {}, drawings)]
+    )
     page = check(text)
     assert (
         page.count["svg"] == 3
@@ -453,34 +323,44 @@ def test_bad_edges_are_user_errors(row, message):
 
 def test_sentence_follows_the_data():
     table = fabricate()
-    good = front_sentence(table, "optimal")
+    good = front_sentence(compared(table), "optimal")
     assert good.startswith(
-        "The front of ugs with optimal ablation is at or below every other method's (hcgs, eap, acdc, random): of the "
-        "24"
+        "The front of ugs with optimal ablation (its KL over another's, the geometric mean over log size)"
     )
-    assert "24 have a higher one." in good
-    better = table["method"].isin(["eap"]) & (table["edges"] == 50)
-    table.loc[better, "kl_nats"] = 0.001
-    bad = front_sentence(table, "optimal")
-    assert (
-        "is not at or below every other method's: it is above, by more than two standard errors, at 1 of 3 front "
-        "circuits of eap" in bad
-    )
-    assert "at 50 edges (0.0200 ± 0.0004 against 0.0010 ± 0.0016 nats)" in bad
-    assert bad.endswith("it is at or below the front of hcgs, acdc, random.")
-    table.loc[better, "se_nats"] = 0.01
-    assert "is at or below every other method's" in front_sentence(table, "optimal"), "less than two standard errors"
-    assert "is not at or below" in front_sentence(table, "optimal", "hcgs")
+    assert "is below hcgs (0.714, 95\u00a0% interval " in good and "from 10 to 400 edges" in good
+    assert "it is above" not in good and "not apart" not in good
+    better = (table["method"] == "eap") & (table["ablation"] == "optimal")
+    table.loc[better, ["kl_nats", "validation_kl_nats"]] *= 0.1
+    bad = front_sentence(compared(table), "optimal")
+    assert "it is above eap (2.50, 95\u00a0% interval" in bad and "is below hcgs (0.714" in bad
+    assert "from 10 to 400 edges, most at " in bad
 
 
 def test_sentence_names_what_it_leaves_out():
     one = circuits([("ugs", "optimal", 10, 0.5, 0.1)])
-    assert front_sentence(one, "optimal") == "There is no front to compare that of ugs with optimal ablation with."
-    other = ("acdc", "optimal", 5, 0.9, 0.1)
-    text = front_sentence(circuits([("ugs", "optimal", 10, 0.5, 0.1), other]), "optimal")
-    assert "cannot be compared with another; not compared: 1 front circuit of acdc, smaller than any of ugs." in text
-    text = front_sentence(circuits([("ugs", "optimal", 4, 0.5, np.nan), other]), "optimal")
-    assert "left open for want of a standard error: 1 front circuit of acdc." in text
+    assert front_sentence(compared(one), "optimal") == (
+        "There is no front to compare that of ugs with optimal ablation with."
+    )
+    text = front_sentence(
+        compared(circuits([("ugs", "optimal", 10, 0.5, 0.1), ("acdc", "optimal", 5, 0.9, 0.1)])), "optimal"
+    )
+    assert text.endswith(" has no size in common with that of acdc.")
+
+
+def test_circuits_whose_fits_the_cap_ended_are_marked_and_counted():
+    table = fabricate(("ugs", "eap"), ("optimal",)).assign(converged=True, steps=50, left_nats=0.0)
+    assert "All 12 fits converged." in circuit_report.circuit_section("t", table, compared(table), {}).intro
+    late = (table["method"] == "ugs") & (table["edges"] <= 20)
+    table.loc[late, "converged"], table.loc[late, "left_nats"] = False, 0.1 * table["kl_nats"][late]
+    section = circuit_report.circuit_section("t", table, compared(table), {})
+    assert "† The cap on steps ended 2 of 12 fits before they had converged" in section.intro
+    assert "lower their KL by about 10.0\u00a0% (the median; at most 10.0\u00a0%)" in section.intro
+    fronts = next(part.frame for part in section.parts if isinstance(part, parts.Table)).set_index("method")
+    finished = {
+        (method, size): cell.finished for method, row in fronts.iloc[:, :-1].iterrows() for size, cell in row.items()
+    }
+    assert {key for key, value in finished.items() if not value} == {("ugs", "≤ 10 edges"), ("ugs", "≤ 20 edges")}
+    assert render_page("t", {}, [section]).count("†") == 1 + 2
 
 
 def test_section_shows_figures_tables_drawings_and_stability(tmp_path):
@@ -488,7 +368,12 @@ def test_section_shows_figures_tables_drawings_and_stability(tmp_path):
     svgs = save_all(circuit_plots.circuit_figures(table, 500), tmp_path)
     stability = pd.DataFrame([("ugs", "optimal", 1e-3, 5, 0.7, 0.6, 0.8)], columns=STABILITY)
     section = circuit_report.circuit_section(
-        "ioi", table, svgs, {"A circuit.": circuit_drawing.circuit_svg(random_edges(SMALL), SMALL, "t")}, stability
+        "ioi",
+        table,
+        compared(table),
+        svgs,
+        {"A circuit.": circuit_drawing.circuit_svg(random_edges(SMALL), SMALL, "t")},
+        stability,
     )
     page = check(
         render_page(
@@ -504,7 +389,7 @@ def test_section_shows_figures_tables_drawings_and_stability(tmp_path):
     assert fronts["≤ 50 edges"].tolist()[0] == numbers.Estimate(1 / 50, 0.02 / 50)
     np.testing.assert_allclose(fronts["÷ best (median)"], list(WORSE.values()))
     row = chosen[(chosen["method"] == "hcgs") & (chosen["ablation"] == "counterfactual")].iloc[0]
-    best = front_kl_at(table[(table["method"] == "hcgs") & (table["ablation"] == "counterfactual")], 50)
+    best = best_within(table[(table["method"] == "hcgs") & (table["ablation"] == "counterfactual")], 50)
     assert row["KL (nats)"] == numbers.Estimate(best["kl_nats"], best["se_nats"])
     assert (row["edges"], row["nodes"], row["logit difference"]) == (best["edges"], best["nodes"], 1.5)
     assert jaccard["Jaccard index"].tolist() == [0.7] and jaccard["circuits"].tolist() == [5]
@@ -519,14 +404,14 @@ def test_every_method_and_ablation_type_has_a_note():
 
 def test_figure_without_a_caption_is_refused():
     with pytest.raises(ValueError, match="figures: paretooptimal; captions exist for pareto_"):
-        circuit_report.circuit_section("t", fabricate(), {"paretooptimal": "<svg/>"})
+        circuit_report.circuit_section("t", fabricate(), compared(fabricate()), {"paretooptimal": "<svg/>"})
 
 
 def test_tables_read_back_from_csv_give_the_same_section(tmp_path):
     table = fabricate()
     table.to_csv(tmp_path / "pareto.csv", index=False)
     read = pd.read_csv(tmp_path / "pareto.csv")
-    sections = [circuit_report.circuit_section("t", frame, {}) for frame in (table, read)]
+    sections = [circuit_report.circuit_section("t", frame, compared(table), {}) for frame in (table, read)]
     assert render_page("t", {}, sections[:1]) == render_page("t", {}, sections[1:])
 
 

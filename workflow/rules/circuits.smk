@@ -4,9 +4,14 @@ if CIRCUITS:
         shown(EDGE_ABLATIONS, CIRCUITS.ablations),
     ]
     # Of each method, under one ablation type.
-    SEARCHES, TIMINGS, PARETOS = (
+    SEARCHES, TIMINGS, LOSSES, PARETOS = (
         [circuits(f"{method}-{{ablation}}/{name}") for method in CIRCUITS.methods]
-        for name in ("search.safetensors", "timing.json", "pareto.csv")
+        for name in (
+            "search.safetensors",
+            "timing.json",
+            "losses.safetensors",
+            "pareto.csv",
+        )
     )
 
     rule circuit_search:
@@ -58,6 +63,7 @@ if CIRCUITS:
             searches=SEARCHES,
             timings=TIMINGS,
         output:
+            losses=LOSSES,
             paretos=PARETOS,
             circuits=circuit_files(CIRCUITS.methods),
         log:
@@ -89,10 +95,13 @@ if CIRCUITS:
     rule circuit_figures:
         input:
             model=layout.model_json,
+            prompts=task_files("prompts.h5"),
+            losses=of_every_ablation(LOSSES),
             paretos=of_every_ablation(PARETOS),
             circuits=of_every_ablation(circuit_files(CIRCUITS.methods)),
         output:
             pareto=circuits("pareto.csv"),
+            fronts=circuits("fronts.csv"),
             stability=circuits("stability.csv"),
             edge_frequency=circuits("edge_frequency.csv"),
             figures=drawn(lambda name: circuits(f"figures/{name}"), CIRCUITS.figures()),
