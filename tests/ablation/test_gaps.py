@@ -17,6 +17,7 @@ from oacore.config.ablation import Method
 from oacore.draws import derangement
 from oacore.engine.clean import Batch, clean_log_probs, clean_pass
 from oacore.engine.statistics import Statistics
+from oacore.fits.convergence import Convergence
 from oacore.metrics import clustered_means_and_ses, kl_divergence
 from oacore.models.load import canonical
 
@@ -171,7 +172,8 @@ def test_tables():
     }
     components = components_of(canonical(random_hf("gpt2")), ("head",))[:3]
     table = gap_table(components, gaps, np.arange(2))
-    assert list(table.columns) == ["component", "kind", "layer", "head", "method", "gap_nats", "se_nats", "n_prompts"]
+    columns = ["component", "kind", "layer", "head", "method", "gap_nats", "se_nats", "n_prompts"]
+    assert list(table.columns) == [*columns, "converged", "steps", "left_nats"]
     first = table[(table["component"] == "a0.h0") & (table["method"] == "optimal")].iloc[0]
     assert (first["gap_nats"], first["n_prompts"], first["head"]) == (2.0, 2, 0)
     assert first["se_nats"] == pytest.approx(np.std([1, 3], ddof=1) / np.sqrt(2))
@@ -183,6 +185,12 @@ def test_tables():
     assert summary.loc["optimal", "spearman_with_counterfactual"] == pytest.approx(
         spearmanr([2, 0.1, 0.5], [5, 0.15, 7])[0]
     )
+    assert table["converged"].isna().all() and table["steps"].isna().all() and table["left_nats"].isna().all()
+    fits = {"optimal": {"a0.h1": Convergence(False, 150, 0.02), "a0.h0": Convergence(True, 50, 0.001)}}
+    fitted = gap_table(components, gaps, np.arange(2), fits).set_index(["method", "component"])
+    assert fitted.loc[("optimal", "a0.h1"), ["converged", "steps", "left_nats"]].tolist() == [False, 150, 0.02]
+    assert fitted.loc[("optimal", "a0.h0"), ["converged", "steps", "left_nats"]].tolist() == [True, 50, 0.001]
+    assert fitted.loc["mean", "converged"].isna().all()
     only = summary_table(gap_table(components, {"zero": gaps["mean"]}, np.arange(2)))
     assert pd.isna(only["spearman_with_counterfactual"]).all()
 

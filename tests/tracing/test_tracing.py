@@ -10,6 +10,7 @@ from oacore.config.tracing import TracingFit
 from oacore.engine.clean import clean_pass
 from oacore.engine.forward import embed, embed_tokens, logits_of
 from oacore.errors import UserError
+from oacore.fits.convergence import Convergence
 from oacore.fits.resume import Resumable
 from oacore.metrics import clustered_mean_and_se
 from oacore.models.load import canonical
@@ -22,6 +23,7 @@ from oacore.tracing.fit import (
     NO_CONSTANTS,
     PlaceConstants,
     fit_place_constants,
+    fits_behind,
     load_place_constants,
     lost_probability,
     lost_probability_gradient,
@@ -319,7 +321,7 @@ def test_fit_lowers_every_loss_and_resumes_bit_by_bit(gpt2, tmp_path):
 
     def kill():
         tests.append(1)
-        if len(tests) == 3:
+        if len(tests) == 2:
             raise KilledError
 
     def resumable():
@@ -455,6 +457,21 @@ def test_table_has_a_row_per_layer_with_clipped_windows():
     table = aie_table("mean", traced, places, np.arange(2), [Curve("mlp", "last", 3)], 3)
     assert list(table["layer"]) == [0, 1, 2] and table["aie"].tolist() == pytest.approx([0.1, 0.3, 0.2])
     assert isinstance(table, pd.DataFrame) and (table["corruption"] == "mean").all() and (table["window"] == 3).all()
+    assert table["converged"].isna().all() and table["left"].isna().all()
+
+
+def test_a_number_says_how_the_fits_of_its_place_and_of_the_corrupted_run_came_out():
+    places = [Place("mlp", "last", 0, 1), Place("mlp", "last", 0, 2), Place("mlp", "last", 1, 2)]
+    traced = Traced(torch.full((2,), 0.9), torch.full((2,), 0.1), torch.full((3, 2), 0.2))
+    ends = ((True, 50, 0.001), (False, 150, 0.02), (True, 150, 0.0), (True, 50, 0.003))
+    fits = {place.name: Convergence(*end) for place, end in zip([*places, NOWHERE], ends, strict=True)}
+    curves = [Curve("mlp", "last", 3)]
+    own = aie_table("oat", traced, places, np.arange(2), curves, 3, fits_behind("oat", fits))
+    assert own["converged"].tolist() == [True, False, True] and own["steps"].tolist() == [50, 150, 150]
+    assert own["left"].tolist() == pytest.approx([0.004, 0.023, 0.003])
+    shared = aie_table("oat_shared", traced, places, np.arange(2), curves, 3, fits_behind("oat_shared", fits))
+    assert shared["converged"].all() and shared["left"].tolist() == [0.003] * 3
+    assert fits_behind("mean", fits) == {}
 
 
 def test_pictures_are_the_first_facts_of_subjects_or_those_asked_for():
