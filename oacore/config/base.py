@@ -26,7 +26,10 @@ class OptimalFit(Settings):
     )
     max_steps: int = Field(3150, ge=1, description="cap on the steps of all rounds; the last one ends there")
     tolerance: float = Field(
-        0.01, gt=0, lt=1, description="share of the validation loss that a round must gain, or the fit has converged"
+        0.01,
+        gt=0,
+        lt=1,
+        description="share of the validation loss that further rounds may still gain, about, when a fit has converged",
     )
 
     @property

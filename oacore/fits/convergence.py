@@ -17,7 +17,7 @@ class Convergence(NamedTuple):
 
     converged: bool | None = None  # False: the cap on steps ended it
     steps: int | None = None
-    left: float = math.nan  # about what twice the steps would gain, in the unit of the loss
+    left: float = math.nan  # about what further rounds would gain, in the unit of the loss
 
     @classmethod
     def together(cls, fits: Iterable["Convergence"]) -> "Convergence":

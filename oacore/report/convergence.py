@@ -13,10 +13,10 @@ def unfinished(table: pd.DataFrame) -> pd.Series:
 
 
 def convergence_sentence(table: pd.DataFrame, value: str, left: str, change: str) -> str:
-    """How many fits the cap ended, and what twice the steps would change; empty if nothing was fitted.
+    """How many fits the cap ended, and what further steps would change; empty if nothing was fitted.
 
     Args:
-        left: the column with about what twice the steps would gain.
+        left: the column with about what further steps would gain.
         value: the column that this is a share of; empty says it as it is, for numbers that may be near zero.
         change: what happens to the numbers: `lower their KL`.
     """
@@ -31,6 +31,6 @@ def convergence_sentence(table: pd.DataFrame, value: str, left: str, change: str
         gains, unit = 100 * gains / rows[value].astype(float).clip(lower=FLOOR), "\u00a0%"
     return (
         f"{DAGGER} The cap on steps ended {human(len(rows))} of {human(len(fitted))} fits before they had converged: "
-        f"twice the steps would {change} by about {three_digits(gains.median())}{unit} (the median; at most "
+        f"further steps would {change} by about {three_digits(gains.median())}{unit} (the median; at most "
         f"{three_digits(gains.max())}{unit}), and smaller differences decide nothing."
     )
