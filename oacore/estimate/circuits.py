@@ -131,9 +131,10 @@ def circuit_evaluation(case: Case, task: str, ablation: EdgeAblation) -> Need:
     assert circuits is not None
     t, (n_train, n_validation, n_test) = case.prompt_tokens(task) - 1, case.n_prompts(task)
     C, fit = sum(case.n_circuits(method) for method in circuits.methods), circuits.refit
-    moment = masked_pass(case, t, C * n_test, C, 1 if row.per_prompt else C, gradient=False)
-    flop = masked_pass_flop(s, C * n_test, t, gradient=False)
-    replacement, making = replacement_bytes(case, min(REPLACED_AT_ONCE, n_test), t, row, fits=C)
+    n_most, n_held_out = max(n_validation, n_test), n_validation + n_test
+    moment = masked_pass(case, t, C * n_most, C, 1 if row.per_prompt else C, gradient=False)
+    flop = masked_pass_flop(s, C * n_held_out, t, gradient=False)
+    replacement, making = replacement_bytes(case, min(REPLACED_AT_ONCE, n_most), t, row, fits=C)
     parts = held(case, task) | {"masks": 3 * C * mask_bytes(s), "replacements": replacement}
     if row.fitted:
         B, Q = min(fit.batch_size, n_train), t if row.positional else 1
