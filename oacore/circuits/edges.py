@@ -9,6 +9,7 @@ from torch import Tensor
 from oacore.models.graph import Graph
 
 CLIP = 5.0  # gradient norm per edge group
+N_GROUPS = 4  # kinds of edges, each over all layers, as in the authors' code
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,7 @@ class Edges:
 
     graph: Graph
     index: Tensor  # [E] into a flattened [J S]
-    group: Tensor  # [E] layer, kind of destination (attention, MLP or logits), kind of source (head; MLP or input)
-    n_groups: int
+    group: Tensor  # [E] kind of destination (attention; MLP or logits) and of source (head; MLP or input)
     writer: Tensor  # [L H] the source of each head
     readers: tuple[Tensor, Tensor, Tensor]  # its q, k and v destinations
 
@@ -26,9 +26,6 @@ class Edges:
     def of(cls, graph: Graph, device: torch.device) -> "Edges":
         """The edges of a graph, as tensors on the engine's device."""
         j, s = np.nonzero(graph.valid)
-        layer = np.searchsorted(
-            [graph.first_destination(layer + 1) for layer in range(graph.n_layers)], j, side="right"
-        )
         is_mlp = np.isin(
             j, [graph.mlp_destination(layer) for layer in range(graph.n_layers)] + [graph.n_destinations - 1]
         )
@@ -49,8 +46,7 @@ class Edges:
         return cls(
             graph,
             tensor(j * graph.n_sources + s),
-            tensor(layer * 4 + is_mlp * 2 + from_head),
-            4 * (graph.n_layers + 1),
+            tensor(is_mlp * 2 + from_head),
             tensor(np.concatenate([graph.first_source(layer) + heads for layer in layers])),
             tuple(map(tensor, readers)),  # type: ignore[arg-type]
         )
@@ -71,5 +67,5 @@ class Edges:
 
     def clip(self, gradient: Tensor) -> Tensor:
         """A gradient [F, E] with the norm of every group of edges of every fit at most CLIP."""
-        squares = gradient.new_zeros((len(gradient), self.n_groups)).index_add(1, self.group, gradient.square())
+        squares = gradient.new_zeros((len(gradient), N_GROUPS)).index_add(1, self.group, gradient.square())
         return gradient * (CLIP / squares.sqrt().clamp(min=CLIP))[:, self.group]

@@ -9,6 +9,7 @@ window estimates dE[L]/dtheta.
 Symbols: F fits, R samples of a fit's step, E edges.
 """
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from oacore.circuits.learn import search_lambdas
 from oacore.circuits.search import Search, SearchRequest
 from oacore.fits.resume import State
+
+USUAL = 0.99  # of the edges; the mean spread is not that of a few
 
 
 class _Window(torch.autograd.Function):
@@ -44,7 +47,7 @@ class UniformSampler:
 
     Args:
         dynamic_window: widen the window of edges whose gradient is noisy: times the Adam estimate of its standard
-            deviation over the fit's mean, between 0.5 and 2.
+            deviation over the fit's mean, between 0.5 and 2; the largest 1 % of them do not raise the mean.
     """
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.995)
@@ -72,7 +75,8 @@ class UniformSampler:
         window = (theta * (1 - theta)).detach().clamp(min=1e-6)
         if self.dynamic_window:
             spread = second["logit"].sqrt()
-            mean = spread.mean(1, keepdim=True)
+            most = spread.kthvalue(math.ceil(USUAL * spread.shape[1]), 1, keepdim=True).values
+            mean = spread.clamp(max=most).mean(1, keepdim=True)
             window = window * torch.where(mean > 0, spread / mean, 1.0).clamp(0.5, 2.0)
         return _Window.apply(theta, window, noise), theta
 
