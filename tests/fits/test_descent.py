@@ -44,13 +44,12 @@ def test_rounds_double_and_the_last_takes_what_is_left():
     assert ends[3150] == [50, 150, 350, 750, 1550, 3150]
 
 
-def test_a_converged_fit_is_within_a_few_tolerances_of_the_optimum():
-    """Where noise decides, Adam's error falls more slowly than one over the steps, so that a little more is left."""
-    found = Noisy().fit(OptimalFit(tolerance=0.01, max_steps=12750))
-    assert found.converged.all() and (found.n_steps < 12750).all()
+def test_a_converged_fit_is_within_its_tolerance_of_the_optimum():
+    found = Noisy().fit(OptimalFit(tolerance=0.03, max_steps=51150))
+    assert found.converged.all() and (found.n_steps < 51150).all()
     excess = found.best_loss - FLOOR
     assert (excess <= 0.03 * FLOOR).all()
-    assert (found.left <= 0.0101 * FLOOR + 1e-6).all()
+    assert (found.left <= 0.0301 * found.best_loss + 1e-6).all()
 
 
 def test_what_is_said_to_be_left_is_about_what_is_left():
@@ -80,7 +79,7 @@ def test_a_fit_that_never_leaves_its_start_is_warned_of(capsys):
         in text
     )
     assert torch.equal(found.best_loss, found.curve_losses[0])
-    assert (found.n_steps == 350).all(), "two more rounds at higher rates, then it ends"
+    assert (found.n_steps == 750).all(), "two more rounds at higher rates, and one more to be sure"
 
 
 def test_a_fit_whose_start_loses_nothing_ends_without_a_warning(capsys):
