@@ -17,9 +17,9 @@ class DemoModel(Settings):
 
     seed: int = Field(0, ge=0, description="seed of its initial weights and training sentences")
     n_steps: int = Field(600, ge=1, description="training steps")
-    batch_size: int = Field(128, ge=1, description="sentences a step")
+    batch_size: int = Field(160, ge=1, description="sentences a step")
     learning_rate: float = Field(2e-3, gt=0, description="peak of the one-cycle schedule")
-    n_subjects: int = Field(40, ge=2, description="people that the model learns facts about")
+    n_subjects: int = Field(160, ge=2, description="people that the model learns facts about")
     min_ioi_accuracy: float = Field(
         0.98, ge=0, le=1, description="held-out IOI accuracy below which training counts as failed"
     )

@@ -178,9 +178,10 @@ def test_every_lens_at_every_layer_and_the_model_at_the_last():
 
 
 def test_the_demo_has_labels_of_its_own(tmp_path):
+    from oacore.config.model import DemoModel
     from oacore.models import demo
 
-    facts = demo.facts(40, 0)
+    facts = demo.facts(DemoModel().n_subjects, 0)
     with (tmp_path / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *(fact[1:3] for fact in facts if fact.relation == "lives in")])
     prompts = few_shot(

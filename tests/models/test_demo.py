@@ -12,7 +12,8 @@ from oacore.config.model import DemoModel
 from oacore.errors import UserError
 from oacore.models import demo
 from oacore.tasks import greater_than, ioi
-from oacore.tasks.prompts import split_of
+from oacore.tasks.facts import Fact, split_facts
+from oacore.tasks.prompts import SPLITS, split_of
 
 SHORT = DemoModel(n_steps=3, batch_size=12)
 
@@ -24,7 +25,7 @@ def tokenizer():
 
 def test_every_word_of_the_language_is_one_token(tokenizer):
     rng = np.random.default_rng(0)
-    told = [f"{fact.prompt} {fact.answer}" for fact in demo.facts(40, 0)]
+    told = [f"{fact.prompt} {fact.answer}" for fact in demo.facts(DemoModel().n_subjects, 0)]
     spoken = [
         prompt + answer
         for module in (ioi, greater_than)
@@ -37,7 +38,7 @@ def test_every_word_of_the_language_is_one_token(tokenizer):
 
 
 def test_facts_have_two_token_subjects_and_one_held_out_wording_each(tokenizer):
-    facts = demo.facts(40, 0)
+    facts = demo.facts(DemoModel().n_subjects, 0)
     assert {len(tokenizer(fact.subject, add_special_tokens=False).input_ids) for fact in facts} == {2}
     assert len({fact.prompt for fact in facts}) == len(facts)
     for _, wordings in itertools.groupby(facts, key=lambda fact: (fact.subject, fact.relation)):
@@ -48,6 +49,23 @@ def test_facts_have_two_token_subjects_and_one_held_out_wording_each(tokenizer):
     )
     firsts = [fact.subject.split()[0] for fact in facts]
     assert max(firsts.count(name) for name in firsts) > 8, "a first name alone does not tell who it is"
+
+
+def test_names_are_words_of_their_own():
+    """A name that IOI or a fact's wording also has would carry another meaning into its facts."""
+    told = [text for relation in demo.RELATIONS for text in (*relation.wordings, *relation.answers)]
+    others = {*ioi.vocabulary(), *greater_than.vocabulary(), *(word for text in told for word in text.split())}
+    names = (*demo.FIRST_NAMES, *demo.LAST_NAMES)
+    assert not others & {*names} and len({*names}) == len(names)
+
+
+def test_facts_have_enough_test_subjects_for_standard_errors_over_them():
+    told = [Fact(*fact[:4]) for fact in demo.facts(DemoModel().n_subjects, 0)]
+    subjects = {split: set() for split in SPLITS}
+    for fact, split in zip(told, split_facts(told, 0, "subjects"), strict=True):
+        subjects[split].add(fact.subject)
+    assert len(subjects["test"]) >= 30 and len(subjects["validation"]) >= 30
+    assert len(subjects["train"]) >= 2 * len(subjects["test"])
 
 
 def test_training_never_sees_what_is_measured():
@@ -77,7 +95,7 @@ def test_a_model_that_learned_too_little_is_refused_and_not_written(tmp_path):
 
 
 def test_too_many_subjects():
-    with pytest.raises(UserError, match=r"demo_model\.n_subjects: 1000; allowed: at most 80"):
+    with pytest.raises(UserError, match=r"demo_model\.n_subjects: 1000; allowed: at most 320"):
         demo.facts(1000, 0)
 
 
