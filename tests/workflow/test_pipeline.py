@@ -324,6 +324,26 @@ def test_mib_tools_on_a_finished_run(finished, tmp_path, capsys):
     assert {file.name for file in exported.iterdir()} == {"importances.json", "constants.safetensors"}
 
 
+def test_a_run_verifies_against_what_it_recorded(finished, tmp_path, capsys):
+    """The tables of a real run have what its headline numbers are taken from."""
+    from oacore.__main__ import main
+
+    config, _, tables = finished
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    folder = str(config.results_dir / config.run)
+    assert main(["verify", str(path), "--record", folder]) == 0 and main(["verify", str(path)]) == 0
+    assert re.search(r": (\d+) numbers, \1 same, 0 in range, 0 differs, 0 missing$", capsys.readouterr().out.strip())
+    expected = pd.read_csv(tmp_path / "config.expected.csv")
+    assert {f"{task}/ablation/gaps.csv" for task in tables} < set(expected["table"])
+    assert {"ioi/circuits/pareto.csv", "facts/tracing/aie.csv", "text/lens/loss.csv"} < set(expected["table"])
+    optimal = tables["ioi"][tables["ioi"]["method"] == "optimal"]["gap_nats"].median()
+    of_ioi = expected[
+        (expected["table"] == "ioi/ablation/gaps.csv") & (expected["selection"] == "method=optimal, median")
+    ]
+    assert of_ioi["expected"].tolist() == pytest.approx([optimal], rel=1e-5)
+
+
 def test_a_circuit_of_another_model_is_refused(finished, tmp_path, shared_data, capsys):
     from oacore.__main__ import main
 
