@@ -9,9 +9,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
-demo: .venv/.installed ## install, run the whole pipeline on the embedded model, print where the report is
+demo: .venv/.installed ## install, run the whole pipeline on the embedded model, hold its numbers against the expected ones
 	$(BIN)/snakemake --configfile config/demo.yaml
 	@echo "report: $(CURDIR)/results/demo/report.html"
+	$(BIN)/python -m oacore verify config/demo.yaml
 
 test: .venv/.installed-dev ## install and run all tests, two files at a time
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -13,11 +13,13 @@ from oacore.jobs import STAGES, WITHOUT_GPU, jobs
 from oacore.runner import run_missing, run_stage, stop_on_sigterm
 from oacore.store.locks import hold_gpu
 from oacore.tasks.generate import check_files
+from oacore.verify import record, verify
 
 TOOLS = {
     "mib-score": "CPR and CMD of a circuit file, as the MIB benchmark defines them",
     "mib-export": "a circuit and its constants in the formats of the MIB benchmark",
     "estimate": "memory and time that every GPU rule of a config takes, before it runs",
+    "verify": "the numbers of a finished run beside those that are expected of it",
 }
 
 
@@ -32,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stage", choices=[*STAGES, "all", *TOOLS], metavar="STAGE")
-    parser.add_argument("file", nargs="?", help="estimate: the YAML file, as --config")
+    parser.add_argument("file", nargs="?", help="estimate, verify: the YAML file, as --config")
     parser.add_argument("--config", default="config/demo.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("--task", help="one task (default: all of the config)")
     parser.add_argument("--method", help="one fitted ablation type, or circuit method (default: all of the config)")
@@ -45,8 +47,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--tflops", type=float, help="estimate: of the device, instead of a measurement here")
     parser.add_argument("--memory-gb", type=float, help="estimate: of the device, instead of this machine's")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS_DIR",
+        help="verify: write the expected numbers instead, from folders of finished runs, the reference first",
+    )
     given = parser.parse_args(arguments)
-    if given.file is not None and given.stage != "estimate":
+    if given.file is not None and given.stage not in ("estimate", "verify"):
         parser.error(f"unrecognized argument: {given.file}; allowed: --config {given.file}")
     if given.stage.startswith("mib-") and (
         given.circuit is None or (given.stage == "mib-export" and given.output is None)
@@ -55,8 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     stop_on_sigterm()
     try:
         if given.stage in TOOLS:
-            _run_tool(given)
-            return 0
+            return _run_tool(given)
         config = load_config(given.config)
         check_files(config.tasks.selected())
         if given.stage not in WITHOUT_GPU:
@@ -71,21 +79,29 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run_tool(given: argparse.Namespace) -> None:
-    config = load_config(given.file or given.config)
+def _run_tool(given: argparse.Namespace) -> int:
+    """The exit status; 1 where a number is not as expected."""
+    file = given.file or given.config
+    config = load_config(file)
+    if given.stage == "verify" and given.record:
+        record(config, file, given.record)
+        return 0
+    if given.stage == "verify":
+        return 0 if verify(config, file) else 1
     if given.stage == "estimate":
         print(
             estimated(
                 config, model_config=given.model_config, tflops=given.tflops, memory_gb=given.memory_gb, fetch=True
             )
         )
-        return
+        return 0
     from oacore.circuits.mib_tools import export_circuit, print_score
 
     if given.stage == "mib-score":
         print_score(config, given.circuit, given.task)
     else:
         export_circuit(config, given.circuit, given.output, given.task)
+    return 0
 
 
 def _run(stage: str, config: Config, given: dict[str, str | None]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from oacore.config.model import SHIPPED_DEMO
 from oacore.config.run import Config
 from oacore.config.tasks import TASKS
 from oacore.engine.prompts import read_prompts
@@ -18,19 +19,19 @@ from oacore.tasks.prompts import SPLITS, Prompts
 
 
 def model_source(config: Config, model_json: Path) -> str:
-    """What to load the model and its data from: a directory or a hub name. The demo model lies beside model.json.
+    """What to load the model and its data from: a directory or a hub name. A demo model that was trained here lies
+    beside model.json.
 
     Raises:
         UserError: a file of the demo model is missing, damaged or edited.
     """
-    if config.model != "demo":
+    if not config.is_demo:
         return config.model
-    folder = model_json.with_name("demo")
+    folder = model_json.with_name("demo") if config.trains_demo else SHIPPED_DEMO
+    mend = f"delete {folder} to train anew" if config.trains_demo else "install oacore anew"
     for name, digest in read_json(folder / "training.json")["files"].items():
         if not (folder / name).exists() or digest_of_file(folder / name) != digest:
-            raise UserError(
-                f"{folder / name}: missing, damaged or edited, its checksum does not fit; delete {folder} to train anew"
-            )
+            raise UserError(f"{folder / name}: missing, damaged or edited, its checksum does not fit; {mend}")
     return str(folder)
 
 

@@ -13,7 +13,7 @@ from oacore.store.layout import Layout, circuit_file
 
 # In the order in which they run; what each is run for beside the config.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "demo": ("train the embedded model (model: demo)", ()),
+    "demo": ("train the embedded model (model: demo-trained)", ()),
     "model": ("load the model, check it against Hugging Face, write model.json", ()),
     "prompts": ("generate a task's prompts", ("task",)),
     "activations": ("cache the model's clean activations on the prompts", ("task",)),
@@ -76,7 +76,7 @@ def jobs(config: Config) -> Iterator[tuple[str, dict[str, str], str]]:
 
 def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
     """Stage and wildcards of every job in order."""
-    if config.model == "demo":
+    if config.trains_demo:
         yield "demo", {}
     yield "model", {}
     for task in config.tasks.selected():
@@ -125,7 +125,7 @@ def _demo(layout: Layout) -> tuple[Named, Named]:
 
 
 def _model(layout: Layout) -> tuple[Named, Named]:
-    return {"demo": [layout.demo_model] if layout.config.model == "demo" else []}, {"model": layout.model_json}
+    return {"demo": [layout.demo_model] if layout.config.trains_demo else []}, {"model": layout.model_json}
 
 
 def _prompts(layout: Layout, task: str) -> tuple[Named, Named]:

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: tiny random models of every family, the shared artefacts, one trained demo model."""
+"""Fixtures shared by all tests: tiny random models of every family, the shared artefacts, one finished run."""
 
 import os
 from pathlib import Path
@@ -127,8 +127,7 @@ FAMILIES = (
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """(config, layout) of the finished pipeline run of tests/configs/tiny.yaml: the one place where tests train the
-    demo model.
+    """(config, layout) of the finished pipeline run of tests/configs/tiny.yaml, on the shipped demo model.
 
     `$OA_TEST_CACHE` keeps it for later runs. Workers of one test run share it: who comes second waits for the first, as
     any pipeline does.

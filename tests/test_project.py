@@ -20,7 +20,7 @@ FLOORS = (
     ("__init__", "errors", "progress", "draws", "metrics"),
     ("config",),
     ("store",),
-    ("tasks", "report", "fits", "jobs"),
+    ("tasks", "report", "fits", "jobs", "verify"),
     ("models",),
     ("engine",),
     ("inputs",),

@@ -200,7 +200,7 @@ class Truthfulness(Settings):
     datasets: tuple[Path, ...] | None = Field(
         None,
         min_length=1,
-        description="CSV or JSON lines files with text, label; only `model: demo` has one of its own",
+        description="CSV or JSON lines files with text, label; only the demo model has one of its own",
     )
     n_demonstrations: int = Field(10, ge=1, description="labelled examples in a prompt")
     n_inputs: int = Field(500, ge=2, description="prompts for each data set, with true and with permuted labels")

@@ -1,4 +1,4 @@
-"""What may be a model, and the training of the embedded one."""
+"""What may be a model, and the embedded one: shipped, or trained by the workflow."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,13 @@ from oacore.errors import UserError
 # Hugging Face `model_type` of every family that oacore.models.load can read.
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "qwen2", "gemma2")
 
+# `model:` of the embedded model: as it is shipped with the package, or trained by the workflow.
+DEMO, DEMO_TRAINED = "demo", "demo-trained"
+SHIPPED_DEMO = Path(__file__).parents[1] / "models" / "demo_model"
+
 
 class DemoModel(Settings):
-    """Training of the embedded model (`model: demo`)."""
+    """Training of the embedded model; the shipped one was trained with the defaults."""
 
     seed: int = Field(0, ge=0, description="seed of its initial weights and training sentences")
     n_steps: int = Field(600, ge=1, description="training steps")

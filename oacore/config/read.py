@@ -55,12 +55,12 @@ def load_config(path: str | Path) -> Config:
 
 
 def _check_model(config: Config) -> None:
-    if config.model == "demo":
+    if config.is_demo:
         return
     for name, task in config.tasks.selected().items():
         if TASKS[name].file and getattr(task, "path", None) is None:
             raise UserError(
-                f"config is not valid\n  tasks.{name}.path: missing; only `model: demo` has {name} of its own; "
+                f"config is not valid\n  tasks.{name}.path: missing; only the demo model has {name} of its own; "
                 f"allowed: {TASKS[name].file}"
             )
     if not is_directory_name(config.model):
@@ -68,8 +68,8 @@ def _check_model(config: Config) -> None:
     directory = Path(config.model).expanduser()
     if not directory.is_dir():
         raise UserError(
-            f"model: {config.model!r} is not a directory; allowed: demo, a Hugging Face name, or an existing model "
-            "directory"
+            f"model: {config.model!r} is not a directory; allowed: demo, demo-trained, a Hugging Face name, or an "
+            "existing model directory"
         )
     check_architecture(config.model, directory / "config.json")
 

@@ -13,7 +13,7 @@ from oacore.config.ablation import Ablation
 from oacore.config.base import Settings
 from oacore.config.circuits import CIRCUIT_METHODS, Circuits
 from oacore.config.lenses import Lenses
-from oacore.config.model import DemoModel
+from oacore.config.model import DEMO, DEMO_TRAINED, DemoModel
 from oacore.config.tasks import TASKS, Tasks
 from oacore.config.tracing import Tracing
 
@@ -53,7 +53,12 @@ class Config(Settings):
     run: Annotated[str, BeforeValidator(_name)] = Field(
         "demo", pattern=r"^[\w.-]*\w$", description="name of the run; its results go to {results_dir}/{run}"
     )
-    model: str = Field("demo", min_length=1, description="`demo`, a Hugging Face name, or a local model directory")
+    model: str = Field(
+        DEMO,
+        min_length=1,
+        description="`demo`, which is shipped; `demo-trained`, the same trained in the workflow; a Hugging Face name, "
+        "or a local model directory",
+    )
     revision: str | None = Field(
         None, description="branch, tag or commit of a Hugging Face model; a commit pins the weights"
     )
@@ -84,9 +89,30 @@ class Config(Settings):
     @model_serializer(mode="wrap")
     def _only_asked_for(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A section that was not asked for must not come back as an empty one, which asks for it.
-        return {
+        values = {
             name: value for name, value in serialise(self).items() if name not in OPTIONAL_SECTIONS or value is not None
         }
+        if not self.trains_demo:
+            values.pop("demo_model", None)
+        return values
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the embedded model, which brings facts, a text and labels of its own."""
+        return self.model in (DEMO, DEMO_TRAINED)
+
+    @property
+    def trains_demo(self) -> bool:
+        """Whether the workflow trains the embedded model; else the shipped one is taken."""
+        return self.model == DEMO_TRAINED
+
+    @model_validator(mode="after")
+    def _training_is_of_a_model_that_is_trained(self) -> "Config":
+        if "demo_model" in self.model_fields_set and not self.trains_demo:
+            raise ValueError(
+                f"demo_model: it is for training, and model is {self.model!r}; allowed: with model: {DEMO_TRAINED}"
+            )
+        return self
 
     def ablation_tasks(self) -> tuple[str, ...]:
         """The tasks to ablate single components on."""
@@ -119,7 +145,7 @@ class Config(Settings):
             )
         tasks = self.circuit_tasks()
         for row in (CIRCUIT_METHODS[method] for method in circuits.methods):
-            if row.only_task and (tasks != (row.only_task,) or self.model == "demo"):
+            if row.only_task and (tasks != (row.only_task,) or self.is_demo):
                 raise ValueError(
                     f"circuits.methods: {row.name!r} is the published IOI circuit of {row.only_model}: it needs that "
                     f"model and circuits.tasks: [{row.only_task}]"
@@ -178,9 +204,9 @@ class Config(Settings):
                 "windows"
             )
         truth = self.lenses.truthfulness
-        if truth is not None and truth.datasets is None and self.model != "demo":
+        if truth is not None and truth.datasets is None and not self.is_demo:
             raise ValueError(
-                "lenses.truthfulness.datasets: missing; only `model: demo` has one of its own; allowed: CSV or JSON "
+                "lenses.truthfulness.datasets: missing; only the demo model has one of its own; allowed: CSV or JSON "
                 "lines files"
             )
         return self

@@ -23,8 +23,8 @@ class Facts(Task):
 
     path: Path | None = Field(
         None,
-        description="CSV or JSON lines file with subject, prompt, answer; only `model: demo` has facts of its own and "
-        "may leave it out",
+        description="CSV or JSON lines file with subject, prompt, answer; only the demo model has facts of its own "
+        "and may leave it out",
     )
     unseen: Literal["subjects", "subjects_and_relations"] = Field(
         "subjects",
@@ -37,7 +37,7 @@ class Text(Task):
 
     path: Path | None = Field(
         None,
-        description="text file, directory of .txt files, or JSON list of strings; only `model: demo` has text of its "
+        description="text file, directory of .txt files, or JSON list of strings; only the demo model has text of its "
         "own",
     )
     n_tokens: int = Field(25, ge=3, description="window length, BOS included")

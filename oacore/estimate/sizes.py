@@ -107,7 +107,7 @@ def known_sizes(config: Config, model_config: Path | None = None) -> Sizes | Non
         UserError: config.json is unreadable, of an unknown family, or lacks a size.
     """
     path = model_config
-    if path is None and config.model == "demo":
+    if path is None and config.is_demo:
         return Sizes.of({"model_type": "gpt2", **DEMO_ARCHITECTURE}, number_bytes(config))
     if path is None and is_directory_name(config.model):
         path = Path(config.model).expanduser() / "config.json"

@@ -64,7 +64,7 @@ def hugging_face_config(source: str | Path, *, revision: str | None = None) -> A
     if is_directory_name(str(source)):
         if not Path(source).expanduser().is_dir():
             raise UserError(
-                f"model: {str(source)!r} is not a directory; allowed: demo, a Hugging Face name, or an existing model "
+                f"model: {str(source)!r} is not a directory; allowed: a Hugging Face name, or an existing model "
                 "directory"
             )
         source = Path(source).expanduser()

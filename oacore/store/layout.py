@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from oacore.config.base import Settings
-from oacore.config.model import is_directory_name
+from oacore.config.model import SHIPPED_DEMO, is_directory_name
 from oacore.config.run import Config
 
 SPLITS = ("train", "validation", "test")
@@ -55,8 +55,10 @@ def _hidden(item: Path, root: Path) -> bool:
 
 def model_settings(config: Config) -> dict[str, object]:
     """What determines the model's outputs."""
-    if config.model == "demo":
+    if config.trains_demo:
         return {"demo": config.demo_model.model_dump(), "dtype": config.dtype}
+    if config.is_demo:  # training.json has the digests of the other files
+        return {"shipped": fingerprint(SHIPPED_DEMO / "training.json"), "dtype": config.dtype}
     if is_directory_name(config.model):
         return {"files": fingerprint(config.model), "dtype": config.dtype}
     return {"name": config.model, "revision": config.revision, "dtype": config.dtype}
@@ -95,7 +97,7 @@ class Layout:
         self.results_dir = f"{results}/{config.run}"
         self.report = f"{self.results_dir}/report.html"
         self.model_json = f"{self.model_dir}/model.json"
-        self.demo_model = f"{self.model_dir}/demo"
+        self.demo_model = f"{self.model_dir}/demo"  # where the workflow trains it; the shipped one is not there
         self._task_dirs = {
             task: f"{task}-{short_hash(task_settings(config, task))}" for task in config.tasks.selected()
         }
@@ -132,7 +134,7 @@ class Layout:
         tasks = [self.prompts(task) for task in config.tasks.selected()]
         tasks += [self.activations(task) for task in config.cached_tasks()]
         rows = [self.lens_rows(task) for task in config.lens_tasks()]
-        return [self.demo_model] * (config.model == "demo") + [self.model_json, *tasks, *rows]
+        return [self.demo_model] * config.trains_demo + [self.model_json, *tasks, *rows]
 
     def ablation(self, task: str, file: str) -> str:
         """A file of a task's single-component ablation."""

@@ -106,6 +106,19 @@ def test_template_is_valid_once_its_paths_exist(tmp_path):
     assert load_config(path).tasks.selected().keys() == {"text"}
 
 
+def test_training_settings_are_of_a_model_that_is_trained():
+    """With the shipped model, or another one, they would change nothing."""
+    trained = parse_config({**GOOD, "model": "demo-trained", "demo_model": {"n_steps": 5}})
+    assert trained.trains_demo and trained.is_demo and trained.demo_model.n_steps == 5
+    assert parse_config(trained.model_dump(mode="json")) == trained
+    for model in ("demo", "gpt2"):
+        with pytest.raises(UserError, match=rf"demo_model: .* model is '{model}'; allowed: with model: demo-trained"):
+            parse_config({**GOOD, "model": model, "demo_model": {"n_steps": 5}})
+        config = parse_config({**GOOD, "model": model})
+        assert not config.trains_demo and config.is_demo == (model == "demo")
+        assert parse_config(config.model_dump(mode="json")) == config
+
+
 def test_a_run_may_be_a_number():
     assert parse_config({**GOOD, "run": 3}).run == "3"
 

@@ -7,7 +7,6 @@ Not part of the plain `pytest`: `make test-rounding`. The gate runs a part of it
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from oacore.config.model import DEMO_TRAINED, SHIPPED_DEMO
 from oacore.config.read import load_config
 from oacore.store.layout import Layout
 
@@ -100,10 +100,20 @@ def test_numeric(variant):
 
 
 @variants
-def test_from_training(variant, tmp_path):
-    """The demo model, trained with that rounding, is another one; what holds for its tiny run must hold all the
-    same.
-    """
+def test_training(variant, tmp_path):
+    """The demo model, trained with that rounding, is another one, and as good: it meets its requirements."""
+    path = tmp_path / "config.yaml"
+    values = {"model": DEMO_TRAINED, "tasks": {"ioi": {}}, "cache_dir": str(tmp_path)}
+    path.write_text(yaml.safe_dump(values))
+    result = run(variant, "-m", "oacore", "demo", "--config", path)
+    assert result.returncode == 0, result.stderr[-10_000:]
+    ours = Path(Layout(load_config(path)).demo_model, "model.safetensors").read_bytes()
+    assert ours != (SHIPPED_DEMO / "model.safetensors").read_bytes()
+
+
+@variants
+def test_whole_runs(variant, tmp_path):
+    """What holds for the tiny run must hold with that rounding all the same."""
     assert pytest_passes(variant, *WHOLE_RUNS, "-k", PROCESSES, OA_TEST_CACHE=str(tmp_path)) > 40
 
 
@@ -132,16 +142,13 @@ UNFITTED = {
 
 @variants
 def test_tiny_run(variant, tiny_run, tmp_path):
-    """All stages after training, on the same weights: they finish, and what has no part in a fit is the same but for
-    rounding.
-    """
+    """All stages finish, and what has no part in a fit is the same but for rounding."""
     _, theirs = tiny_run
     values = yaml.safe_load(TINY.read_text()) | {"cache_dir": str(tmp_path), "results_dir": str(tmp_path / "results")}
     values["limits"]["threads"] = int(VARIANTS[variant].get("OA_TEST_THREADS", 1))
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     ours = Layout(load_config(path))
-    shutil.copytree(theirs.demo_model, ours.demo_model)
     result = run(variant, "-m", "oacore", "all", "--config", path)
     assert result.returncode == 0, result.stderr[-10_000:]
     assert Path(ours.report).is_file()

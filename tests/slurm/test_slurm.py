@@ -60,12 +60,9 @@ def config(tmp_path):
     return path
 
 
-def start(config, folder, trained, *options):
-    """Snakemake in a folder of its own, where only the demo model may be there already."""
-    model = folder / Layout(load_config(config)).demo_model
-    model.parent.mkdir(parents=True)
-    if trained.exists():
-        model.symlink_to(trained)
+def start(config, folder, *options):
+    """Snakemake in an empty folder of its own."""
+    folder.mkdir()
     command = [sys.executable, "-m", "snakemake", "--directory", folder, "--configfile", config, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder / "out.txt", "w") as out:
@@ -118,23 +115,14 @@ def content(path):
 
 
 def test_a_cancelled_job_and_a_drained_node_leave_the_same_bits(cluster, config, tmp_path):
-    model = Layout(load_config(config)).demo_model.removeprefix("cache/")
     local, remote = tmp_path / "local", tmp_path / "slurm"
     finish(
-        start(
-            config,
-            local,
-            Path(os.environ.get("OA_TEST_CACHE", "/nowhere"), model),
-            "--cores",
-            "2",
-            "--resources",
-            "gpu=2",
-        ),
+        start(config, local, "--cores", "2", "--resources", "gpu=2"),
         local,
     )
 
     checkpoint = remote / Layout(load_config(config)).ablation("ioi", ".constants-optimal-checkpoint.safetensors")
-    workflow = start(config, remote, local / "cache" / model, *OVERLAY)
+    workflow = start(config, remote, *OVERLAY)
     before = wait_for(workflow, two_running_and_one_queued)
     drained = next(job["NodeList"] for job in before if job["JobState"] == "RUNNING" and job["Comment"] != FIT)
     subprocess.run(["scontrol", "update", f"nodename={drained}", "state=drain", "reason=test"], check=True)

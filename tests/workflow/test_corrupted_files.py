@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from oacore.circuits import circuit, mib_file
+from oacore.config.model import DEMO_TRAINED, SHIPPED_DEMO
 from oacore.engine.prompts import ARRAYS, read_prompts
 from oacore.errors import UserError
 from oacore.fits.resume import Resumable
@@ -44,6 +45,7 @@ def run(tiny_run, tmp_path_factory):
     for folder in (layout.model_dir, layout.results_dir):
         shutil.copytree(folder, root / Path(folder).relative_to(config.cache_dir))
     config = config.model_copy(update={"cache_dir": root, "results_dir": root / "results"})
+    shutil.copytree(SHIPPED_DEMO, Layout(config).demo_model)  # as a model that was trained there
     return config, Layout(config)
 
 
@@ -67,7 +69,7 @@ def read_sealed(path):
 
 
 def read_demo(config, layout, path):
-    model_source(config, Path(layout.model_json))
+    model_source(config.model_copy(update={"model": DEMO_TRAINED}), Path(layout.model_json))
     return Path(path).read_bytes()
 
 

@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from oacore.config.model import SHIPPED_DEMO
 from oacore.config.read import load_config
 from oacore.config.run import Config
 from oacore.engine.activations import read_clean_log_probs, read_statistics
@@ -125,7 +126,7 @@ def test_an_effect_with_plain_hugging_face(finished, corruption, site, position)
     from transformers import AutoModelForCausalLM
 
     _, layout, _ = finished
-    hf = AutoModelForCausalLM.from_pretrained(layout.demo_model).eval()
+    hf = AutoModelForCausalLM.from_pretrained(SHIPPED_DEMO).eval()
     train, test = (read_prompts(layout.prompts("facts"), split) for split in ("train", "test"))
     position_of = {"last": test.lengths - 1, "last_subject": test.subject[:, 1] - 1}[position]
     tokens, rows, answers = (
@@ -228,7 +229,7 @@ def test_a_lens_loss_with_plain_hugging_face(finished):
     from transformers import AutoModelForCausalLM
 
     _, layout, _ = finished
-    hf = AutoModelForCausalLM.from_pretrained(layout.demo_model).eval()
+    hf = AutoModelForCausalLM.from_pretrained(SHIPPED_DEMO).eval()
     prompts = read_prompts(layout.prompts("text"), "test")
     tokens = torch.from_numpy(prompts.tokens).long()
     rows = (torch.arange(len(tokens)), torch.from_numpy(prompts.lengths).long() - 1)
@@ -279,7 +280,7 @@ def test_a_circuit_file_measured_by_the_brute_force(finished, ablation):
     from oacore.metrics import kl_divergence
 
     _, layout, _ = finished
-    model = load(layout.demo_model, device="cpu").model
+    model = load(SHIPPED_DEMO, device="cpu").model
     prompts = read_prompts(layout.prompts("ioi"), "test")
     batch, other = batch_of(prompts), batch_of(prompts, counterfactual=True)
     folder = Path(layout.circuits("ioi", f"ugs-{ablation}"))
@@ -311,7 +312,7 @@ def test_mib_tools_on_a_finished_run(finished, tmp_path, capsys):
     config, layout, _ = finished
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    circuit = layout.circuits("ioi", "eap_ig-counterfactual/40-s0.json")
+    circuit = layout.circuits("ioi", "exact-counterfactual/40-s0.json")
     assert main(["mib-score", "--config", str(path), "--circuit", circuit]) == 0
     out = capsys.readouterr().out
     assert 0.5 < float(re.search(r"^CPR (\S+)", out, re.M).group(1)) < 1.5
@@ -321,6 +322,26 @@ def test_mib_tools_on_a_finished_run(finished, tmp_path, capsys):
     circuit = layout.circuits("ioi", "ugs-optimal/0.001-s0.json")
     assert main(["mib-export", "--config", str(path), "--circuit", circuit, "--output", str(exported)]) == 0
     assert {file.name for file in exported.iterdir()} == {"importances.json", "constants.safetensors"}
+
+
+def test_a_run_verifies_against_what_it_recorded(finished, tmp_path, capsys):
+    """The tables of a real run have what its headline numbers are taken from."""
+    from oacore.__main__ import main
+
+    config, _, tables = finished
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    folder = str(config.results_dir / config.run)
+    assert main(["verify", str(path), "--record", folder]) == 0 and main(["verify", str(path)]) == 0
+    assert re.search(r": (\d+) numbers, \1 same, 0 in range, 0 differs, 0 missing$", capsys.readouterr().out.strip())
+    expected = pd.read_csv(tmp_path / "config.expected.csv")
+    assert {f"{task}/ablation/gaps.csv" for task in tables} < set(expected["table"])
+    assert {"ioi/circuits/pareto.csv", "facts/tracing/aie.csv", "text/lens/loss.csv"} < set(expected["table"])
+    optimal = tables["ioi"][tables["ioi"]["method"] == "optimal"]["gap_nats"].median()
+    of_ioi = expected[
+        (expected["table"] == "ioi/ablation/gaps.csv") & (expected["selection"] == "method=optimal, median")
+    ]
+    assert of_ioi["expected"].tolist() == pytest.approx([optimal], rel=1e-5)
 
 
 def test_a_circuit_of_another_model_is_refused(finished, tmp_path, shared_data, capsys):
@@ -340,7 +361,7 @@ def test_a_circuit_of_another_model_is_refused(finished, tmp_path, shared_data, 
 
 def test_demo_model_meets_its_requirements(finished):
     _, layout, _ = finished
-    measured = json.loads(Path(layout.demo_model, "training.json").read_text())["held_out"]
+    measured = json.loads((SHIPPED_DEMO / "training.json").read_text())["held_out"]
     assert measured["ioi_accuracy"] >= 0.98
     assert measured["year_mass"] >= 0.9
     assert measured["fact_accuracy"] >= 0.9
@@ -374,7 +395,7 @@ def test_optimal_gap_is_least_for_every_component(finished, other):
         slack = 2 * (wide["se_nats"]["optimal"] ** 2 + wide["se_nats"][other] ** 2) ** 0.5
         worse = wide["gap_nats"]["optimal"] - wide["gap_nats"][other] - slack
         assert (worse <= 1e-6).all(), f"{task}: {worse[worse > 1e-6]}"
-        if task == "ioi":  # 8 test subjects of facts are too few to tell the medians of small gaps apart
+        if task == "ioi":  # 32 facts, some about one subject, are too few to tell the medians of small gaps apart
             assert wide["gap_nats"]["optimal"].median() < wide["gap_nats"][other].median()
 
 
@@ -404,7 +425,7 @@ def test_gap_of_a_fitted_constant_with_plain_hugging_face(finished):
 
     _, layout, tables = finished
     gaps = tables["ioi"]
-    hf = AutoModelForCausalLM.from_pretrained(layout.demo_model).eval()
+    hf = AutoModelForCausalLM.from_pretrained(SHIPPED_DEMO).eval()
     prompts = read_prompts(layout.prompts("ioi"), "test")
     batch = batch_of(prompts)
     last = (torch.arange(len(batch)), batch.lengths - 1)
@@ -437,8 +458,8 @@ def test_cached_targets_are_the_models(finished):
     from transformers import AutoModelForCausalLM
 
     _, layout, _ = finished
-    model = load(layout.demo_model, device="cpu").model
-    hf = AutoModelForCausalLM.from_pretrained(layout.demo_model).eval()
+    model = load(SHIPPED_DEMO, device="cpu").model
+    hf = AutoModelForCausalLM.from_pretrained(SHIPPED_DEMO).eval()
     for split in ("validation", "test"):
         batch = batch_of(read_prompts(layout.prompts("facts"), split))
         with torch.no_grad():
@@ -451,7 +472,7 @@ def test_cached_targets_are_the_models(finished):
 
 def test_cached_residuals_are_what_enters_each_block(finished):
     _, layout, _ = finished
-    model = load(layout.demo_model, device="cpu").model
+    model = load(SHIPPED_DEMO, device="cpu").model
     batch = batch_of(read_prompts(layout.prompts("ioi"), "test"))
     rows = (torch.arange(len(batch)), batch.lengths - 1)
     with Reader(layout.activations("ioi")) as reader:
@@ -574,7 +595,7 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
     )
     other_run = stale({"run": "other"})
     assert other_run == {"optimal": 4, "gaps": 2, "figures": 2} | every_circuit | every_trace | of_oca | {"lens_fit": 6}
-    assert stale({"dtype": "bf16"})["demo"] == 1
+    assert stale({"dtype": "bf16"})["model"] == 1
 
 
 def test_the_command_line_computes_the_same_bits(finished, tmp_path):
@@ -618,7 +639,7 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
 
 @pytest.fixture
 def fresh(finished, tmp_path):
-    """A config like the tiny one with one task, in empty folders but for the trained demo model."""
+    """A config like the tiny one with one task, in empty folders."""
     _, theirs, _ = finished
     values = yaml.safe_load(TINY.read_text())
     values |= {
@@ -632,8 +653,6 @@ def fresh(finished, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     layout = Layout(load_config(path))
-    Path(layout.model_dir).mkdir(parents=True)
-    os.symlink(Path(theirs.demo_model).resolve(), layout.demo_model)
     return path, layout, theirs
 
 
@@ -651,7 +670,7 @@ def test_interrupted_while_writing_every_stage_leaves_nothing(fresh, tmp_path, m
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    for stage, what, output in list(jobs(config))[1:]:
+    for stage, what, output in jobs(config):
         before = files_in(tmp_path)
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", interrupted)

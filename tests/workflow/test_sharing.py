@@ -20,11 +20,8 @@ TINY = ROOT / "tests/configs/tiny.yaml"
 
 
 @pytest.fixture
-def place(tiny_run, tmp_path):
-    """Make a working folder with a config of its own and a trained demo model: (config file, layout as seen from
-    there).
-    """
-    _, theirs = tiny_run
+def place(tmp_path):
+    """Make a working folder with a config of its own: (config file, layout as seen from there)."""
 
     def make(name, cache_dir, results_dir="results", run="tiny"):
         folder = tmp_path / name
@@ -40,12 +37,7 @@ def place(tiny_run, tmp_path):
         del values["circuits"], values["tracing"], values["lenses"]  # of other tasks
         path = folder / f"{run}.yaml"
         path.write_text(yaml.safe_dump(values))
-        layout = Layout(load_config(path))
-        model = folder / layout.demo_model
-        if not model.exists():
-            model.parent.mkdir(parents=True, exist_ok=True)
-            os.symlink(Path(theirs.demo_model).resolve(), model)
-        return path, layout
+        return path, Layout(load_config(path))
 
     return make
 

@@ -4,6 +4,8 @@ plan.
 
 import ast
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import get_args
@@ -13,8 +15,12 @@ import yaml
 from conftest import snakemake_dag
 from pydantic import BaseModel
 
+from oacore.config.model import DEMO_TRAINED, SHIPPED_DEMO, DemoModel
+from oacore.config.read import load_config
 from oacore.config.run import Config
+from oacore.models.demo import build_demo
 from oacore.store import codehash as codehash_module
+from oacore.store.layout import Layout
 
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load((ROOT / "tests/configs/tiny.yaml").read_text())
@@ -64,8 +70,9 @@ OF_FACTS = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 
 OF_TEXT = {"prompts": 1, "activations": 1} | LENSES
 RESULTS = {"optimal": 4, "circuit_search": 16} | GAPS | JUDGED | TRACING | LENSES
 PROMPTS = {"prompts": 3, "activations": 3} | RESULTS
-EVERYTHING = {"demo": 1, "model": 1} | PROMPTS
+EVERYTHING = {"model": 1} | PROMPTS
 NOTHING: dict[str, int] = {}
+TRAINING_KEYS = tuple(DemoModel.model_fields)
 
 # Every leaf of the config: another value, and how many jobs of which rules run again.
 KEYS = {
@@ -79,10 +86,6 @@ KEYS = {
     "limits.tokens_per_batch": (1000, NOTHING),
     "limits.memory_gb": (1, NOTHING),
     "limits.threads": (2, NOTHING),
-    **{
-        f"demo_model.{key}": (7, EVERYTHING) for key in ("seed", "n_steps", "batch_size", "learning_rate", "n_subjects")
-    },
-    **{f"demo_model.min_{key}": (0.5, EVERYTHING) for key in ("ioi_accuracy", "year_mass", "fact_accuracy")},
     **{f"tasks.ioi.n_{split}": (40, OF_IOI) for split in ("train", "validation", "test")},
     **{f"tasks.greater_than.n_{split}": (40, {"prompts": 1} | REPORT) for split in ("train", "validation", "test")},
     **{f"tasks.facts.n_{split}": (40, OF_FACTS) for split in ("train", "validation", "test")},
@@ -169,7 +172,8 @@ def _is_section(kind):
 
 
 def test_the_table_has_every_key():
-    assert {*KEYS, "model", "circuits.tasks"} == set(leaves())
+    training = {f"demo_model.{key}" for key in TRAINING_KEYS}
+    assert {*KEYS, *training, "model", "circuits.tasks"} == set(leaves())
 
 
 def filled(value, places):
@@ -189,7 +193,7 @@ def positive(counts):
 
 @pytest.fixture
 def places(finished, tmp_path):
-    return {"demo": str(finished[2].demo_model), "elsewhere": str(tmp_path)}
+    return {"demo": str(SHIPPED_DEMO), "elsewhere": str(tmp_path)}
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -200,7 +204,7 @@ def test_each_key_re_runs_what_depends_on_it(finished, places, key):
     assert planned(changed, path) == positive(expected)
 
 
-def test_another_model_re_runs_all_but_the_demo(finished, places):
+def test_another_model_re_runs_all(finished, places):
     values, path, _ = finished
     paths = {"tasks.facts.path": "facts.csv", "tasks.text.path": "text.json"}
     for key, value in {
@@ -209,7 +213,48 @@ def test_another_model_re_runs_all_but_the_demo(finished, places):
     }.items():
         values = with_value(values, key, value)
     values = with_value(values, "lenses.truthfulness.datasets", [f"{places['demo']}/labels.csv"])
-    assert planned(values, path) == positive(EVERYTHING | {"demo": 0})
+    assert planned(values, path) == positive(EVERYTHING)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run up to model.json of a demo model that is trained in the workflow, a little."""
+    root = tmp_path_factory.mktemp("trained")
+    shares = {f"min_{name}": 0 for name in ("ioi_accuracy", "year_mass", "fact_accuracy")}
+    values = {
+        "model": DEMO_TRAINED,
+        "device": "cpu",
+        "demo_model": {"n_steps": 2, "batch_size": 6} | shares,
+        "tasks": {"ioi": TINY["tasks"]["ioi"]},
+        "cache_dir": str(root),
+        "results_dir": str(root / "results"),
+    }
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    layout = Layout(load_config(path))
+    command = [sys.executable, "-m", "snakemake", layout.model_json, "--cores", "1", "--configfile", path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {"demo", "model"}.isdisjoint(planned(values, path)), "both are there"
+    return values, path, layout
+
+
+def test_the_workflow_trains_what_the_library_trains(trained, tmp_path):
+    """The same bits, as its training.json says."""
+    values, _, layout = trained
+    build_demo(tmp_path / "demo", DemoModel(**values["demo_model"]))
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in Path(folder).glob("[!.]*")}
+        for folder in (tmp_path / "demo", layout.demo_model)
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("key", TRAINING_KEYS)
+def test_each_training_key_trains_anew(trained, key, tmp_path):
+    values, _, _ = trained
+    changed = planned(with_value(values, f"demo_model.{key}", 0.5 if "min" in key else 7), tmp_path / "config.yaml")
+    assert changed["demo"] == changed["model"] == 1
 
 
 def test_circuits_of_another_task_are_that_task_s(finished):
@@ -281,7 +326,6 @@ def test_comments_docstrings_and_formatting_re_run_nothing(finished, code):
 
 # Which rules take up what a rule makes.
 NEXT = {
-    "demo": "model",
     "model": "prompts activations optimal gaps figures circuit_search circuit_evaluation circuit_figures tracing_fit "
     "tracing tracing_figures lens_fit lens_evaluation lens_faithfulness lens_truthfulness lens_figures report",
     "prompts": "activations optimal gaps circuit_search circuit_evaluation tracing_fit tracing lens_fit "
@@ -307,10 +351,9 @@ NEXT = {
 
 # The first rules that use each module, without those that come after them anyway.
 MODULES = {
-    "demo": "models/__init__ models/architecture models/demo stages/demo store/artefacts store/provenance "
-    "tasks/greater_than tasks/ioi tasks/prompts",
     "model": "engine/clean engine/forward engine/parity engine/prompts inputs models/graph models/hub models/load "
-    "models/weights stages/model store/checksums store/reader store/writer",
+    "models/weights stages/model store/artefacts store/checksums store/provenance store/reader store/writer "
+    "tasks/prompts",
     "prompts": "stages/prompts tasks/generate",
     "activations": "engine/activations engine/statistics stages/activations",
     "optimal tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch metrics",
@@ -340,17 +383,23 @@ MODULES = {
     "stages/report tracing/peaks tracing/report",
     # Settings and rows reach rules as parameters; messages, paths and locks are no results; tools and estimates are in
     # no rule, and what no row of the tiny run names is in none of its jobs.
-    "": "__init__ __main__ errors jobs progress runner ablation/__init__ circuits/__init__ circuits/manual "
+    # Training is in a table of its own.
+    "": "__init__ __main__ errors jobs progress runner verify ablation/__init__ circuits/__init__ circuits/manual "
     "circuits/mib circuits/mib_tools config/__init__ config/__main__ config/ablation config/base "
     "config/circuits config/colors config/explain config/lenses config/model config/read config/rows "
     "config/run config/tasks config/tracing engine/__init__ estimate/__init__ estimate/ablation estimate/case "
     "estimate/circuits estimate/families estimate/inputs estimate/lens_evaluation estimate/lenses "
     "estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
-    "estimate/throughput estimate/tracing fits/__init__ lenses/__init__ report/__init__ stages/__init__ "
+    "estimate/throughput estimate/tracing fits/__init__ lenses/__init__ models/__init__ models/architecture "
+    "models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than "
     "stages/lens_activations store/__init__ store/atomic store/codehash store/layout store/locks "
     "tasks/__init__ tracing/__init__ oakernels/__init__",
 }
 FIRST_OF = {module: rules.split() for rules, modules in MODULES.items() for module in modules.split()}
+
+# What trains a demo model.
+TRAINING = "models/__init__ models/architecture models/demo stages/demo store/artefacts store/provenance "
+TRAINING += "tasks/greater_than tasks/ioi tasks/prompts"
 
 # What computes some rows of a registry, and what these share: the jobs of these rows alone.
 OF_ROWS = {
@@ -366,6 +415,7 @@ OF_ROWS = {
     "lenses/constant": LENSES | {"lens_fit": 3},
     "lenses/affine": {"lens_fit": 4} | MEASURED,
     "tasks/facts": OF_FACTS,
+    "tasks/ioi": OF_IOI,
     "tasks/text": OF_TEXT,
 }
 
@@ -382,6 +432,15 @@ def and_after(rules):
 
 def test_the_table_has_every_module(code):
     assert {module.removeprefix("oacore/").removesuffix(".py") for module in code.modules} == {*FIRST_OF, *OF_ROWS}
+    reached = {
+        name.removeprefix("oacore.").replace(".", "/") for name in codehash_module._reachable("oacore.stages.demo")
+    }
+    assert reached == {name.removesuffix("/__init__") for name in TRAINING.split()}
+
+
+def test_code_of_training_trains_anew(trained, code):
+    assert planned_with(trained, code, "models/demo")["demo"] == 1
+    assert planned_with(trained, code, "models/load")["demo"] == 0
 
 
 def planned_with(finished, code, module):

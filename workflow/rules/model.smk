@@ -6,7 +6,7 @@ rule demo:
     cache: True
     conda:
         "../../environment.yml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=4000,
         runtime=minutes(30),
@@ -20,7 +20,7 @@ rule demo:
 
 rule model:
     input:
-        demo=layout.demo_model if run_config.model == "demo" else [],
+        demo=layout.demo_model if run_config.trains_demo else [],
     output:
         model=layout.model_json,
     log:
