@@ -38,7 +38,8 @@ class Headline:
         by: columns whose values tell the groups apart.
         where: the rows that count, as `column comparison value`; all if empty.
         largest: of each group the one row where this column is largest; all if empty.
-        pick: what is taken of a group's rows: median, mean, min, or the first where there is one alone.
+        smallest: or smallest.
+        pick: what is taken of a group's rows: median, mean, or the first where there is one alone.
     """
 
     table: str
@@ -46,6 +47,7 @@ class Headline:
     by: tuple[str, ...]
     where: str = ""
     largest: str = ""
+    smallest: str = ""
     pick: str = "first"
 
 
@@ -58,8 +60,13 @@ def headlines(config: Config) -> Iterator[Headline]:
     for task in config.circuit_tasks():
         for size in SIZES:
             yield Headline(
-                f"{task}/circuits/pareto.csv", ("kl_nats",), ("ablation", "method"), f"edges <= {size}", pick="min"
+                f"{task}/circuits/pareto.csv",
+                ("kl_nats",),
+                ("ablation", "method"),
+                f"edges <= {size}",
+                smallest="validation_kl_nats",
             )
+        yield Headline(f"{task}/circuits/fronts.csv", ("ratio",), ("ablation", "method", "other"))
     if config.tracing is not None:
         narrowest = f"window == {min(config.tracing.windows)}"
         yield Headline("facts/tracing/aie.csv", ("aie", "layer"), ("corruption", "site"), narrowest, "aie")
@@ -92,12 +99,13 @@ def _numbers_of(folder: Path, headline: Headline) -> pd.DataFrame:
     if headline.where:
         rows = rows.query(headline.where)
     by = list(headline.by)
-    if headline.largest:
-        ranked = rows.sort_values(headline.largest, ascending=False, kind="stable")
+    if extreme := headline.largest or headline.smallest:
+        ranked = rows.sort_values(extreme, ascending=not headline.largest, kind="stable")
         rows = ranked.drop_duplicates(by).sort_index()
     values = rows.groupby(by, sort=False, dropna=False)[list(headline.columns)].agg(headline.pick).reset_index()
     long = values.melt(by, list(headline.columns), "column", "value")
     how = [headline.where, f"largest {headline.largest}" * bool(headline.largest)]
+    how.append(f"smallest {headline.smallest}" * bool(headline.smallest))
     how.append(headline.pick if headline.pick != "first" else "")
     named = [
         ", ".join([*(f"{name}={row[name]}" for name in by if pd.notna(row[name])), *filter(None, how)])
