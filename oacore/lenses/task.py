@@ -7,7 +7,6 @@ from pathlib import Path
 from oacore.config.lenses import LENSES, Lenses, LensName, lens_and_init
 from oacore.config.run import Config
 from oacore.engine.prompts import batch_of
-from oacore.fits.convergence import Convergence, read_convergence
 from oacore.inputs import gated_model, read_splits
 from oacore.jobs import Files
 from oacore.lenses.fit import load_lens
@@ -78,14 +77,3 @@ class LensTask:
     def lenses(self, names: Iterable[LensName]) -> dict[str, Lens]:
         """Every lens of these names by its file, those that have inits with each."""
         return {file: self.lens(file) for file in self.settings.files(names)}
-
-    def fits(self, file: str) -> list[Convergence]:
-        """How the fit of each layer came out; empty for a lens that is not fitted.
-
-        Raises:
-            UserError: as `lens`.
-        """
-        if file not in self.files:
-            return []
-        fits = list(read_convergence(self.files[file], self.provenance_of_fit(file)).values())
-        return fits * self.sources.model.n_layers if len(fits) == 1 else fits

@@ -8,6 +8,7 @@ import pandas as pd
 from oacore.config.run import Config
 from oacore.engine.prompts import batch_of
 from oacore.errors import UserError
+from oacore.fits.convergence import Convergence, read_convergence
 from oacore.inputs import settings_with_file
 from oacore.jobs import Files
 from oacore.lenses.evaluate import loss_table
@@ -32,7 +33,7 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     per_prompt = lengths - 1 if settings.positions == "all" else 1
     clusters = np.repeat(opened.splits["test"].cluster, per_prompt)
     losses = [
-        loss_table(lens, rows, clusters, opened.fits(file))
+        loss_table(lens, rows, clusters, _fits(opened, file))
         for file, lens in progress(lenses.items(), what=f"{task} lenses", unit="lenses")
     ]
     drawn = [opened.lens(file) for file in settings.drawn_files()]
@@ -42,6 +43,14 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
         write_table(path, _length_table(config, inputs, opened, list(lenses.values())), provenance)
     write_table(outputs["loss"], pd.concat(losses), provenance)
     print(f"{task}: {len(lenses)} lenses on {len(rows)} held-out rows")
+
+
+def _fits(opened: LensTask, file: str) -> list[Convergence]:
+    """How the fit of each layer came out; empty for a lens that is not fitted."""
+    if file not in opened.files:
+        return []
+    fits = list(read_convergence(opened.files[file], opened.provenance_of_fit(file)).values())
+    return fits * opened.loaded.model.n_layers if len(fits) == 1 else fits  # one for all layers of a shared lens
 
 
 def _length_table(config: Config, inputs: Files, opened: LensTask, lenses: Sequence[Lens]) -> pd.DataFrame:

@@ -11,9 +11,9 @@ from oacore.jobs import Files
 from oacore.store.artefacts import digest_of_tensors, write_json, write_table
 from oacore.store.codehash import codehash
 from oacore.tracing.corruptions import corruptor
-from oacore.tracing.effects import aie_table
+from oacore.tracing.effects import aie_table, fits_behind
 from oacore.tracing.facts import traced_facts
-from oacore.tracing.fit import NO_CONSTANTS, fits_behind, load_place_constants
+from oacore.tracing.fit import NO_CONSTANTS, load_place_constants
 from oacore.tracing.pictures import picture_table
 from oacore.tracing.places import NOWHERE, curves_of, places_of
 from oacore.tracing.trace import trace_all

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from oacore.config.tracing import CORRUPTIONS, kind_and_scale
 from oacore.fits.convergence import UNFITTED, Convergence, OfFits, typed
 from oacore.metrics import PROBABILITY_RESOLUTION, clustered_mean_and_se, zero_below
 from oacore.tracing.places import NOWHERE, Curve, Place
@@ -41,6 +42,14 @@ def effects(traced: Traced, row: int, subjects: np.ndarray) -> dict[str, float]:
     means = {"p_clean": clean, "p_corrupted": corrupted, "p_restored": restored}
     parts = {name: float(values.mean()) for name, values in means.items()}
     return {"aie": aie, "se": se, **parts, "n": len(clean), "aie_normalised": 1 - share, "se_normalised": share_se}
+
+
+def fits_behind(corruption: str, fits: OfFits) -> OfFits:
+    """Those of the places' fits that a corruption's constants come from; none if it takes no fitted ones."""
+    constants = CORRUPTIONS[kind_and_scale(corruption)[0]].constants
+    if constants in ("own", "cautious"):
+        return fits
+    return {NOWHERE.name: fits[NOWHERE.name]} if constants == "shared" else {}
 
 
 def aie_table(

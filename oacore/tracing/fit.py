@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from oacore.config.tracing import CORRUPTIONS, TracingFit, kind_and_scale
+from oacore.config.tracing import TracingFit
 from oacore.draws import prompts_of_step
 from oacore.engine.clean import clean_pass
-from oacore.fits.convergence import OfFits
 from oacore.fits.descent import ABSOLUTE_PROGRESS, Descent, descend
 from oacore.fits.record import read_fitted, write_fits
 from oacore.fits.resume import NOT_KEPT, Resumable
@@ -152,14 +151,6 @@ def _cautious(
         better.append(item != NOWHERE and gain > max(2 * se, ABSOLUTE_PROGRESS))
     keep = torch.tensor(better, device=separate.device)
     return torch.where(keep[:, None], separate, shared)
-
-
-def fits_behind(corruption: str, fits: OfFits) -> OfFits:
-    """Those of the places' fits that a corruption's constants come from; none if it takes no fitted ones."""
-    constants = CORRUPTIONS[kind_and_scale(corruption)[0]].constants
-    if constants in ("own", "cautious"):
-        return fits
-    return {NOWHERE.name: fits[NOWHERE.name]} if constants == "shared" else {}
 
 
 def save_place_constants(

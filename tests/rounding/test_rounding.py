@@ -136,7 +136,11 @@ UNFITTED = {
         ("aie", "se", "p_restored"),
     ),
     "text/lens/loss.csv": ("lens", ("logit", "mean", "resample"), ("kl_nats", "se_nats")),
-    "ioi/circuits/pareto.csv": ("ablation", ("counterfactual",), ("kl_nats", "se_nats", "logit_diff")),
+    "ioi/circuits/pareto.csv": (
+        "ablation",
+        ("counterfactual",),
+        ("kl_nats", "se_nats", "validation_kl_nats", "logit_diff"),
+    ),
 }
 
 

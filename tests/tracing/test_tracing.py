@@ -17,13 +17,12 @@ from oacore.models.load import canonical
 from oacore.store.provenance import Provenance
 from oacore.tasks.prompts import build
 from oacore.tracing.corruptions import SubjectSources, corruptor
-from oacore.tracing.effects import Traced, aie_table, effects
+from oacore.tracing.effects import Traced, aie_table, effects, fits_behind
 from oacore.tracing.facts import TracedFacts
 from oacore.tracing.fit import (
     NO_CONSTANTS,
     PlaceConstants,
     fit_place_constants,
-    fits_behind,
     load_place_constants,
     lost_probability,
     lost_probability_gradient,

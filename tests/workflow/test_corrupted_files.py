@@ -202,7 +202,13 @@ READ_BY = {
         "circuit_figures",
         {"task": "ioi"},
     ),
+    "losses of a method": (
+        lambda layout: layout.circuits("ioi", "hcgs-counterfactual/losses.safetensors"),
+        "circuit_figures",
+        {"task": "ioi"},
+    ),
     "pareto": (lambda layout: layout.circuits("ioi", "pareto.csv"), "report", {}),
+    "fronts": (lambda layout: layout.circuits("ioi", "fronts.csv"), "report", {}),
     "drawing": (lambda layout: layout.circuits("ioi", "figures/circuit_optimal.svg"), "report", {}),
     "tracing constants": (lambda layout: layout.tracing("constants.safetensors"), "tracing", {}),
     "aie": (lambda layout: layout.tracing("aie.csv"), "tracing_figures", {}),

@@ -12,6 +12,7 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -43,6 +44,9 @@ def snakemake(*arguments, cwd=ROOT, **options):
 
 def roots(cache, results):
     return ["--config", f"cache_dir={cache}", f"results_dir={results}"]
+
+
+FIT = ["converged", "steps"]  # of the columns of a fitted number
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +81,7 @@ def test_outputs_are_exactly_those_promised(finished):
     circuits = config.circuits
     found = names_in(layout.circuits("ioi", ""))
     folders = {f"{method}-{ablation}" for method in circuits.methods for ablation in circuits.ablations}
-    assert found == {"pareto.csv", "stability.csv", "edge_frequency.csv", "figures"} | folders
+    assert found == {"pareto.csv", "fronts.csv", "stability.csv", "edge_frequency.csv", "figures"} | folders
     names = {f"{name}.{kind}" for name in circuits.figures() for kind in ("svg", "png")} | {
         f"circuit_{name}.svg" for name in circuits.ablations
     }
@@ -85,7 +89,7 @@ def test_outputs_are_exactly_those_promised(finished):
     for method in circuits.methods:
         for ablation in circuits.ablations:
             files = {circuit_file(knob, seed) for knob in circuits.knobs(method) for seed in circuits.seeds}
-            files |= {"search.safetensors", "timing.json", "pareto.csv"} | (
+            files |= {"search.safetensors", "timing.json", "pareto.csv", "losses.safetensors"} | (
                 {"constants.safetensors"} if ablation == "optimal" else set()
             )
             assert names_in(layout.circuits("ioi", f"{method}-{ablation}")) == files
@@ -106,7 +110,10 @@ def test_aie_table_is_complete(finished):
     columns = (
         "corruption,site,position,window,layer,aie,se,p_clean,p_corrupted,p_restored,n,aie_normalised,se_normalised"
     )
-    assert ",".join(table.columns) == columns and not table.isna().any().any()
+    assert ",".join(table.columns) == f"{columns},converged,steps,left"
+    fitted = table["corruption"].isin(["oat", "oat_cautious", "oat_shared"])
+    assert (table[[*FIT, "left"]].notna().all(axis=1) == fitted).all() and fitted.any()
+    assert not table[columns.split(",")].isna().any().any()
     keys = ["corruption", "site", "position", "window", "layer"]
     n_places = len(tracing.sites) * len(tracing.positions) * len(tracing.windows) * 4
     assert len(table) == len(tracing.corruption_names()) * n_places and not table.duplicated(keys).any()
@@ -201,7 +208,9 @@ def test_lens_outputs_are_those_promised(finished):
     names = {f"{name}.{kind}" for name in lenses.figures() for kind in ("svg", "png")} | {"prompt_0.svg"}
     assert {path.name for path in (folder / "figures").iterdir()} == names
     loss = pd.read_csv(folder / "loss.csv")
-    assert list(loss.columns) == ["lens", "init", "layer", "kl_nats", "se_nats", "top1_agreement", "n"]
+    columns = ["lens", "init", "layer", "kl_nats", "se_nats", "top1_agreement", "n"]
+    assert list(loss.columns) == [*columns, *FIT, "left_nats"]
+    assert (loss[[*FIT, "left_nats"]].notna().all(axis=1) == ~loss["lens"].isin(["logit", "mean", "resample"])).all()
     assert len(loss) == len(lenses.files()) * 4 and (loss["n"] == 60).all() and (loss["kl_nats"] > 0).all()
     wide = loss[loss["init"].isna()].pivot(index="layer", columns="lens", values="kl_nats")
     assert (
@@ -256,8 +265,11 @@ def test_a_lens_loss_with_plain_hugging_face(finished):
 def test_pareto_table_is_complete(finished):
     config, layout, _ = finished
     pareto = pd.read_csv(layout.circuits("ioi", "pareto.csv"))
-    columns = "method,ablation,objective,knob,seed,edges,nodes,kl_nats,se_nats,logit_diff,fit_seconds,peak_mb"
-    assert ",".join(pareto.columns) == columns and not pareto.isna().any().any()
+    columns = "method,ablation,objective,knob,seed,edges,nodes,kl_nats,se_nats,validation_kl_nats,logit_diff"
+    columns += ",fit_seconds,peak_mb"
+    assert ",".join(pareto.columns) == f"{columns},converged,steps,left_nats"
+    assert not pareto[columns.split(",")].isna().any().any()
+    assert (pareto[[*FIT, "left_nats"]].notna().all(axis=1) == (pareto["ablation"] == "optimal")).all()
     n_knobs = sum(len(config.circuits.knobs(method)) for method in config.circuits.methods)
     assert len(pareto) == n_knobs * len(config.circuits.seeds) * len(config.circuits.ablations)
     assert (pareto["objective"] == pareto["method"].map(lambda name: "logit_diff" if name == "eap" else "kl")).all()
@@ -266,6 +278,21 @@ def test_pareto_table_is_complete(finished):
         len(stability) == n_knobs * len(config.circuits.ablations)
         and (stability["n_circuits"] == len(config.circuits.seeds)).all()
     )
+
+
+def test_losses_of_prompts_belong_to_the_table_and_fronts_to_them(finished):
+    config, layout, _ = finished
+    pareto, prompts = pd.read_csv(layout.circuits("ioi", "pareto.csv")), read_prompts(layout.prompts("ioi"), "test")
+    for (method, ablation), rows in pareto.groupby(["method", "ablation"]):
+        kl = load_file(layout.circuits("ioi", f"{method}-{ablation}/losses.safetensors"))["kl"]
+        assert kl.shape == (len(rows), len(prompts))
+        np.testing.assert_allclose(kl.double().mean(1), rows["kl_nats"], rtol=1e-6)
+    fronts = pd.read_csv(layout.circuits("ioi", "fronts.csv"))
+    n_methods = len(config.circuits.methods)
+    assert len(fronts) == len(config.circuits.ablations) * n_methods * (n_methods - 1)
+    compared = fronts[fronts["verdict"] != "apart"]
+    assert len(compared) and (compared["n_seeds"] == len(config.circuits.seeds)).all()
+    assert ((compared["low"] <= compared["high"]) & (compared["edges_low"] <= compared["edges_high"])).all()
 
 
 @pytest.mark.parametrize("ablation", ["optimal", "counterfactual"])
@@ -373,18 +400,12 @@ def test_demo_model_meets_its_requirements(finished):
 def test_gap_table_is_complete(finished):
     config, _, tables = finished
     for task, gaps in tables.items():
-        assert list(gaps.columns) == [
-            "component",
-            "kind",
-            "layer",
-            "head",
-            "method",
-            "gap_nats",
-            "se_nats",
-            "n_prompts",
-        ]
+        columns = ["component", "kind", "layer", "head", "method", "gap_nats", "se_nats", "n_prompts"]
+        assert list(gaps.columns) == [*columns, *FIT, "left_nats"]
+        fitted = gaps["method"].isin(["optimal", "optimal_positional"])
+        assert (gaps[[*FIT, "left_nats"]].notna().all(axis=1) == fitted).all() and fitted.any()
         assert len(gaps) == 20 * len(config.ablation.methods)
-        assert not gaps.drop(columns="head").isna().any().any(), task
+        assert not gaps[columns].drop(columns="head").isna().any().any(), task
         assert (gaps["gap_nats"] >= 0).all()
 
 

@@ -359,6 +359,7 @@ MODULES = {
     "optimal tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch metrics",
     "optimal tracing_fit lens_faithfulness": "draws",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
+    "gaps circuit_evaluation tracing lens_evaluation": "fits/convergence",
     "gaps": "ablation/gaps ablation/replacements stages/gaps",
     "figures": "ablation/plots ablation/tables stages/figures",
     "figures circuit_figures tracing_figures lens_figures": "report/figures report/numbers",
@@ -368,7 +369,7 @@ MODULES = {
     "engine/masked_blocks engine/masked_pass stages/circuit_search oakernels/constants oakernels/masked_mix "
     "oakernels/masked_mix_backward oakernels/masked_read oakernels/operands oakernels/projection oakernels/runtime",
     "circuit_evaluation": "circuits/evaluate circuits/mib_file stages/circuit_evaluation",
-    "circuit_figures": "circuits/drawing circuits/plots circuits/stability stages/circuit_figures",
+    "circuit_figures": "circuits/drawing circuits/fronts circuits/plots circuits/stability stages/circuit_figures",
     "tracing_fit": "stages/tracing_fit tracing/facts tracing/fit tracing/places tracing/recall tracing/restore "
     "tracing/subjects",
     "tracing": "stages/tracing tracing/corruptions tracing/effects tracing/pictures tracing/tables tracing/trace",
@@ -379,8 +380,8 @@ MODULES = {
     "lens_faithfulness": "lenses/faithfulness stages/lens_faithfulness",
     "lens_truthfulness": "lenses/labelled lenses/truthfulness stages/lens_truthfulness",
     "lens_figures": "lenses/drawing lenses/plots lenses/tables stages/lens_figures",
-    "report": "ablation/report circuits/report lenses/report report/cells report/page report/parts report/svg "
-    "stages/report tracing/peaks tracing/report",
+    "report": "ablation/report circuits/report lenses/report report/cells report/convergence report/page report/parts "
+    "report/svg stages/report tracing/peaks tracing/report",
     # Settings and rows reach rules as parameters; messages, paths and locks are no results; tools and estimates are in
     # no rule, and what no row of the tiny run names is in none of its jobs.
     # Training is in a table of its own.
