@@ -290,7 +290,8 @@ def test_losses_of_prompts_belong_to_the_table_and_fronts_to_them(finished):
     n_methods = len(config.circuits.methods)
     assert len(fronts) == len(config.circuits.ablations) * n_methods * (n_methods - 1)
     compared = fronts[fronts["verdict"] != "apart"]
-    assert len(compared) and (compared["n_seeds"] == len(config.circuits.seeds)).all()
+    # Of some seeds alone the fronts may have a size in common.
+    assert len(compared) and compared["n_seeds"].between(1, len(config.circuits.seeds)).all()
     assert ((compared["low"] <= compared["high"]) & (compared["edges_low"] <= compared["edges_high"])).all()
 
 
