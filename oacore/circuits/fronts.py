@@ -22,6 +22,10 @@ COLUMNS = (
     *("method", "ablation", "objective", "knob", "seed", "edges", "nodes"),
     *("kl_nats", "se_nats", "validation_kl_nats", "logit_diff"),
 )
+COMPARED = (
+    *("ablation", "method", "other", "edges_low", "edges_high", "ratio", "low", "high"),
+    *("verdict", "largest_ratio", "at_edges", "n_seeds"),
+)
 N_RESAMPLES = 2000
 
 
@@ -202,7 +206,7 @@ def compare_fronts(
                 found = [between for between in of_seeds if between is not None]
                 pair = {"ablation": ablation, "method": method, "other": other}
                 rows.append(pair | _compared(found, drawn, generator))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(COMPARED))
 
 
 def _resampled_log_means(losses: np.ndarray, clusters: np.ndarray, seed: int, n_resamples: int) -> np.ndarray:

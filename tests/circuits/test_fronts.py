@@ -218,6 +218,12 @@ def test_losses_of_zero_and_circuits_without_edges():
     assert pair(compared(only_empty))["verdict"] == "apart"
 
 
+def test_a_single_method_has_a_table_without_rows(tmp_path):
+    """Which must be read back: an empty file without a header can't."""
+    compared(fabricate(("ugs",))).to_csv(tmp_path / "fronts.csv", index=False)
+    assert list(pd.read_csv(tmp_path / "fronts.csv").columns)[:3] == ["ablation", "method", "other"]
+
+
 def test_the_same_seed_gives_the_same_intervals():
     table = fabricate(("ugs", "acdc"))
     pd.testing.assert_frame_equal(compared(table), compared(table))

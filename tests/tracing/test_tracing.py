@@ -301,7 +301,7 @@ def test_gradients_of_every_place_are_those_of_finite_differences():
     assert (gradient.abs().sum(1) > 0).sum() >= 5
 
 
-SHORT = TracingFit(batch_size=2, first_round=5, max_steps=75)
+SHORT = TracingFit(batch_size=2, learning_rate=0.02, first_round=5, max_steps=75)
 
 
 def test_fit_lowers_every_loss_and_resumes_bit_by_bit(gpt2, tmp_path):

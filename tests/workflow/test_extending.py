@@ -86,8 +86,9 @@ def test_their_results_are_in_the_tables(extended):
     some = pareto[(pareto["method"] == "writes") & (pareto["knob"] == 0.5)].set_index("ablation")["kl_nats"]
     assert (some["mean"].to_numpy() != some["half_mean"].to_numpy()).all() and some.gt(0).all()
     loss = pd.read_csv(folder / "results/demo/ioi/lens/loss.csv").set_index(["lens", "layer"])["kl_nats"]
-    assert (loss["bias"] <= loss["logit"]).all(), "a fitted shift is no worse than none, from which it starts"
-    assert loss["bias"].sum() < loss["logit"].sum(), "and better at some layer"
+    assert (loss["bias"] <= loss["logit"]).all() and (loss["bias"] < loss["logit"]).sum() >= 3, (
+        "a fitted shift is better than none, and is none where it is not"
+    )
     assert set(pd.read_csv(folder / "results/demo/ioi/lens/faithfulness.csv")["lens"]) == {"bias"}
 
 

@@ -91,6 +91,9 @@ def test_the_workflow_is_a_module_of_another(tiny_run, tmp_path):
     table = pd.read_csv(tmp_path / "sub/results/tiny/ioi/ablation/gaps.csv")
     whole = pd.read_csv(layout.ablation("ioi", "gaps.csv"))
     for method in ("zero", "mean", "counterfactual"):
-        ours, theirs = (frame[frame["method"] == method].reset_index(drop=True) for frame in (table, whole))
+        # Without a fit in the table its last columns are empty, and of another type.
+        ours, theirs = (
+            frame[frame["method"] == method].reset_index(drop=True).loc[:, :"n_prompts"] for frame in (table, whole)
+        )
         assert len(ours) and ours.equals(theirs)
     assert (tmp_path / "sub/results/tiny/.lock").exists(), "the run's locks lie where its files do"

@@ -45,7 +45,9 @@ if CIRCUITS:
                 *computed(CIRCUIT_METHODS, [wildcards.method]),
                 *computed(EDGE_ABLATIONS, [wildcards.ablation]),
             ],
-            settings=lambda wildcards: CIRCUITS.read_by(wildcards.method, wildcards.ablation),
+            settings=lambda wildcards: CIRCUITS.read_by(
+                wildcards.method, wildcards.ablation
+            ),
             seed=run_config.seed,
             code=lambda wildcards: code(
                 "circuit_search",
