@@ -12,45 +12,14 @@ from pathlib import Path
 from oacore.config.base import Settings
 from oacore.config.model import SHIPPED_DEMO, is_directory_name
 from oacore.config.run import Config
+from oacore.store.fingerprint import fingerprint
 
 SPLITS = ("train", "validation", "test")
-_SAMPLES, _SAMPLE_BYTES = 16, 65536
 
 
 def short_hash(value: object) -> str:
     """Ten hex digits of a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
-
-
-def fingerprint(path: str | Path) -> str:
-    """Hash of a file's or directory's names, sizes and sampled contents.
-
-    Reads at most 1 MiB a file, because the Snakefile asks at every start: whole if smaller, else evenly spaced samples
-    (any training step changes nearly all bytes of a weight file). Times do not count, so a copy or a checkout is the
-    same.
-    """
-    path = Path(path).expanduser()
-    digest = hashlib.sha256()
-    files = (
-        [path]
-        if path.is_file()
-        else sorted(item for item in path.rglob("*") if item.is_file() and not _hidden(item, path))
-    )
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{'' if file == path else file.relative_to(path).as_posix()} {size}\n".encode())
-        with open(file, "rb") as handle:
-            if size <= _SAMPLES * _SAMPLE_BYTES:
-                digest.update(handle.read())
-                continue
-            for index in range(_SAMPLES):
-                handle.seek(index * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                digest.update(handle.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _hidden(item: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in item.relative_to(root).parts)
 
 
 def model_settings(config: Config) -> dict[str, object]:

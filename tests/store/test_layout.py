@@ -8,7 +8,7 @@ import pytest
 from oacore.config.model import SHIPPED_DEMO, DemoModel
 from oacore.config.read import parse_config
 from oacore.store import layout as layout_module
-from oacore.store.layout import Layout, fingerprint
+from oacore.store.layout import Layout
 
 COUNTS = ("seed", "n_steps", "batch_size", "n_subjects")
 RATES = ("learning_rate", "min_ioi_accuracy", "min_year_mass", "min_fact_accuracy")
@@ -71,33 +71,6 @@ def test_names_stay_readable_and_safe():
     assert layout({"model": "openai-community/gpt2"}).model_dir.startswith("cache/openai--community--gpt2-")
     assert layout().report == "results/demo/report.html"
     assert layout().task_of(layout().task_folders[1]) == "greater_than"
-
-
-def test_fingerprint_is_of_content_not_of_place_or_time(tmp_path):
-    first = tmp_path / "first"
-    first.mkdir()
-    (first / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    (first / "weights.bin").write_bytes(bytes(range(256)) * 20000)  # 5 MB: sampled
-    second = tmp_path / "second"
-    shutil.copytree(first, second)
-    assert fingerprint(first) == fingerprint(second)
-    assert layout({"model": str(first)}).model_dir.removeprefix("cache/first") == layout(
-        {"model": str(second)}
-    ).model_dir.removeprefix("cache/second")
-    (second / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert fingerprint(first) != fingerprint(second)
-
-
-def test_fingerprint_sees_any_large_change_of_weights(tmp_path):
-    path = tmp_path / "weights"
-    path.write_bytes(bytes(5_000_000))
-    before = fingerprint(path)
-    changed = bytearray(5_000_000)
-    changed[1::2] = b"\1" * 2_500_000
-    path.write_bytes(changed)
-    assert fingerprint(path) != before
-    path.write_bytes(bytes(5_000_001))
-    assert fingerprint(path) != before
 
 
 def test_text_file_names_its_folder_by_content(tmp_path):
