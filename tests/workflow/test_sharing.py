@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,36 @@ def test_another_working_copy_takes_the_cache_through_snakemake(place, tmp_path)
             "no job spoke there"
         )
     assert made[0] == made[1]
+
+
+def test_a_fresh_checkout_and_a_copied_folder_re_run_nothing_and_an_edited_file_does(place, tmp_path):
+    """Times are all new there, and in any order."""
+    path, layout = place("a", "cache")
+    run = started(command(path, layout.activations("ioi")))
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, output
+    copied, checkout = tmp_path / "b", tmp_path / "checkout"
+    shutil.copytree(path.parent, copied)
+    shutil.copytree(ROOT / "workflow", checkout / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", checkout)
+    (checkout / "profiles").symlink_to("workflow/profiles")
+    now = time.time()
+    (checkout / "workflow/scripts/stage.py").touch()
+    for age, file in enumerate((layout.model_json, layout.prompts("ioi"), layout.activations("ioi"))):
+        os.utime(copied / file, (now - age, now - age))
+
+    def again():
+        line = [sys.executable, "-m", "snakemake", layout.activations("ioi"), "--cores", "1", "--configfile"]
+        run = started([*line, str(copied / path.name), "-n", "-s", str(checkout / "Snakefile")], cwd=copied)
+        return run.communicate(timeout=300)[0]
+
+    output = again()
+    assert "Nothing to be done" in output, output
+    with open(copied / layout.model_json, "a") as file:
+        file.write("\n")
+    output = again()
+    stats = dict(re.findall(r"^(\w+) +(\d+)$", output, re.M))
+    assert stats == {"prompts": "1", "activations": "1", "total": "2"}, output
 
 
 def test_a_killed_pipeline_unlocks_only_when_its_jobs_have_ended(place):

@@ -393,7 +393,7 @@ MODULES = {
     "estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
     "estimate/throughput estimate/tracing fits/__init__ lenses/__init__ models/__init__ models/architecture "
     "models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than "
-    "stages/lens_activations store/__init__ store/atomic store/codehash store/layout store/locks "
+    "stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint store/layout store/locks "
     "tasks/__init__ tracing/__init__ oakernels/__init__",
 }
 FIRST_OF = {module: rules.split() for rules, modules in MODULES.items() for module in modules.split()}
