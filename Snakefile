@@ -6,7 +6,7 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-from oacore.config.read import parse_config
+from oacore.config.read import parse_config, read_yaml
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
 from oacore.jobs import data_sets, files_of
@@ -22,6 +22,9 @@ if not workflow.config_settings.configfiles:
 
 
 try:
+    if workflow.is_main_process:  # a key that is given twice, which Snakemake does not see
+        for file in workflow.config_settings.configfiles or ():
+            read_yaml(file)
     run_config = parse_config(config)
     check_files(run_config.tasks.selected())
     # What a run would need, before it starts; nothing of this in jobs, which are processes of their own, nor in real

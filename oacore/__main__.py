@@ -106,6 +106,8 @@ def _run_tool(given: argparse.Namespace) -> int:
 
 def _run(stage: str, config: Config, given: dict[str, str | None]) -> None:
     if stage == "all":
+        if narrowed := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise UserError(f"{', '.join(narrowed)}: not with `all`, which runs every stage; allowed: with one stage")
         run_missing(config)
         return
     all_of_stage = [what for name, what, _ in jobs(config) if name == stage]

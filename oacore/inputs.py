@@ -42,7 +42,7 @@ def settings_with_file(config: Config, model_json: Path, task: str) -> Any:
         return settings
     path = getattr(settings, "path", None)
     demo_file = Path(model_source(config, model_json)) / row.demo_file
-    return settings.model_copy(update={"path": demo_file if path is None else path.expanduser()})
+    return settings.model_copy(update={"path": demo_file if path is None else path})
 
 
 def gated_model(config: Config, model_json: Path) -> Loaded:

@@ -279,7 +279,7 @@ def _lens_truthfulness(layout: Layout, task: str) -> tuple[Named, Named]:
 
 def data_sets(settings: Truthfulness) -> list[str]:
     """The user's labelled files; absolute, so that no prefix of a workflow goes before them."""
-    return [str(path.expanduser().absolute()) for path in settings.datasets or ()]
+    return [str(path.absolute()) for path in settings.datasets or ()]
 
 
 def _lens_figures(layout: Layout, task: str) -> tuple[Named, Named]:

@@ -1,15 +1,41 @@
 """What all sections of the config share."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+LARGEST = 2**31 - 1  # of whole numbers: counts and seeds beyond it overflow somewhere
+
+
+def _at_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # `~name`, and there is nobody of that name
+        raise ValueError(f"{str(path)!r}: no such home directory; allowed: a path") from None
+
+
+LocalPath = Annotated[Path, AfterValidator(_at_home)]
 
 
 class Settings(BaseModel):
     """Base of every section: unknown keys are refused, values never change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`yes` in YAML is true, which pydantic would take for 1; and no count or seed has ten digits."""
+        takes_booleans = info.field_name is not None and bool in _types(cls.model_fields[info.field_name].annotation)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, bool) and not takes_booleans:
+                raise ValueError(f"{item}: neither true nor false (yes, no, on, off) is allowed here")
+            if isinstance(item, int) and abs(item) > LARGEST:
+                raise ValueError(f"{item}; allowed: whole numbers up to {LARGEST}")
+        return value
 
 
 class OptimalFit(Settings):
@@ -46,3 +72,10 @@ def nearest(value: object, choices: Iterable[str]) -> str:
     """The choice that was probably meant, for the end of an error message; empty if none is near."""
     match = difflib.get_close_matches(str(value), list(choices), n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)

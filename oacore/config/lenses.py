@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from oacore.config.base import OptimalFit, Settings
+from oacore.config.base import LocalPath, OptimalFit, Settings
 from oacore.config.colors import ACCENT, BLUE, GOLD, GREEN, INK, PINK, PURPLE, SLATE, TEAL
 from oacore.config.rows import Look, Row, registry
 from oacore.config.tasks import TaskName
@@ -197,7 +196,7 @@ class Faithfulness(Settings):
 class Truthfulness(Settings):
     """At which layer does a wrong demonstration win? The section's presence asks for it."""
 
-    datasets: tuple[Path, ...] | None = Field(
+    datasets: tuple[LocalPath, ...] | None = Field(
         None,
         min_length=1,
         description="CSV or JSON lines files with text, label; only the demo model has one of its own",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from oacore.config.ablation import Ablation
-from oacore.config.base import Settings
+from oacore.config.base import LocalPath, Settings
 from oacore.config.circuits import CIRCUIT_METHODS, Circuits
 from oacore.config.lenses import Lenses
 from oacore.config.model import DEMO, DEMO_TRAINED, DemoModel
@@ -67,10 +67,10 @@ class Config(Settings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
     seed: int = Field(0, ge=0, description="seed of prompts, fits and resampling")
-    cache_dir: Path = Field(
+    cache_dir: LocalPath = Field(
         Path("cache"), description="what runs share: models, prompts, activations (a cluster's scratch)"
     )
-    results_dir: Path = Field(Path("results"), description="what one run concludes")
+    results_dir: LocalPath = Field(Path("results"), description="what one run concludes")
     limits: Limits = Limits()
     demo_model: DemoModel = DemoModel()
     tasks: Tasks = Field(description="what the model is asked to do; an empty section takes the defaults")

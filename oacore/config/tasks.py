@@ -1,12 +1,11 @@
 """`tasks:` what the model is asked to do, and the registry of tasks."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
-from oacore.config.base import Settings
+from oacore.config.base import LocalPath, Settings
 from oacore.config.rows import Row, registry
 
 
@@ -21,7 +20,7 @@ class Task(Settings):
 class Facts(Task):
     """Facts that the model completes correctly, split by subject."""
 
-    path: Path | None = Field(
+    path: LocalPath | None = Field(
         None,
         description="CSV or JSON lines file with subject, prompt, answer; only the demo model has facts of its own "
         "and may leave it out",
@@ -35,7 +34,7 @@ class Facts(Task):
 class Text(Task):
     """Windows of plain text; the target is the model's own next-token distribution."""
 
-    path: Path | None = Field(
+    path: LocalPath | None = Field(
         None,
         description="text file, directory of .txt files, or JSON list of strings; only the demo model has text of its "
         "own",

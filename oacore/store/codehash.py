@@ -17,7 +17,8 @@ PACKAGES = ("oacore", "oakernels")
 # Settings reach a rule through its params, paths through its inputs and outputs; messages and how a file gets its name
 # are no results.
 NOT_FOLLOWED = {
-    f"oacore.{name}" for name in ("errors", "progress", "jobs", "store.layout", "store.fingerprint", "store.atomic", "store.codehash")
+    f"oacore.{name}"
+    for name in ("errors", "progress", "jobs", "store.layout", "store.fingerprint", "store.atomic", "store.codehash")
 } | {"oacore"}
 
 

@@ -5,6 +5,7 @@ killed run blocks nobody. Snakemake's own lock covers one working directory only
 wait, and outlives a kill.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from oacore.errors import UserError
+from oacore.errors import UserError, cause
 from oacore.store.atomic import atomic_path
 from oacore.store.codehash import codehash
 from oacore.store.layout import Layout, short_hash
@@ -25,18 +26,23 @@ SECONDS_BETWEEN_TRIES = 0.5
 _held: list[IO[str]] = []  # open files hold locks; these live as long as the process
 
 
-def hold(path: str | Path, what: str, *, shared: bool = False, wait: bool = True) -> IO[str]:
+def hold(path: str | Path, what: str, *, shared: bool = False, wait: bool = True) -> IO[str] | None:
     """Lock a file until the process ends, or until the returned file is closed; says whom it waits for.
 
+    None for a shared lock where nobody can write: nothing changes there.
+
     Raises:
-        UserError: another process holds it and `wait` is False.
+        UserError: another process holds it and `wait` is False, or it can't be made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (stays open: that is the lock)
-    except PermissionError:  # another user's, in a shared cache: only the holder's name needs the right to write
-        file = open(path, encoding="utf-8")  # noqa: SIM115
+        file = _opened(path)
+    except OSError as error:
+        if shared and error.errno == errno.EROFS:
+            return None
+        raise UserError(
+            f"{path}: can't be written: {cause(error)}; allowed: a folder that this run may write"
+        ) from None
     said = False
     while not _try(file, shared):
         if not wait:
@@ -51,6 +57,17 @@ def hold(path: str | Path, what: str, *, shared: bool = False, wait: bool = True
         file.flush()
     _held.append(file)
     return file
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+", encoding="utf-8")  # stays open: that is the lock
+    except OSError as error:
+        # Another user's, in a shared cache, or on a read-only mount: only the holder's name needs the right to write.
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and path.exists():
+            return open(path, encoding="utf-8")
+        raise
 
 
 def _try(file: IO[str], shared: bool) -> bool:
@@ -93,7 +110,9 @@ def hold_for_pipeline(layout: Layout, *, wait: bool = True) -> None:
     for folder, mode in folders.items():
         hold(f"{folder}/.lock", folder, shared=mode == "shared", wait=wait)
         if mode == "exclusive":
-            hold(f"{folder}/.jobs.lock", f"{folder} (a job)", wait=wait).close()
+            jobs = hold(f"{folder}/.jobs.lock", f"{folder} (a job)", wait=wait)
+            assert jobs is not None
+            jobs.close()
 
 
 def hold_for_job(layout: Layout) -> None:
@@ -114,7 +133,7 @@ def cache_is_complete(layout: Layout) -> bool:
 
 def mark_cache_complete(layout: Layout) -> None:
     """Let pipelines share the cache from now on; called after one has succeeded."""
-    if all(Path(file).exists() for file in layout.cache_files()):
+    if not cache_is_complete(layout) and all(Path(file).exists() for file in layout.cache_files()):
         with atomic_path(Path(layout.model_dir) / ".complete") as temporary:
             temporary.write_text(_cache_code())
 

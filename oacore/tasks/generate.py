@@ -18,7 +18,7 @@ def check_files(tasks: dict[str, Task]) -> None:
         path = getattr(settings, "path", None)
         if TASKS[name].check and path is not None:
             module, _, function = TASKS[name].check.partition(":")
-            getattr(import_module(module), function)(path.expanduser())
+            getattr(import_module(module), function)(path)
 
 
 def generate(

@@ -47,7 +47,7 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
     Raises UserError for an unreadable or empty file, and where the split has too few windows.
     """
     wanted, rng = limit(settings, "text", split), stream(seed, split)
-    path, size = Path(settings.path).expanduser(), settings.n_tokens - 1
+    path, size = Path(settings.path), settings.n_tokens - 1
     # A window that occurs twice belongs to the passage that has it first, so that common openings don't leak between
     # splits.
     windows: dict[tuple[int, ...], tuple[int, int]] = {}  # ids -> (passage, next id)

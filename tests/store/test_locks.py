@@ -141,7 +141,7 @@ def test_another_user_s_lock_file_can_be_locked(tmp_path, monkeypatch):
 
     def open_as_other(file, mode="r", **options):
         if "a" in mode:
-            raise PermissionError
+            raise PermissionError(errno.EACCES, "Permission denied")
         return opened(file, mode, **options)
 
     monkeypatch.setattr("builtins.open", open_as_other)
@@ -150,6 +150,66 @@ def test_another_user_s_lock_file_can_be_locked(tmp_path, monkeypatch):
         locks.hold(path, "here", wait=False)
     held.close()
     assert path.read_text() == ""
+
+
+@pytest.fixture
+def read_only(tmp_path, monkeypatch):
+    """Make a folder a read-only mount; as root that has to be made up."""
+    opened, made = open, Path.mkdir
+
+    def refuse(path):
+        if Path(path).is_relative_to(tmp_path / "cache"):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+    def open_there(file, mode="r", **options):
+        if mode != "r":
+            refuse(file)
+        return opened(file, mode, **options)
+
+    def make_there(path, *arguments, **options):
+        if not path.exists():
+            refuse(path)
+        made(path, *arguments, **options)
+
+    def begin():
+        monkeypatch.setattr("builtins.open", open_there)
+        monkeypatch.setattr(Path, "mkdir", make_there)
+
+    return begin
+
+
+@pytest.mark.parametrize("locked_before", [True, False])
+def test_a_complete_cache_on_a_read_only_mount_is_used(tmp_path, read_only, locked_before):
+    layout = complete_cache(tmp_path)
+    if locked_before:
+        for name in (".lock", ".jobs.lock"):
+            (Path(layout.model_dir) / name).write_text("")
+    read_only()
+    locks.hold_for_pipeline(layout)  # of one process, a job of another
+    locks.mark_cache_complete(layout)
+    assert locks.hold(f"{layout.model_dir}/.jobs.lock", "cache", shared=True, wait=False) is None or locked_before
+
+
+def test_an_unfinished_cache_on_a_read_only_mount_is_one_error(tmp_path, read_only):
+    layout = complete_cache(tmp_path)
+    Path(layout.model_json).unlink()
+    read_only()
+    with pytest.raises(UserError, match=r"cache/.*\.lock: can't be written: Read-only file system; allowed: a folder"):
+        locks.hold_for_pipeline(layout)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o007, 0o770), (0o002, 0o775)])
+def test_folders_and_files_obey_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with atomic_directory(tmp_path / "folder"):
+            pass
+        with atomic_path(tmp_path / "file"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode & 0o666
 
 
 GPU = """
