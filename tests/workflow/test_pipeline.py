@@ -763,10 +763,10 @@ def test_bad_config_stops_before_any_job(tmp_path, change, parts):
 def test_a_key_that_is_given_twice_stops_before_any_job(tmp_path):
     """Snakemake itself takes the second."""
     path = tmp_path / "bad.yaml"
-    path.write_text(TINY.read_text() + "seed: 3\n")
+    path.write_text(TINY.read_text() + "run: other\n")
     result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
     assert result.returncode != 0 and "Traceback" not in result.stderr
-    assert "bad.yaml: not valid YAML: 'seed' is first given" in result.stderr, result.stderr
+    assert "bad.yaml: not valid YAML: 'run' is first given" in result.stderr, result.stderr
     assert not (tmp_path / "cache").exists()
 
 
