@@ -22,7 +22,9 @@ if not workflow.config_settings.configfiles:
 
 
 try:
-    if workflow.is_main_process:  # a key that is given twice, which Snakemake does not see
+    if (
+        workflow.is_main_process
+    ):  # a key that is given twice, which Snakemake does not see
         for file in workflow.config_settings.configfiles or ():
             read_yaml(file)
     run_config = parse_config(config)
