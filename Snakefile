@@ -6,7 +6,8 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-from oacore.config.read import parse_config, read_yaml
+from oacore.config.read import parse_config
+from oacore.config.yaml_file import read_yaml
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
 from oacore.jobs import data_sets, files_of
@@ -22,9 +23,8 @@ if not workflow.config_settings.configfiles:
 
 
 try:
-    if (
-        workflow.is_main_process
-    ):  # a key that is given twice, which Snakemake does not see
+    # For keys that are given twice, of which Snakemake takes the second.
+    if workflow.is_main_process:
         for file in workflow.config_settings.configfiles or ():
             read_yaml(file)
     run_config = parse_config(config)

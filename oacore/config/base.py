@@ -29,9 +29,12 @@ class Settings(BaseModel):
     @classmethod
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """`yes` in YAML is true, which pydantic would take for 1; and no count or seed has ten digits."""
-        takes_booleans = info.field_name is not None and bool in _types(cls.model_fields[info.field_name].annotation)
+        assert info.field_name is not None
+        kinds = list(_types(cls.model_fields[info.field_name].annotation))
+        if bool in kinds or not (int in kinds or float in kinds):
+            return value
         for item in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(item, bool) and not takes_booleans:
+            if isinstance(item, bool):
                 raise ValueError(f"{item}: neither true nor false (yes, no, on, off) is allowed here")
             if isinstance(item, int) and abs(item) > LARGEST:
                 raise ValueError(f"{item}; allowed: whole numbers up to {LARGEST}")

@@ -279,8 +279,6 @@ def _write(directory: Path, model: Any, tokenizer: Any, settings: DemoModel, mea
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_data(temporary, settings)
-        for path in temporary.iterdir():
-            path.chmod(0o644)  # safetensors makes 0600: group members must read a shared cache
         files = {path.name: digest_of_file(path) for path in sorted(temporary.iterdir())}
         write_json(
             temporary / "training.json", {"settings": settings.model_dump(), "held_out": measured, "files": files}

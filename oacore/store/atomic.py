@@ -36,14 +36,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place on success; as `atomic_path` otherwise."""
+    """Yield a temporary folder beside `path` that takes its place on success, its files with the umask's rights, which
+    safetensors' have not; as `atomic_path` otherwise.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path), suffix=path.suffix))
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        for item in (temporary, *temporary.rglob("*")):
+            item.chmod((0o777 if item.is_dir() else 0o666) & ~_umask())
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)

@@ -17,7 +17,8 @@ from oacore.store.atomic import atomic_path
 
 REMEMBERED_FROM = 1 << 20  # bytes: smaller files are hashed as fast as looked up
 SETTLED = 2.0  # seconds since a file's last change before it is remembered: edits within a clock's tick have one time
-_BLOCK, _SHOWN_FROM = 1 << 24, 1 << 30  # bytes: read at once; so many take about a second
+_MB = 10**6
+_BLOCK, _SHOWN_FROM = 16 * _MB, 1000 * _MB  # bytes: read at once; so many take about a second
 
 _Memory = dict[str, list[object]]  # resolved path: size, inode, times of modification and change in ns, digest
 
@@ -31,11 +32,11 @@ def fingerprint(path: str | Path) -> str:
     single = path.is_file()
     files = [path] if single else sorted(item for item in path.rglob("*") if item.is_file() and not _hidden(item, path))
     memory = _recall() if any(file.stat().st_size >= REMEMBERED_FROM for file in files) else {}
-    before = len(memory), list(memory.values())
+    before = dict(memory)
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{'' if single else file.relative_to(path).as_posix()} {_digest(file, memory)}\n".encode())
-    if (len(memory), list(memory.values())) != before:
+    if memory != before:
         _remember(memory)
     return digest.hexdigest()
 
@@ -53,10 +54,10 @@ def _digest(file: Path, memory: _Memory) -> str:
         return str(known[-1])
     digest = hashlib.sha256()
     what = f"hashing {file.name}" if stat.st_size >= _SHOWN_FROM else ""
-    with open(file, "rb") as handle, progress(what=what, unit="MB", total=stat.st_size // 10**6) as bar:
+    with open(file, "rb") as handle, progress(what=what, unit="MB", total=stat.st_size // _MB) as bar:
         while block := handle.read(_BLOCK):
             digest.update(block)
-            bar.update(len(block) / 1e6)
+            bar.update(len(block) // _MB)
     if stat.st_size >= REMEMBERED_FROM and time.time() - max(stat.st_mtime, stat.st_ctime) >= SETTLED:
         memory[key] = [*state, digest.hexdigest()]
     return digest.hexdigest()
@@ -77,9 +78,7 @@ def _recall() -> _Memory:
 def _remember(memory: _Memory) -> None:
     """Write it without what is gone. Of two processes at once one is forgotten, and hashes again."""
     try:
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as temporary:
+        with atomic_path(_file()) as temporary:
             temporary.write_text(json.dumps({path: known for path, known in memory.items() if Path(path).exists()}))
     except (OSError, RuntimeError) as error:
         print(f"warning: large files are hashed at every start: can't remember their hashes: {error}", file=sys.stderr)

@@ -187,7 +187,8 @@ def test_a_complete_cache_on_a_read_only_mount_is_used(tmp_path, read_only, lock
     read_only()
     locks.hold_for_pipeline(layout)  # of one process, a job of another
     locks.mark_cache_complete(layout)
-    assert locks.hold(f"{layout.model_dir}/.jobs.lock", "cache", shared=True, wait=False) is None or locked_before
+    held = locks.hold(f"{layout.model_dir}/.jobs.lock", "cache", shared=True, wait=False)
+    assert (held is not None) == locked_before
 
 
 def test_an_unfinished_cache_on_a_read_only_mount_is_one_error(tmp_path, read_only):
@@ -202,13 +203,16 @@ def test_an_unfinished_cache_on_a_read_only_mount_is_one_error(tmp_path, read_on
 def test_folders_and_files_obey_the_umask(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        with atomic_directory(tmp_path / "folder"):
-            pass
+        with atomic_directory(tmp_path / "folder") as temporary:
+            (temporary / "inside").mkdir()
+            (temporary / "inside/private").touch(0o600)
         with atomic_path(tmp_path / "file"):
             pass
     finally:
         os.umask(before)
     assert (tmp_path / "folder").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "folder/inside").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "folder/inside/private").stat().st_mode & 0o777 == mode & 0o666
     assert (tmp_path / "file").stat().st_mode & 0o777 == mode & 0o666
 
 

@@ -819,6 +819,13 @@ def test_gpt2_config_dry_runs():
     assert "greater_than" in result.stdout and "constants-optimal_positional.safetensors" in result.stdout
 
 
+def test_all_stages_are_of_all_tasks(capsys):
+    from oacore.__main__ import main
+
+    assert main(["all", "--config", str(TINY), "--task", "nope", "--lens", "oca"]) == 2
+    assert capsys.readouterr().err.startswith("error: --task, --lens: not with `all`, which runs every stage")
+
+
 def test_command_line_lists_its_stages():
     result = subprocess.run(
         [sys.executable, "-m", "oacore", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
