@@ -10,7 +10,7 @@ from oacore.config.read import parse_config
 from oacore.config.yaml_file import read_yaml
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
-from oacore.jobs import data_sets, files_of
+from oacore.jobs import data_sets, files_of, promised
 from oacore.store.codehash import codehash
 from oacore.store.layout import Layout, circuit_file, model_settings, task_settings
 from oacore.store.locks import hold_for_pipeline, mark_cache_complete
@@ -55,7 +55,7 @@ wildcard_constraints:
 # is.
 rule all:
     input:
-        layout.report,
+        promised(layout),
     localrule: True
 
 

@@ -11,6 +11,7 @@ from oacore.errors import UserError
 from oacore.estimate.run import estimated
 from oacore.jobs import STAGES, WITHOUT_GPU, jobs
 from oacore.runner import run_missing, run_stage, stop_on_sigterm
+from oacore.store.housekeeping import MB, pieces, remove, table
 from oacore.store.locks import hold_gpu
 from oacore.tasks.generate import check_files
 from oacore.verify import record, verify
@@ -20,6 +21,7 @@ TOOLS = {
     "mib-export": "a circuit and its constants in the formats of the MIB benchmark",
     "estimate": "memory and time that every GPU rule of a config takes, before it runs",
     "verify": "the numbers of a finished run beside those that are expected of it",
+    "cache": "what the caches of some finished runs hold, and which of it none of them needs; --remove removes that",
 }
 
 
@@ -34,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stage", choices=[*STAGES, "all", *TOOLS], metavar="STAGE")
-    parser.add_argument("file", nargs="?", help="estimate, verify: the YAML file, as --config")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="estimate, verify, cache: YAML files, as --config")
+    parser.add_argument("--remove", action="store_true", help="cache: remove what no FILE's run needs")
     parser.add_argument("--config", default="config/demo.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("--task", help="one task (default: all of the config)")
     parser.add_argument("--method", help="one fitted ablation type, or circuit method (default: all of the config)")
@@ -55,8 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="verify: write the expected numbers instead, from folders of finished runs, the reference first",
     )
     given = parser.parse_args(arguments)
-    if given.file is not None and given.stage not in ("estimate", "verify"):
-        parser.error(f"unrecognized argument: {given.file}; allowed: --config {given.file}")
+    if given.files and given.stage not in ("estimate", "verify", "cache"):
+        parser.error(f"unrecognized argument: {given.files[0]}; allowed: --config {given.files[0]}")
+    if len(given.files) > 1 and given.stage != "cache":
+        parser.error(f"unrecognized argument: {given.files[1]}; allowed: one file")
+    if given.remove and given.stage != "cache":
+        parser.error("--remove: only with cache")
     if given.stage.startswith("mib-") and (
         given.circuit is None or (given.stage == "mib-export" and given.output is None)
     ):
@@ -81,7 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run_tool(given: argparse.Namespace) -> int:
     """The exit status; 1 where a number is not as expected."""
-    file = given.file or given.config
+    files = given.files or [given.config]
+    file = files[0]
+    if given.stage == "cache":
+        found = pieces([load_config(path) for path in files])
+        print(table(found))
+        if given.remove:
+            print(f"removed {remove(found) / MB:.1f} MB")
+        return 0
     config = load_config(file)
     if given.stage == "verify" and given.record:
         record(config, file, given.record)

@@ -1,5 +1,7 @@
-"""What stages share: the gated model, a task's prompts, and the provenance of a task's files."""
+"""What stages share: the gated model, a task's prompts, the provenance of a task's files, and its store of items."""
 
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ from oacore.config.tasks import TASKS
 from oacore.engine.prompts import read_prompts
 from oacore.errors import UserError
 from oacore.jobs import Files
-from oacore.models.load import Loaded, load
+from oacore.models.load import Loaded, load, pick_device
+from oacore.models.stored import read_model
+from oacore.models.weights import to_device
 from oacore.store.artefacts import digest_of_file, read_json
-from oacore.store.layout import Layout
+from oacore.store.codehash import codehash
+from oacore.store.items import FOLDER, Items
+from oacore.store.layout import WEIGHTS, Layout
 from oacore.store.provenance import Provenance
 from oacore.tasks.prompts import SPLITS, Prompts
 
@@ -46,7 +52,7 @@ def settings_with_file(config: Config, model_json: Path, task: str) -> Any:
 
 
 def gated_model(config: Config, model_json: Path) -> Loaded:
-    """The model that passed the parity gate, and no other.
+    """The model that passed the parity gate, and no other: its weights as that stored them, else the source's.
 
     Raises:
         UserError: the weights have changed since the gate.
@@ -54,6 +60,10 @@ def gated_model(config: Config, model_json: Path) -> Loaded:
     facts = read_json(model_json)
     torch.set_num_threads(config.limits.threads)
     source = model_source(config, model_json)
+    if config.store_weights and facts["weights"] is not None:
+        model = read_model(model_json.with_name(WEIGHTS), facts["weights"])
+        revision = facts["revision"] or config.revision
+        return Loaded(to_device(model, pick_device(config.device)), source, revision, facts["model_hash"])
     loaded = load(source, revision=facts["revision"] or config.revision, dtype=config.dtype, device=config.device)
     if loaded.weight_hash != facts["model_hash"]:
         raise UserError(
@@ -85,3 +95,40 @@ def read_splits(config: Config, inputs: Files, task: str) -> tuple[dict[str, Pro
 def hashes(splits: dict[str, Prompts]) -> dict[str, Any]:
     """The hash of each split's prompts."""
     return {split: prompts.digest() for split, prompts in splits.items()}
+
+
+def items_of(
+    config: Config,
+    inputs: Files,
+    kind: str,
+    provenance: Provenance,
+    splits: Sequence[str],
+    modules: Sequence[str],
+    **shared: Any,
+) -> Items:
+    """The items of one kind that a stage of a task works on.
+
+    Whatever else, they are determined by the model, the kind of device, PyTorch, the prompts and the code: an item of
+    another release of PyTorch, or of a GPU where this is a CPU, is another item. The release of transformers, which
+    only loads the weights, is noted: the gate has checked what it loaded.
+
+    Args:
+        inputs: with `model`, beside which the store lies.
+        provenance: as `read_splits` gives it.
+        splits: whose prompts determine the items.
+        modules: that compute them.
+        shared: JSON-able, what else determines all of them.
+    """
+    required = provenance.required
+    determined = {
+        "model_hash": required["model_hash"],
+        "dtype": config.dtype,
+        "device": pick_device(config.device).type,
+        "torch": torch.__version__,
+        "task": required["task"],
+        "prompts": {split: required["prompts_hash"][split] for split in splits},
+        "seed": config.seed,
+        "code": codehash(*modules),
+    }
+    noted = {"run": config.run, "transformers": version("transformers")}
+    return Items(inputs["model"].parent / FOLDER / required["task"], kind, determined | shared, noted)

@@ -104,7 +104,8 @@ def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
         assert config.lenses is not None
         if config.lenses.positions == "all":
             yield "lens_activations", {"task": task}
-        for lens in config.lenses.fitted_files():
+        lenses = config.lenses
+        for lens in sorted(lenses.fitted_files(), key=lambda lens: bool(lenses.teacher(lens))):  # after its teacher
             yield "lens_fit", {"task": task, "lens": lens}
         yield "lens_evaluation", {"task": task}
         for section in LENS_SECTIONS:
@@ -112,6 +113,18 @@ def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
                 yield f"lens_{section}", {"task": task}
         yield "lens_figures", {"task": task}
     yield "report", {}
+
+
+def promised(layout: Layout) -> list[str]:
+    """Every file of a run's results, the report first: what is missing of them is made again."""
+    cached = set(layout.cache_files())
+    files = [
+        str(path)
+        for stage, wildcards in planned(layout.config)
+        for path in files_of(layout, stage, **wildcards)[1].every()
+        if str(path) not in cached
+    ]
+    return list(dict.fromkeys([layout.report, *files]))
 
 
 def files_of(layout: Layout, stage: str, **wildcards: str) -> tuple[Files, Files]:
@@ -125,7 +138,9 @@ def _demo(layout: Layout) -> tuple[Named, Named]:
 
 
 def _model(layout: Layout) -> tuple[Named, Named]:
-    return {"demo": [layout.demo_model] if layout.config.trains_demo else []}, {"model": layout.model_json}
+    stored = [layout.weights] if layout.config.store_weights else []
+    inputs: Named = {"demo": [layout.demo_model] if layout.config.trains_demo else []}
+    return inputs, {"model": layout.model_json, "weights": stored}
 
 
 def _prompts(layout: Layout, task: str) -> tuple[Named, Named]:

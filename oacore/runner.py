@@ -11,8 +11,10 @@ from typing import Any
 
 from oacore.config.read import parse_config
 from oacore.config.run import Config
-from oacore.errors import UserError, is_out_of_memory
+from oacore.errors import UserError, disk_error, is_out_of_memory
 from oacore.jobs import STAGES, Files, files_of, planned
+from oacore.store.housekeeping import write_needed
+from oacore.store.items import used_items
 from oacore.store.layout import Layout
 from oacore.store.locks import hold_for_job, hold_for_pipeline, hold_gpu, mark_cache_complete
 
@@ -34,6 +36,7 @@ def run_stage(stage: str, config: Config, files: tuple[Files, Files] | None = No
     inputs, outputs = files or files_of(Layout(config), stage, **wildcards)
     _check_inputs(config, inputs)
     run = importlib.import_module(f"oacore.stages.{stage}").run
+    used_items()
     while not _fits(lambda config: run(config, inputs, outputs, **wildcards), config):
         limits = config.limits
         if limits.tokens_per_batch < 2 * SMALLEST_BATCH:
@@ -46,6 +49,8 @@ def run_stage(stage: str, config: Config, files: tuple[Files, Files] | None = No
         config = config.model_copy(update={"limits": limits.model_copy(update=halved)})
         batches = f"again with limits.tokens_per_batch {halved['tokens_per_batch']}"
         print(f"{stage}: out of memory; {batches}", file=sys.stderr, flush=True)
+    if used := used_items():
+        write_needed(outputs.every()[0], used)
 
 
 def _check_inputs(config: Config, inputs: Files) -> None:
@@ -66,6 +71,10 @@ def _fits(run: Callable[[Config], None], config: Config) -> bool:
         if not is_out_of_memory(error):
             raise
         return False
+    except Exception as error:
+        if (told := disk_error(error)) is None:
+            raise
+        raise told from error
     finally:
         if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -18,7 +18,15 @@ N_THREADS = int(
 )  # tiny models: a second thread only waits; for `make test-rounding`
 torch.set_num_threads(N_THREADS)
 
-LONGEST = ("test_pipeline.py", "test_sharing.py", "test_staleness.py", "test_kill.py", "test_stories.py")
+LONGEST = (
+    "test_pipeline.py",
+    "test_sharing.py",
+    "test_staleness.py",
+    "test_kill.py",
+    "test_increments.py",
+    "test_stories.py",
+    "test_poison.py",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -23,7 +23,7 @@ from oacore.draws import prompts_of_step
 from oacore.engine.clean import Batch, Clean, clean_log_probs, clean_pass
 from oacore.engine.statistics import Statistics, spread
 from oacore.fits.descent import Descent, descend
-from oacore.fits.record import read_fitted, write_fits
+from oacore.fits.record import read_fitted, recorded, write_fits
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.metrics import kl_divergence
 from oacore.models.weights import Model
@@ -181,7 +181,7 @@ def save_constants(
     names = [item.name for item in components]
     widths = [width(model, item.kind) for item in components]
     values = {name: descent.best[row, :, :w] for row, (name, w) in enumerate(zip(names, widths, strict=True))}
-    write_fits(path, values, names, descent, provenance)
+    write_fits(path, recorded(values, descent), names, provenance)
 
 
 def load_constants(path: str | Path, components: Sequence[Component], provenance: Provenance) -> Tensor:

@@ -9,12 +9,14 @@ Symbols: n components of one group, B prompts, T tokens, w component width, P sh
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from oacore.ablation.components import Group, rows_in, value_of
+from oacore.config.ablation import ComponentKind
 from oacore.engine.clean import Clean
 from oacore.engine.statistics import Statistics, spread
 
@@ -95,12 +97,15 @@ def resample_positional(sources: Sources, group: Group, first: int) -> Tensor:
 
 
 def gaussian(sources: Sources, group: Group, first: int) -> Tensor:
-    """The prompt's own value plus noise, from a stream of its own per prompt and component."""
+    """The prompt's own value plus noise, from a stream of its own per prompt and component, whichever others there
+    are.
+    """
     value = value_of(sources.clean, group)
     sigma = rows_in(sources.statistics.std, group)[:, None, None]  # [n, 1, 1, w]
     noise = torch.empty(value.shape, dtype=torch.float32)
+    kind = get_args(ComponentKind).index(group.kind)
     for i, j in np.ndindex(*value.shape[:2]):
-        stream = np.random.default_rng((*sources.streams[j], first + i))
+        stream = np.random.default_rng((*sources.streams[j], group.layer, kind, group.components[i].head + 1))
         noise[i, j] = torch.from_numpy(stream.standard_normal(value.shape[2:], dtype=np.float32))
     return value + NOISE_SCALE * sigma * noise.to(value.device)
 

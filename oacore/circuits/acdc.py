@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oacore.circuits.passes import Passes
 from oacore.circuits.replacements import Replacements
-from oacore.circuits.search import Search, SearchRequest, seed_by_seed
+from oacore.circuits.search import Found, SearchRequest, seed_by_seed
 from oacore.config.circuits import CIRCUIT_METHODS, Objective
 from oacore.fits.resume import NOT_KEPT, Resumable, State
 from oacore.models.graph import Graph
@@ -140,16 +140,16 @@ def _mean_losses(
     return mean_losses
 
 
-def search(request: SearchRequest) -> Search:
+def search(request: SearchRequest) -> Found:
     """ACDC's circuits, one for each threshold and seed."""
     task, ablation = request.task, request.ablation
     constants = task.component_constants(ablation)
     replacements = task.replacements(ablation, "train", constants)
     digest = digest_of_tensors(constants._asdict())
 
-    def find(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    def walk(seed: int, thresholds: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         chosen = request.prompts(seed)
         resumable = request.resumable.part(str(seed), chosen.tolist(), digest)
-        return acdc(task.passes["train"], replacements, request.knobs, chosen, request.objective, resumable=resumable)
+        return acdc(task.passes["train"], replacements, thresholds, chosen, request.objective, resumable=resumable)
 
-    return seed_by_seed(request, find)
+    return seed_by_seed(request, walk)

@@ -22,6 +22,12 @@ class Constants(NamedTuple):
         """One fit's constants n times."""
         return Constants(*(part.expand(n, *part.shape[1:]).contiguous() for part in self))
 
+    def unflattened(self, values: Tensor) -> "Constants":
+        """Values [F, n] of all fits as constants of these shapes, one after the other."""
+        shapes = [part.shape[1:] for part in self]
+        parts = values.split([shape.numel() for shape in shapes], 1)
+        return Constants(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
+
     def writes(self, engine: Engine, n_tokens: int) -> Tensor:
         """What they write to the stream [F, S, Q or t, d]; differentiable."""
         heads = self.head

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from oacore.circuits.passes import Passes, every_edge
 from oacore.circuits.replacements import Replacements
-from oacore.circuits.search import Search, SearchRequest, by_ranking
+from oacore.circuits.search import SearchRequest
 from oacore.config.circuits import Objective
 
 
@@ -56,23 +56,15 @@ def eap_ig_scores(
     return total * ~engine.no_edge
 
 
-def search(request: SearchRequest) -> Search:
-    """Circuits of the edges with the largest EAP scores, one for each size and seed."""
+def rank(request: SearchRequest, seed: int) -> Tensor:
+    """EAP scores [J, S] of all edges."""
     task, ablation = request.task, request.ablation
     replacements = task.replacements(ablation, "train", task.component_constants(ablation))
-
-    def rank(seed: int) -> Tensor:
-        return eap_scores(task.passes["train"], replacements, request.objective, request.prompts(seed))
-
-    return by_ranking(request, rank)
+    return eap_scores(task.passes["train"], replacements, request.objective, request.prompts(seed))
 
 
-def search_integrated(request: SearchRequest) -> Search:
-    """Circuits of the edges with the largest EAP-IG scores, one for each size and seed."""
+def rank_integrated(request: SearchRequest, seed: int) -> Tensor:
+    """EAP-IG scores [J, S] of all edges."""
     task, ablation, steps = request.task, request.ablation, request.settings.ig_steps
     replacements = task.replacements(ablation, "train", task.component_constants(ablation))
-
-    def rank(seed: int) -> Tensor:
-        return eap_ig_scores(task.passes["train"], replacements, request.objective, request.prompts(seed), steps)
-
-    return by_ranking(request, rank)
+    return eap_ig_scores(task.passes["train"], replacements, request.objective, request.prompts(seed), steps)

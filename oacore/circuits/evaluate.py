@@ -49,18 +49,13 @@ def refit_constants(
     """
     engine, device, on_cpu = passes.engine, masks.device, masks.device.type == "cpu"
     shapes = [part.shape[1:] for part in start]
-    sizes = [shape.numel() for shape in shapes]
-
-    def unpack(values: Tensor) -> Constants:
-        parts = values.split(sizes, 1)
-        return Constants(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
 
     def gradient(rows: Tensor, values: Tensor, step: int) -> Tensor:
         chosen = prompts_of_step(len(passes.examples), settings.batch_size, seed, step).to(device)
         slots = torch.arange(len(chosen), device=device).repeat(len(rows))
         with torch.enable_grad():
             leaf = values.detach().requires_grad_()
-            written = unpack(leaf).writes(engine, passes.examples.prompts.n_tokens)
+            written = start.unflattened(leaf).writes(engine, passes.examples.prompts.n_tokens)
             computed = passes.gradients(
                 "kl", chosen, slots, masks[rows], written.detach(), owned=False, constants=True, skip_dead=on_cpu
             )
@@ -70,7 +65,7 @@ def refit_constants(
         return leaf.grad
 
     def validate(rows: Tensor, values: Tensor) -> Tensor:
-        return _losses_with_constants(validation, masks[rows], unpack(values)).kl.double().mean(1).float()
+        return _losses_with_constants(validation, masks[rows], start.unflattened(values)).kl.double().mean(1).float()
 
     flat = torch.cat([part.flatten(1) for part in start.repeat(len(masks))], 1)
     scale = torch.cat([part.expand(1, *shape).flatten(1) for part, shape in zip(scales, shapes, strict=True)], 1)
@@ -85,7 +80,7 @@ def refit_constants(
         resumable=resumable,
         what=what,
     )
-    return unpack(descent.best), descent
+    return start.unflattened(descent.best), descent
 
 
 def circuit_losses(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from oacore.circuits.passes import Passes, every_edge
 from oacore.circuits.replacements import Replacements
-from oacore.circuits.search import Search, SearchRequest, by_ranking
+from oacore.circuits.search import SearchRequest
 from oacore.config.circuits import Objective
 from oacore.errors import UserError
 from oacore.progress import progress
@@ -52,14 +52,9 @@ def exact_scores(
     return scores
 
 
-def search(request: SearchRequest) -> Search:
-    """Circuits of the edges with the largest effects, one for each size and seed."""
+def rank(request: SearchRequest, seed: int) -> Tensor:
+    """The effect [J, S] of every edge alone."""
     task, ablation, row = request.task, request.ablation, request.row
-    passes, constants = task.passes["train"], task.component_constants(ablation)
-    replacements = task.replacements(ablation, "train", constants)
-
-    def rank(seed: int) -> Tensor:
-        chosen, at_once = request.prompts(seed), row.masks_at_once
-        return exact_scores(passes, replacements, request.objective, chosen, at_once, row.most_passes)
-
-    return by_ranking(request, rank)
+    replacements = task.replacements(ablation, "train", task.component_constants(ablation))
+    chosen, at_once = request.prompts(seed), row.masks_at_once
+    return exact_scores(task.passes["train"], replacements, request.objective, chosen, at_once, row.most_passes)

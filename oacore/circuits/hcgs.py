@@ -8,13 +8,13 @@ Symbols: F fits, R samples of a fit's step, E edges.
 """
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from oacore.circuits.learn import search_lambdas
-from oacore.circuits.search import Search, SearchRequest
+from oacore.circuits.search import Found, SearchRequest
 from oacore.fits.resume import State
 
 STRETCH = (-0.1, 1.1)
@@ -26,6 +26,10 @@ class HardConcreteSampler:
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     slower: ClassVar[dict[str, float]] = {"counterfactual": 3.0, "resample": 1.5, "resample_positional": 1.5}
+
+    def take(self, fits: slice) -> Self:
+        """The same: its fits have nothing of their own."""
+        return self
 
     def start(self, n_fits: int, n_edges: int) -> State:
         """Locations at 0 and temperatures at `TEMPERATURE`, [F, E] each."""
@@ -45,6 +49,6 @@ class HardConcreteSampler:
         return parameters["location"].sigmoid()
 
 
-def search(request: SearchRequest) -> Search:
+def search(request: SearchRequest) -> Found:
     """Circuits by hard concrete masks, one for each lambda and seed."""
     return search_lambdas(request, HardConcreteSampler())

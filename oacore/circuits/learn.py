@@ -9,7 +9,6 @@ dictionary of tensors and every step's random numbers follow from stream and ste
 Symbols: F fits, K samples, P prompts a step, R = K P, E edges, S sources, J destinations.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -23,7 +22,7 @@ from oacore.circuits.constants import Constants
 from oacore.circuits.edges import Edges
 from oacore.circuits.passes import Passes
 from oacore.circuits.replacements import Replacements
-from oacore.circuits.search import Search, SearchRequest, bool_masks
+from oacore.circuits.search import LOSSES, SIZES, Found, Knob, SearchRequest, bool_masks
 from oacore.config.circuits import EDGE_ABLATIONS, MaskFit, Objective
 from oacore.draws import prompts_of_step
 from oacore.fits.descent import adam_step
@@ -41,6 +40,9 @@ class Sampler(Protocol):
     betas: ClassVar[tuple[float, float]]
     slower: ClassVar[dict[str, float]]  # ablation types that want smaller steps, and by what
 
+    def take(self, fits: slice) -> "Sampler":
+        """That of some of the fits."""
+
     def start(self, n_fits: int, n_edges: int) -> State:
         """Initial parameters, [F, E] each."""
 
@@ -52,27 +54,13 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
-class Knob:
-    """One fit of a sweep: its lambda (or size) and seed."""
-
-    value: float
-    seed: int
-
-    @property
-    def stream(self) -> int:
-        """Seed of all its random numbers."""
-        return int.from_bytes(hashlib.sha256(f"{self.value!r} {self.seed}".encode()).digest()[:4], "big")
-
-
-@dataclass(frozen=True)
 class Masks:
     """What a sweep learned."""
 
     scores: Tensor  # [F, J, S] in (0, 1), 0 where no edge
     constants: Constants | None
-    curve_steps: Tensor  # [c]
-    curve_losses: Tensor  # [c, F] mean objective of the steps since the last entry
-    curve_sizes: Tensor  # [c, F] expected edges
+    step_losses: Tensor  # [n_steps, F] mean objective of each step
+    step_sizes: Tensor  # [n_steps, F] expected edges
 
 
 def base_rate(weight: float) -> float:
@@ -103,7 +91,7 @@ def learn(
     Args:
         weights: lambda of each fit; 0 for samplers that fix the size.
         scales: unit of the constants' learning rate.
-        resumable: where the state is kept, at every point of the curves.
+        resumable: where the state is kept, every `settings.record_every` steps.
         what: named in the progress lines and in errors.
 
     Raises:
@@ -112,7 +100,7 @@ def learn(
     sweep = _Sweep(sampler, knobs, weights, passes, replacements, scales, objective, settings, train_constants)
     device, n_fits = passes.engine.model.device, len(knobs)
     state = resumable.load(device) or sweep.initial_state()
-    loss_sum, since = torch.zeros(n_fits, device=device), 0
+    since: list[tuple[Tensor, Tensor]] = []
     watch, every_fit = Watch(resumable.path, int(state["step"])), torch.arange(n_fits, device=device)
     fits = [f"{what} {knob.value:g} (seed {knob.seed})" for knob in knobs]
     with progress(what=what, unit="steps", total=settings.steps, initial=int(state["step"])) as bar:
@@ -123,13 +111,12 @@ def learn(
             for name, values in named.items():
                 watch.see(name, values, int(state["step"]), every_fit)
             sweep.descend(state, gradients)
-            loss_sum += losses
-            since += 1
+            since.append((losses, sizes))
             bar.update()
-            if since == settings.record_every or int(state["step"]) == settings.steps:
+            if len(since) == settings.record_every or int(state["step"]) == settings.steps:
                 watch.check(fits, ADVICE)  # the one place where the host waits for the device
-                _record(state, loss_sum / since, sizes)
-                loss_sum, since = torch.zeros(n_fits, device=device), 0
+                _record(state, since)
+                since = []
                 resumable.save(state)
                 watch.saved = int(state["step"])
     return sweep.masks(state)
@@ -164,9 +151,12 @@ class _Sweep:
         slots = torch.arange(F)[:, None, None] * P + torch.arange(P)
         self.slots = slots.expand(F, K, P).flatten().to(device)
         self.generator = torch.Generator(device)
+        # A CPU computes exponentials of the last numbers of a tensor in another way than those before: fits drawn
+        # together would differ in the last bit from the same ones drawn alone.
+        self.runs = [slice(fit, fit + 1) for fit in range(F)] if device.type == "cpu" else [slice(0, F)]
 
     def initial_state(self) -> State:
-        """Parameters, constants, their moments, and empty curves."""
+        """Parameters, constants, their moments, and no steps."""
         F = len(self.knobs)
         start = self.sampler.start(F, len(self.edges.index))
         state = {name: value.to(self.device) for name, value in start.items()}
@@ -177,9 +167,8 @@ class _Sweep:
             for name, value in state.items()
             for moment in ("first", "second")
         }
-        curves = {"curve_losses": torch.zeros(0, F), "curve_sizes": torch.zeros(0, F)}
-        steps = {"step": torch.zeros((), dtype=torch.int64), "curve_steps": torch.zeros(0, dtype=torch.int64)}
-        return state | moments | steps | curves
+        steps = {"step": torch.zeros((), dtype=torch.int64), LOSSES: torch.zeros(0, F), SIZES: torch.zeros(0, F)}
+        return state | moments | steps
 
     def gradients(self, state: State) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Of one step: mean losses [F], gradients by the names of the state, and expected sizes [F]."""
@@ -189,8 +178,7 @@ class _Sweep:
         shape = (self.n_rows, len(edges.index))
         noise = torch.stack([_uniform(self.generator, knob, step, shape) for knob in self.knobs])
         parameters = {name: state[name].requires_grad_() for name in self.parameters}
-        second = {name: state[f"{name}/second"] for name in self.parameters}
-        alpha, theta = self.sampler.sample(parameters, noise, second, step / self.settings.steps)
+        alpha, theta, penalty = self._sampled(state, noise, step / self.settings.steps)
         masks = edges.full(alpha.flatten(0, 1))  # [F R, J, S]
         masks = masks * edges.graph.prune(masks.detach() > 0)
         constants, written = self._written(state, chosen, step)
@@ -203,9 +191,8 @@ class _Sweep:
             owned=self.replacements.per_prompt,
             constants=self.train_constants,
             skip_dead=self.device.type == "cpu",
+            apart=len(self.knobs),
         )
-        node_weight = (self.lambdas / 2).clamp(max=NODE_WEIGHT)
-        penalty = (self.lambdas * theta.sum(1) + node_weight * edges.node_term(theta)).sum()
         torch.autograd.backward([masks, penalty], [computed.masks / self.n_rows, None])
         if constants is not None:
             assert computed.constants is not None
@@ -216,6 +203,20 @@ class _Sweep:
             if constants is not None:
                 gradients |= {name: _gradient(state[name]) for name in CONSTANTS}
         return losses, gradients, theta.detach().sum(1)
+
+    def _sampled(self, state: State, noise: Tensor, step_share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks [F, R, E], expected sizes [F, E], and what they cost over all fits; differentiable."""
+        alphas, thetas, penalty = [], [], torch.zeros((), device=self.device)
+        for fits in self.runs:
+            parameters = {name: state[name][fits] for name in self.parameters}
+            second = {name: state[f"{name}/second"][fits] for name in self.parameters}
+            alpha, theta = self.sampler.take(fits).sample(parameters, noise[fits], second, step_share)
+            prices = self.lambdas[fits]
+            of_nodes = (prices / 2).clamp(max=NODE_WEIGHT) * self.edges.node_term(theta)
+            penalty = penalty + (prices * theta.sum(1) + of_nodes).sum()
+            alphas.append(alpha)
+            thetas.append(theta)
+        return torch.cat(alphas), torch.cat(thetas), penalty
 
     def _written(self, state: State, chosen: Tensor, step: int) -> tuple[Constants | None, Tensor]:
         """What ablated edges carry, and the constants that it is differentiable in, if these are trained."""
@@ -236,8 +237,13 @@ class _Sweep:
     def masks(self, state: State) -> Masks:
         """What the sweep has learned."""
         constants = Constants(*(state[name].detach() for name in CONSTANTS)) if self.train_constants else None
-        scores = self.edges.full(self.sampler.score({name: state[name].detach() for name in self.parameters}))
-        return Masks(scores, constants, state["curve_steps"], state["curve_losses"], state["curve_sizes"])
+        scores = torch.cat(
+            [
+                self.sampler.take(fits).score({name: state[name][fits].detach() for name in self.parameters})
+                for fits in self.runs
+            ]
+        )
+        return Masks(self.edges.full(scores), constants, state[LOSSES], state[SIZES])
 
 
 def _uniform(generator: torch.Generator, knob: Knob, step: int, shape: tuple[int, int]) -> Tensor:
@@ -262,11 +268,10 @@ def _adam(state: State, name: str, gradient: Tensor, rate: Tensor, betas: tuple[
     state[name] = value
 
 
-def _record(state: State, losses: Tensor, sizes: Tensor) -> None:
-    """Add a point to the curves."""
-    state["curve_steps"] = torch.cat((state["curve_steps"], state["step"][None]))
-    state["curve_losses"] = torch.cat((state["curve_losses"], losses.cpu()[None]))
-    state["curve_sizes"] = torch.cat((state["curve_sizes"], sizes.cpu()[None]))
+def _record(state: State, since: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add what the steps since the last time had: losses and expected sizes [F]."""
+    for name, values in zip((LOSSES, SIZES), zip(*since, strict=True), strict=True):
+        state[name] = torch.cat((state[name], torch.stack(values).cpu()))
 
 
 def search_masks(
@@ -274,18 +279,17 @@ def search_masks(
     sampler: Sampler,
     weights: Sequence[float],
     kept: Callable[[np.ndarray], np.ndarray],
-) -> Search:
+) -> Found:
     """The circuits of all knobs and seeds from learned masks, all fitted at once.
 
     Args:
         weights: lambda of each fit.
         kept: from scores float64 [F, J, S] in (0, 1) to the edges of each circuit, bool [F, J, S].
     """
-    knobs = sweep_knobs(request)
     start = request.task.start(request.ablation)
     learned = learn(
         sampler,
-        knobs,
+        request.knobs,
         weights,
         request.task.passes["train"],
         request.task.replacements(request.ablation, "train", start),
@@ -297,17 +301,10 @@ def search_masks(
         what=f"{request.task.name} {request.method} {request.ablation}",
     )
     circuits = kept(learned.scores.double().cpu().numpy())
-    curves = {"steps": learned.curve_steps, "losses": learned.curve_losses, "sizes": learned.curve_sizes}
-    values, seeds = [knob.value for knob in knobs], [knob.seed for knob in knobs]
-    return Search(bool_masks(circuits), learned.scores, values, seeds, curves)
+    return Found(bool_masks(circuits), learned.scores.cpu(), {LOSSES: learned.step_losses, SIZES: learned.step_sizes})
 
 
-def search_lambdas(request: SearchRequest, sampler: Sampler) -> Search:
+def search_lambdas(request: SearchRequest, sampler: Sampler) -> Found:
     """The circuits of a sampler whose sizes lambda decides: of each fit the edges that are rather kept than not."""
-    weights = [knob.value for knob in sweep_knobs(request)]
+    weights = [knob.value for knob in request.knobs]
     return search_masks(request, sampler, weights, lambda scores: by_threshold(request.graph, scores, KEPT))
-
-
-def sweep_knobs(request: SearchRequest) -> list[Knob]:
-    """One fit for each knob and seed."""
-    return [Knob(value, seed) for value in request.knobs for seed in request.settings.seeds]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from oacore.circuits.search import Search, SearchRequest, seed_by_seed
+from oacore.circuits.search import Found, SearchRequest, seed_by_seed
 from oacore.errors import UserError
 from oacore.models.graph import Graph
 
@@ -79,7 +79,7 @@ def _names(of_class: str) -> list[str]:
     return [f"a{layer}.h{head}" for layer, head in IOI_HEADS[of_class]]
 
 
-def search(request: SearchRequest) -> Search:
+def search(request: SearchRequest) -> Found:
     """The one circuit there is."""
     masks = manual_ioi(request.graph)[None]
-    return seed_by_seed(request, lambda seed: (masks, masks.astype(float)))
+    return seed_by_seed(request, lambda seed, _: (masks, masks.astype(float)))

@@ -94,6 +94,7 @@ class Passes:
         constants: bool = False,
         contrast: Tensor | None = None,
         skip_dead: bool = False,
+        apart: int = 1,
     ) -> Gradients:
         """Losses of B rows, and the gradients of their sum.
 
@@ -105,6 +106,8 @@ class Passes:
             constants: also their gradient.
             contrast: [n, S, t, d] as `Engine.residual` takes it.
             skip_dead: leave out what no mask uses: gradients are exact where a mask is above 0 and 0 elsewhere.
+            apart: that many equal runs of rows, of a fit or circuit each, whose results must not depend on the others
+                to the bit: on a CPU they go through the engine one after the other.
         """
         d_masks = torch.zeros_like(masks)
         d_constants = torch.zeros_like(replacement) if constants else None
@@ -132,7 +135,7 @@ class Passes:
             if d_constants is not None and own_values.grad is not None:
                 d_constants[of_fits] += own_values.grad
 
-        self._parts(part, len(slots), len(masks), 1 if owned else len(replacement), gradient=True)
+        self._parts(part, len(slots), len(masks), 1 if owned else len(replacement), apart, gradient=True)
         return Gradients(losses, d_masks, d_constants)
 
     def losses(
@@ -146,7 +149,7 @@ class Passes:
     def measure(
         self, chosen: Tensor, slots: Tensor, masks: Tensor, replacement: Tensor, *, owned: bool
     ) -> tuple[Tensor, Tensor]:
-        """KL [B] in nats and logit difference [B] of B rows; arguments as `gradients`."""
+        """KL [B] in nats and logit difference [B] of B rows, those of each mask apart; arguments as `gradients`."""
         kl, logit_diff = (torch.empty(len(slots), device=masks.device) for _ in range(2))
         examples = self.examples
 
@@ -164,7 +167,7 @@ class Passes:
             kl[rows] = objective_losses(self.engine, "kl", logits, examples, prompts)
             logit_diff[rows] = logit_difference(logits, examples.answers[prompts], examples.wrong[prompts])
 
-        self._parts(part, len(slots), len(masks), 1 if owned else len(replacement), gradient=False)
+        self._parts(part, len(slots), len(masks), 1 if owned else len(replacement), len(masks), gradient=False)
         return kl, logit_diff
 
     @torch.no_grad()
@@ -176,10 +179,17 @@ class Passes:
         )
 
     def _parts(
-        self, part: Callable[[slice, slice, slice, bool], None], B: int, M: int, n_fits: int, *, gradient: bool
+        self,
+        part: Callable[[slice, slice, slice, bool], None],
+        B: int,
+        M: int,
+        n_fits: int,
+        apart: int,
+        *,
+        gradient: bool,
     ) -> None:
-        """Call `part(rows, masks, fits, keep_inputs)` until all rows are done: whole fits at a time, else whole masks,
-        else rows.
+        """Call `part(rows, masks, fits, keep_inputs)` until all rows are done: whole runs of rows (`apart`, or a fit's)
+        at a time, else whole masks, else rows.
         """
         n_tokens, start = self.examples.prompts.n_tokens, 0
 
@@ -189,21 +199,14 @@ class Passes:
                 int(self.memory // self.engine.row_bytes(n_tokens, gradient=gradient, keep_inputs=keep_inputs)),
             )
 
-        keep_inputs = fitting(True) >= min(B, ROWS_WORTH_KEEPING)
-        per_fit, per_mask = B // n_fits, B // M
-        # On a CPU one fit or circuit at a time: its pass leaves out all that it does not use, which others may.
-        alone = (
-            B
-            if self.engine.model.device.type != "cpu"
-            else per_fit
-            if n_fits > 1
-            else per_mask
-            if per_mask >= ROWS_WORTH_KEEPING
-            else B
-        )
+        per_fit, per_mask, per_run = B // n_fits, B // M, B // max(n_fits, apart)
+        # On a CPU one run at a time: sums of products round by the size of their batch, and its pass leaves out all
+        # that it does not use, which others may.
+        alone = B if self.engine.model.device.type != "cpu" else per_run
+        keep_inputs = fitting(True) >= min(alone, ROWS_WORTH_KEEPING)
         while start < B:
             most = max(1, min(alone, fitting(keep_inputs)))
-            for unit, inside in ((per_fit, B), (per_mask, per_fit), (1, per_mask)):
+            for unit, inside in ((per_run, B), (per_mask, per_run), (1, per_mask)):
                 if unit <= most and start % unit == 0:
                     stop = min(start - start % inside + inside, start + most // unit * unit)
                     break

@@ -4,24 +4,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from oacore.circuits.search import Search, SearchRequest, seed_by_seed
+from oacore.circuits.search import Found, SearchRequest, checked_sizes, seed_by_seed
 from oacore.errors import UserError
 from oacore.models.graph import Graph
 
 
 def random_circuits(graph: Graph, sizes: Sequence[int], seed: int) -> np.ndarray:
     """Random circuits bool [n, J, S]: of a random order of edges the shortest start that has `size` edges once dangling
-    ones are dropped.
+    ones are dropped. Each size has an order of its own.
 
     Raises:
         UserError: a size beyond the graph.
     """
     circuits = []
-    for index, size in enumerate(sizes):
+    for size in sizes:
         if size > graph.n_edges:
             raise UserError(f"circuits.sizes: {size}; allowed: up to the graph's {graph.n_edges} edges")
         rank = np.full(graph.valid.shape, graph.n_edges)
-        rank[graph.valid] = np.random.default_rng((seed, index)).permutation(graph.n_edges)
+        rank[graph.valid] = np.random.default_rng((seed, size)).permutation(graph.n_edges)
         low, high = 0, graph.n_edges  # more edges leave no fewer after pruning, so bisection finds the shortest
         while low < high:
             middle = (low + high) // 2
@@ -33,12 +33,11 @@ def random_circuits(graph: Graph, sizes: Sequence[int], seed: int) -> np.ndarray
     return np.stack(circuits)
 
 
-def search(request: SearchRequest) -> Search:
+def search(request: SearchRequest) -> Found:
     """Random circuits, one for each size and seed."""
-    sizes = request.sizes
 
-    def find(seed: int) -> tuple[np.ndarray, np.ndarray]:
-        masks = random_circuits(request.graph, sizes, seed)
+    def draw(seed: int, sizes: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        masks = random_circuits(request.graph, checked_sizes(sizes, request.graph.n_edges), seed)
         return masks, masks.astype(float)
 
-    return seed_by_seed(request, find)
+    return seed_by_seed(request, draw)

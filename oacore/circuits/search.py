@@ -1,13 +1,18 @@
 """A search for circuits: what it is asked, what it finds, and what searches share.
 
-Each method is a function `search(request) -> Search` that its row in `oacore.config.circuits` names.
+The row of a method in `oacore.config.circuits` names its function. One that searches is `search(request) -> Found`,
+with a circuit for each knob and seed of the request. One that ranks is `rank(request, seed) -> scores [J, S]`: circuits
+of all sizes are its best edges. What is found is an item of the store: a learned mask, a threshold's walk, a seed's
+scores.
 
 Symbols: C circuits, n knobs, J destinations, S sources.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +33,43 @@ from oacore.errors import UserError
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.models.graph import Graph
 from oacore.store.artefacts import read_tensors, write_tensors
+from oacore.store.items import Item, Items
 from oacore.store.provenance import Provenance
+
+LOSSES, SIZES = "step_losses", "step_sizes"  # of a learned mask, by step
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What one circuit is asked for with: the value of what its method sweeps, and a seed."""
+
+    value: float
+    seed: int
+
+    @property
+    def stream(self) -> int:
+        """Seed of all its random numbers."""
+        return int.from_bytes(hashlib.sha256(f"{self.value!r} {self.seed}".encode()).digest()[:4], "big")
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """Find the circuits of one method under one ablation type, one for each knob and seed."""
+    """Find circuits of one method under one ablation type: by default one for each knob and seed of the settings."""
 
     task: CircuitTask
     settings: Circuits
     method: CircuitMethod
     ablation: EdgeAblation
+    knobs: Sequence[Knob] = ()
     resumable: Resumable = NOT_KEPT
+
+    @classmethod
+    def of_all(
+        cls, task: CircuitTask, settings: Circuits, method: CircuitMethod, ablation: EdgeAblation
+    ) -> "SearchRequest":
+        """Every circuit that the settings ask for, by knob."""
+        knobs = [Knob(value, seed) for value in settings.knobs(method) for seed in settings.seeds]
+        return cls(task, settings, method, ablation, knobs)
 
     @property
     def row(self) -> SearchMethod:
@@ -57,24 +87,33 @@ class SearchRequest:
         return self.settings.objective_of(self.method)
 
     @property
-    def knobs(self) -> tuple[float, ...]:
-        """What the method sweeps."""
-        return self.settings.knobs(self.method)
-
-    @property
     def masks(self) -> MaskFit:
         """How masks are learned."""
         return self.settings.masks_under(self.ablation)
 
     @property
+    def seeds(self) -> list[int]:
+        """Every seed once."""
+        return list(dict.fromkeys(knob.seed for knob in self.knobs))
+
+    @property
     def sizes(self) -> list[int]:
         """The knobs of a method that sweeps sizes, in edges. UserError for one beyond the graph."""
-        return checked_sizes(self.knobs, self.graph.n_edges)
+        return checked_sizes([knob.value for knob in self.knobs], self.graph.n_edges)
 
     def prompts(self, seed: int) -> Tensor:
         """The training prompts that edges are judged on: the first of the seed's own order."""
         order = torch.randperm(len(self.task.passes["train"].examples), generator=torch.Generator().manual_seed(seed))
         return order[: self.settings.n_prompts].to(self.task.engine.model.device)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Circuits as a method found them."""
+
+    masks: Tensor  # bool [C, J, S]
+    scores: Tensor  # fp32 [C, J, S]
+    curves: dict[str, Tensor] = field(default_factory=dict)  # [n_steps, C] each, of learned masks
 
 
 @dataclass(frozen=True)
@@ -105,46 +144,97 @@ class Search:
         return cls(tensors["masks"], tensors["scores"], facts["knobs"], facts["seeds"], curves)
 
 
-def seed_by_seed(request: SearchRequest, find: Callable[[int], tuple[np.ndarray, np.ndarray]]) -> Search:
-    """The circuits of all knobs and seeds, by knob.
+def find(request: SearchRequest, items: Items) -> tuple[Search, list[dict[str, Any]]]:
+    """Every circuit of a request, from the store or searched for now, and what each took: seconds, peak_mb.
 
     Args:
-        find: from a seed to the circuits of all knobs, bool [n, J, S], and their scores [n, J, S].
+        items: of the kind, determined by all that the method reads but knobs and seeds.
 
     Raises:
         UserError: a score is not finite.
     """
-    seeds = request.settings.seeds
-    masks, scores = zip(*(find(seed) for seed in seeds), strict=True)
-    if not all(np.isfinite(values).all() for values in scores):
+    return _ranked(request, items) if request.row.ranks else _searched(request, items)
+
+
+def _searched(request: SearchRequest, items: Items) -> tuple[Search, list[dict[str, Any]]]:
+    wanted = [{"knob": knob.value, "seed": knob.seed} for knob in request.knobs]
+
+    def compute(new: list[int]) -> list[Item]:
+        resumable = request.resumable.part("search", items.identity([wanted[index] for index in new]))
+        found: Found = request.row.load()(
+            replace(request, knobs=[request.knobs[index] for index in new], resumable=resumable)
+        )
+        _check_finite(request, found.scores)
+        return [
+            Item(
+                {"mask": found.masks[row], "scores": found.scores[row].float()}
+                | {name: curve[:, row] for name, curve in found.curves.items()}
+            )
+            for row in range(len(new))
+        ]
+
+    of_circuits = items.get(wanted, compute, f"{request.task.name} {request.method} {request.ablation}")
+    masks, scores = (torch.stack([item.tensors[name] for item in of_circuits]) for name in ("mask", "scores"))
+    return _search(request, masks, scores, _curves(of_circuits, request.masks.record_every)), [
+        dict(item.noted) for item in of_circuits
+    ]
+
+
+def _ranked(request: SearchRequest, items: Items) -> tuple[Search, list[dict[str, Any]]]:
+    seeds, sizes = request.seeds, request.sizes
+
+    def compute(new: list[int]) -> list[Item]:
+        scores = [request.row.load()(request, seeds[index]).cpu() for index in new]
+        _check_finite(request, torch.stack(scores))
+        return [Item({"scores": values.float()}) for values in scores]
+
+    what = f"{request.task.name} {request.method} {request.ablation} scores"
+    of_seed = dict(zip(seeds, items.get([{"seed": seed} for seed in seeds], compute, what), strict=True))
+    scores = torch.stack([of_seed[knob.seed].tensors["scores"] for knob in request.knobs])
+    masks = by_size(request.graph, scores.abs().numpy(), np.array(sizes))
+    share = len(seeds) / len(request.knobs)  # of a seed's scores all its circuits are made
+    noted = [of_seed[knob.seed].noted for knob in request.knobs]
+    took = [{"seconds": note["seconds"] * share, "peak_mb": note["peak_mb"]} for note in noted]
+    return _search(request, bool_masks(masks), scores, {}), took
+
+
+def _search(request: SearchRequest, masks: Tensor, scores: Tensor, curves: dict[str, Tensor]) -> Search:
+    values, seeds = [knob.value for knob in request.knobs], [knob.seed for knob in request.knobs]
+    return Search(masks, scores, values, seeds, curves)
+
+
+def _curves(of_circuits: Sequence[Item], every: int) -> dict[str, Tensor]:
+    """Of learned masks, points [c] and means [c, C] of the losses since the last one; sizes [c, C] at them."""
+    if LOSSES not in of_circuits[0].tensors:
+        return {}
+    losses, sizes = (torch.stack([item.tensors[name] for item in of_circuits], 1) for name in (LOSSES, SIZES))
+    parts = losses.split(every)
+    steps = torch.tensor([len(part) for part in parts]).cumsum(0)
+    return {"steps": steps, "losses": torch.stack([part.mean(0) for part in parts]), "sizes": sizes[steps - 1]}
+
+
+def _check_finite(request: SearchRequest, scores: Tensor) -> None:
+    if not scores.isfinite().all():
         raise UserError(
             f"{request.task.name} {request.method} {request.ablation}: scores are not finite; allowed: a model with "
             "finite weights and activations"
         )
-    each = [(knob, seed) for knob in range(len(request.knobs)) for seed in range(len(seeds))]
-    return Search(
-        bool_masks(np.stack([masks[seed][knob] for knob, seed in each])),
-        torch.from_numpy(np.stack([scores[seed][knob] for knob, seed in each]).astype(np.float32)),
-        [request.knobs[knob] for knob, _ in each],
-        [seeds[seed] for _, seed in each],
-        {},
-    )
 
 
-def by_ranking(request: SearchRequest, rank: Callable[[int], Tensor]) -> Search:
-    """The circuits of the edges with the largest scores, whatever their sign, for every size.
+def seed_by_seed(
+    request: SearchRequest, search: Callable[[int, Sequence[float]], tuple[np.ndarray, np.ndarray]]
+) -> Found:
+    """The circuits of a method that goes by seeds.
 
     Args:
-        rank: from a seed to the scores of all edges [J, S].
+        search: from a seed and its n knobs to their circuits, bool [n, J, S], and scores [n, J, S].
     """
-    sizes = np.array(request.sizes)
-
-    def find(seed: int) -> tuple[np.ndarray, np.ndarray]:
-        scores = rank(seed).cpu().numpy()
-        masks = by_size(request.graph, np.abs(scores), sizes)
-        return masks, np.broadcast_to(scores, masks.shape)
-
-    return seed_by_seed(request, find)
+    masks = np.zeros((len(request.knobs), *request.graph.valid.shape), bool)
+    scores = np.zeros(masks.shape)
+    for seed in request.seeds:
+        rows = [row for row, knob in enumerate(request.knobs) if knob.seed == seed]
+        masks[rows], scores[rows] = search(seed, [request.knobs[row].value for row in rows])
+    return Found(bool_masks(masks), torch.from_numpy(scores.astype(np.float32)))
 
 
 def edges_of(size: float, n_edges: int) -> int:

@@ -8,13 +8,15 @@ out at once can't be found again.
 Symbols: F fits, E edges.
 """
 
+from typing import Self
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from oacore.circuits.circuit import by_size
-from oacore.circuits.learn import search_masks, sweep_knobs
-from oacore.circuits.search import Search, SearchRequest, checked_sizes
+from oacore.circuits.learn import search_masks
+from oacore.circuits.search import Found, SearchRequest
 from oacore.circuits.ugs import UniformSampler
 from oacore.fits.resume import State
 
@@ -29,6 +31,10 @@ class TopKSampler(UniformSampler):
     def __init__(self, sizes: Tensor, dynamic_window: bool = False):
         super().__init__(dynamic_window)
         self.sizes = sizes
+
+    def take(self, fits: slice) -> Self:
+        """That of some of the budgets."""
+        return type(self)(self.sizes[fits], self.dynamic_window)
 
     def start(self, n_fits: int, n_edges: int) -> State:
         """Logits at 0, [F, E]."""
@@ -61,9 +67,9 @@ def budgeted(logit: Tensor, budget: Tensor) -> Tensor:
     return (logit + shift - (weight * (logit - logit.detach())).sum(1, keepdim=True)).sigmoid()
 
 
-def search(request: SearchRequest) -> Search:
+def search(request: SearchRequest) -> Found:
     """Circuits of the highest scores, one for each size and seed; the size is fixed, so that no edge has a price."""
-    sizes = checked_sizes([knob.value for knob in sweep_knobs(request)], request.graph.n_edges)
+    sizes = request.sizes
     sampler = TopKSampler(torch.tensor(sizes, dtype=torch.float32), request.masks.dynamic_window)
     weights = [0.0] * len(sizes)
     return search_masks(request, sampler, weights, lambda scores: by_size(request.graph, scores, np.array(sizes)))

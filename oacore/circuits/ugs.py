@@ -10,13 +10,13 @@ Symbols: F fits, R samples of a fit's step, E edges.
 """
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from oacore.circuits.learn import search_lambdas
-from oacore.circuits.search import Search, SearchRequest
+from oacore.circuits.search import Found, SearchRequest
 from oacore.fits.resume import State
 
 USUAL = 0.99  # of the edges; the mean spread is not that of a few
@@ -57,6 +57,10 @@ class UniformSampler:
     def __init__(self, dynamic_window: bool = False):
         self.dynamic_window = dynamic_window
 
+    def take(self, fits: slice) -> Self:
+        """The same: its fits have nothing of their own."""
+        return self
+
     def start(self, n_fits: int, n_edges: int) -> State:
         """Logits at 1, [F, E]."""
         return {"logit": torch.ones(n_fits, n_edges)}
@@ -85,6 +89,6 @@ class UniformSampler:
         return self.probability(parameters, 1.0)
 
 
-def search(request: SearchRequest) -> Search:
+def search(request: SearchRequest) -> Found:
     """Circuits by uniform gradient sampling, one for each lambda and seed."""
     return search_lambdas(request, UniformSampler(request.masks.dynamic_window))

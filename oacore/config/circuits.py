@@ -23,6 +23,7 @@ class SearchMethod(Row):
         knob: the key of `circuits:` that it sweeps, one circuit for each value; empty for a method that has one
         circuit.
         keys: what its search reads of `circuits:` beside `seeds`, the knob and the objective.
+        ranks: it gives scores of all edges for a seed, whose best edges are the circuits of all sizes.
         objective: the one loss that it can look at; empty for a method that takes `circuits.objective`.
         takes_constants: it judges edges without training constants, so that under a fitted edge ablation it takes the
             constants that were fitted for each component alone.
@@ -42,6 +43,7 @@ class SearchMethod(Row):
     look: Look
     knob: str = "sizes"
     keys: tuple[str, ...] = ()
+    ranks: bool = False
     objective: Literal["", "kl", "logit_diff"] = ""
     takes_constants: bool = False
     quick: bool = False
@@ -92,9 +94,10 @@ CIRCUIT_METHODS = registry(
         ),
         SearchMethod(
             "eap",
-            "oacore.circuits.eap:search",
+            "oacore.circuits.eap:rank",
             "Edge attribution patching: scores each edge by the first-order estimate of what ablating it changes.",
             Look(GREEN, "^"),
+            ranks=True,
             keys=("n_prompts",),
             objective="logit_diff",
             takes_constants=True,
@@ -103,9 +106,10 @@ CIRCUIT_METHODS = registry(
         ),
         SearchMethod(
             "eap_ig",
-            "oacore.circuits.eap:search_integrated",
+            "oacore.circuits.eap:rank_integrated",
             "The same, with gradients averaged along the path from the counterfactual input to the prompt's.",
             Look(TEAL, "v"),
+            ranks=True,
             keys=("n_prompts", "ig_steps"),
             takes_constants=True,
             quick=True,
@@ -129,9 +133,10 @@ CIRCUIT_METHODS = registry(
         ),
         SearchMethod(
             "exact",
-            "oacore.circuits.exact:search",
+            "oacore.circuits.exact:rank",
             "Scores each edge by the loss when it alone is ablated, without an approximation.",
             Look(SLATE, "X"),
+            ranks=True,
             keys=("n_prompts",),
             takes_constants=True,
             cost=f"{_COST}:edge_by_edge",
@@ -364,6 +369,16 @@ class Circuits(Settings):
         values, keys = self.model_dump(), [key for key in ("seeds", row.knob, *row.keys) if key]
         values["masks"] = self.masks_under(ablation).model_dump() if "masks" in keys else None
         return {"objective": self.objective_of(method)} | {key: values[key] for key in keys}
+
+    def read_by_each(self, method: CircuitMethod, ablation: EdgeAblation) -> dict[str, Any]:
+        """What determines each circuit of a search beside its own knob and seed: how often a fit is recorded does
+        not.
+        """
+        values = self.read_by(method, ablation)
+        each = {key: value for key, value in values.items() if key not in ("seeds", CIRCUIT_METHODS[method].knob)}
+        if each.get("masks"):
+            each["masks"] = {key: value for key, value in each["masks"].items() if key != "record_every"}
+        return each
 
     def figures(self) -> tuple[str, ...]:
         """Names of the figures that these settings give (`oacore.circuits.plots.circuit_figures` draws them)."""

@@ -65,6 +65,11 @@ class Config(Settings):
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="precision of weights and activations; losses are always fp32"
     )
+    store_weights: bool = Field(
+        True,
+        description="keep the weights, as the model stage checked them, in the cache, from where other jobs map them; "
+        "false saves their size on disk, and every job loads the model anew",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU when there is one")
     seed: int = Field(0, ge=0, description="seed of prompts, fits and resampling")
     cache_dir: LocalPath = Field(

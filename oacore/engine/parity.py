@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oacore.engine.forward import logits_of, residual_after
 from oacore.errors import UserError
-from oacore.models.hub import load_hugging_face, load_tokenizer
+from oacore.models.hub import load_hugging_face
 from oacore.models.load import Loaded, canonical, pick_device
 from oacore.models.weights import Model, to_device, weight_hash
 
@@ -71,10 +71,9 @@ def open_model(
 ) -> tuple[Loaded, Parity]:
     """`load` behind the parity gate: the only way by which a model enters the pipeline."""
     hf = load_hugging_face(source, revision=revision, dtype=dtype)
-    tokenizer = load_tokenizer(source, revision)
     commit = getattr(hf.config, "_commit_hash", None)
     tokens, lengths = parity_prompts(hf.config.vocab_size, hf.config.max_position_embeddings)
     expected = hugging_face_logits(hf, tokens, lengths)
     model = to_device(canonical(hf), pick_device(device))
     parity = check_parity(model, tokens, lengths, expected, PARITY_TOLERANCE[dtype])
-    return Loaded(model, tokenizer, commit, weight_hash(model)), parity
+    return Loaded(model, source, commit or revision, weight_hash(model)), parity

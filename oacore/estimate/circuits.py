@@ -80,7 +80,7 @@ def mask_learning(case: Case, task: str, method: SearchMethod, ablation: EdgeAbl
     masks = n_masks * (5 * mask_bytes(s) + 3 * FP32 * s.graph.n_edges)
     parameters = FP32 * F * s.graph.n_edges * 8 * method.parameters
     replacement, making = replacement_bytes(case, F * P, t, ablation, fits=F)
-    step = masked_pass(case, t, n_masks, n_masks, 1 if ablation.per_prompt else F, gradient=True)
+    step = masked_pass(case, t, n_masks, F, gradient=True)
     moment = fullest(step | {"masks": masks}, {"masks": masks / 2, "making replacements": making})
     flop = fit.steps * masked_pass_flop(s, n_masks, t, gradient=True)
     return SearchCost(moment | {"optimiser": parameters, "replacements": replacement}, flop)
@@ -95,11 +95,11 @@ def gradient_scores(case: Case, task: str, method: SearchMethod, ablation: EdgeA
     n = min(circuits.n_prompts, case.n_prompts(task)[0])
     n_passes = getattr(circuits, method.gradient_passes) if method.gradient_passes else 1
     replacement, making = replacement_bytes(case, n, t, ablation)
-    parts, contrast = masked_pass(case, t, n, 1, 1, gradient=True), 0.0
+    parts, contrast = masked_pass(case, t, n, 1, gradient=True), 0.0
     if method.contrast:
         contrast, making = sources_bytes(s, n, t)
         # Each row's own copy, and a gradient as large that nobody reads: `limits.memory_gb` counts neither.
-        rows, _ = rows_at_once(case, t, n, 1, 1, gradient=True)
+        rows, _ = rows_at_once(case, t, n, 1, gradient=True)
         parts["contrast of rows"] = 2 * rows * contrast / n
     moment = fullest(parts, {"making replacements": making})
     flop = len(circuits.seeds) * n_passes * masked_pass_flop(s, n, t, gradient=True)
@@ -116,7 +116,7 @@ def edge_by_edge(case: Case, task: str, method: SearchMethod, ablation: EdgeAbla
     n_sweeps = len(circuits.knobs(method.name)) if method.sweeps_each_knob else 1
     M = method.masks_at_once * n_sweeps
     replacement, making = replacement_bytes(case, n, t, ablation)
-    moment = fullest(masked_pass(case, t, n * M, M, 1, gradient=False), {"making replacements": making})
+    moment = fullest(masked_pass(case, t, n * M, M, gradient=False), {"making replacements": making})
     parts = moment | {"replacements": replacement, "masks": 3 * M * mask_bytes(s)}
     if method.most_passes and E * n > method.most_passes:
         return SearchCost(parts, 0.0, f"{method.name} refuses more than {method.most_passes:,} passes: {E * n:,} here")
@@ -132,14 +132,14 @@ def circuit_evaluation(case: Case, task: str, ablation: EdgeAblation) -> Need:
     t, (n_train, n_validation, n_test) = case.prompt_tokens(task) - 1, case.n_prompts(task)
     C, fit = sum(case.n_circuits(method) for method in circuits.methods), circuits.refit
     n_most, n_held_out = max(n_validation, n_test), n_validation + n_test
-    moment = masked_pass(case, t, C * n_most, C, 1 if row.per_prompt else C, gradient=False)
+    moment = masked_pass(case, t, C * n_most, C, gradient=False)
     flop = masked_pass_flop(s, C * n_held_out, t, gradient=False)
     replacement, making = replacement_bytes(case, min(REPLACED_AT_ONCE, n_most), t, row, fits=C)
     parts = held(case, task) | {"masks": 3 * C * mask_bytes(s), "replacements": replacement}
     if row.fitted:
         B, Q = min(fit.batch_size, n_train), t if row.positional else 1
         parts["optimiser"] = descent_bytes(C * Q * (s.d_model + s.n_layers * (s.z + s.d_model)))
-        moment = fullest(moment, masked_pass(case, t, C * B, C, C, gradient=True))
+        moment = fullest(moment, masked_pass(case, t, C * B, C, gradient=True))
         flop += fit_flop(
             fit,
             step=lambda: masked_pass_flop(s, C * B, t, gradient=True),

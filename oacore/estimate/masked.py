@@ -48,23 +48,22 @@ def mask_bytes(s: Sizes) -> int:
     return FP32 * s.graph.n_destinations * s.graph.n_sources
 
 
-def rows_at_once(case: Case, t: int, B: int, M: int, fits: int, *, gradient: bool) -> tuple[int, bool]:
+def rows_at_once(case: Case, t: int, B: int, apart: int, *, gradient: bool) -> tuple[int, bool]:
     """Rows of one part of a pass, and whether inputs are kept: `Passes._parts`."""
     memory_bytes = case.config.limits.memory_gb * 1e9
 
     def fitting(keep: bool) -> int:
         return max(1, int(memory_bytes // row_bytes(case.sizes, t, gradient=gradient, keep_inputs=keep)))
 
-    keep = fitting(True) >= min(B, ROWS_WORTH_KEEPING)
-    per_fit, per_mask = B // fits, B // M
-    alone = B if case.gpu else per_fit if fits > 1 else per_mask if per_mask >= ROWS_WORTH_KEEPING else B
+    alone = B if case.gpu else B // apart
+    keep = fitting(True) >= min(alone, ROWS_WORTH_KEEPING)
     return min(alone, fitting(keep)), keep
 
 
-def masked_pass(case: Case, t: int, B: int, M: int, fits: int, *, gradient: bool) -> Parts:
+def masked_pass(case: Case, t: int, B: int, apart: int, *, gradient: bool) -> Parts:
     """Rows of one part: `Engine.row_bytes` without its logits, which are in fp32."""
     s = case.sizes
-    rows, keep = rows_at_once(case, t, B, M, fits, gradient=gradient)
+    rows, keep = rows_at_once(case, t, B, apart, gradient=gradient)
     of_row = row_bytes(s, t, gradient=gradient, keep_inputs=keep) - 4 * s.d_vocab * s.number_bytes
     return {"masked pass": rows * of_row, "logits": logits_bytes(s, rows)}
 

@@ -18,7 +18,7 @@ checkpoint resumes bit by bit.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,14 @@ class Descent:
     converged: Tensor  # [n] bool; False: stopped by the cap
     curve_steps: Tensor  # [c] steps at which rounds ended
     curve_losses: Tensor  # [c, n] validation loss in nats at those steps
+
+    def take(self, rows: Sequence[int]) -> "Descent":
+        """Some of the fits."""
+        each = {name: getattr(self, name)[list(rows)] for name in EACH}
+        return replace(self, **each, curve_losses=self.curve_losses[:, list(rows)])
+
+
+EACH = ("best", "best_loss", "left", "n_steps", "converged")  # of every fit of a descent
 
 
 def adam_step(

@@ -18,7 +18,13 @@ from oacore.store.layout import short_hash
 from oacore.store.provenance import Provenance
 
 State = dict[str, Tensor]
-ON_HOST = ("step", "curve_steps", "curve_losses", "curve_sizes")  # parts of a fit's state that stay on the CPU
+ON_HOST = (
+    "step",
+    "curve_steps",
+    "curve_losses",
+    "step_losses",
+    "step_sizes",
+)  # parts of a fit's state that stay on the CPU
 SECONDS_BETWEEN_SAVES = 60.0  # of loops whose parts are short
 
 
@@ -95,10 +101,14 @@ class Resumable:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self.path is not None:
-            for resumable in (self, *self._parts):
-                if resumable.path is not None:
-                    resumable.path.unlink(missing_ok=True)
+        if kind is None:
+            self._remove()
+
+    def _remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+        for part in self._parts:
+            part._remove()
 
 
 NOT_KEPT = Resumable()

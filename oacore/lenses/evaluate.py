@@ -30,18 +30,20 @@ def lens_losses(lens: Lens, rows: LensRows, batch_size: int = BATCH_ROWS) -> tup
     return torch.cat(kl, 1), torch.cat(agree, 1)
 
 
-def loss_table(lens: Lens, rows: LensRows, clusters: np.ndarray, fits: Sequence[Convergence] = ()) -> pd.DataFrame:
+def loss_table(
+    lens: Lens, losses: tuple[Tensor, Tensor], clusters: np.ndarray, fits: Sequence[Convergence] = ()
+) -> pd.DataFrame:
     """One row per layer: lens, init, layer, kl_nats, se_nats, top1_agreement, n, converged, steps, left_nats.
 
     Args:
+        losses: as `lens_losses` gives them.
         clusters: [B], `Prompts.cluster` of each row's prompt: what standard errors are over.
         fits: of each layer; the last three columns are empty without.
     """
-    kl, agree = lens_losses(lens, rows)
     table = []
-    for layer, values in enumerate(kl):
-        mean, se = clustered_mean_and_se(values, clusters)
-        fit, agreement = fits[layer] if fits else UNFITTED, float(agree[layer].double().mean())
-        table.append((lens.name, lens.init, layer, mean, se, agreement, len(values), *fit))
+    for layer, (kl, agree) in enumerate(zip(*losses, strict=True)):
+        mean, se = clustered_mean_and_se(kl, clusters)
+        fit, agreement = fits[layer] if fits else UNFITTED, float(agree.double().mean())
+        table.append((lens.name, lens.init, layer, mean, se, agreement, len(kl), *fit))
     columns = ["lens", "init", "layer", "kl_nats", "se_nats", "top1_agreement", "n", *columns_in("nats")]
     return typed(pd.DataFrame(table, columns=columns))

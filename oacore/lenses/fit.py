@@ -12,12 +12,13 @@ from torch import Tensor
 from oacore.config.lenses import LENSES, LensFit, LensName, LensRow
 from oacore.engine.forward import final_norm
 from oacore.fits.descent import Descent, descend
-from oacore.fits.record import read_fitted, write_fits
+from oacore.fits.record import read_fitted, recorded, write_fits
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.lenses.kl import unembedded_kl
 from oacore.lenses.lens import Lens, LensSources
 from oacore.lenses.rows import LensRows
 from oacore.models.weights import Model
+from oacore.store.items import Item
 from oacore.store.provenance import Provenance
 
 
@@ -86,10 +87,14 @@ def fits_of(row: LensRow, n_layers: int) -> list[str]:
     return ["all layers"] if row.shared else [f"layer {layer}" for layer in range(n_layers)]
 
 
-def save_lens(path: str | Path, lens: Lens, descent: Descent, provenance: Provenance) -> None:
-    """Write a fitted lens as safetensors, with the record of its fits."""
-    names = fits_of(LENSES[lens.name], lens.model.n_layers)
-    write_fits(path, lens.values, names, descent, provenance.noting(lens=lens.name, init=lens.init))
+def item_of(lens: Lens, descent: Descent) -> Item:
+    """A fitted lens and the record of its fits, for the store."""
+    return Item(recorded(lens.values, descent))
+
+
+def save_lens(path: str | Path, row: LensRow, init: str, n_layers: int, item: Item, provenance: Provenance) -> None:
+    """Write a lens of the store as a file of the run."""
+    write_fits(path, item.tensors, fits_of(row, n_layers), provenance.noting(lens=row.name, init=init))
 
 
 def load_lens(path: str | Path, name: LensName, init: str, model: Model, provenance: Provenance) -> Lens:

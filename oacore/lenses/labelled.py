@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from oacore.errors import UserError
+from oacore.store.artefacts import digest_of_tensors
 from oacore.tasks.prompts import Ints, encode, following, pad, read_text
 
 KEY = "lenses.truthfulness.datasets"
@@ -37,6 +39,11 @@ class FewShot:
     label: Ints  # [N], index of the true label
     label_tokens: Ints  # [K], first token of each label where a prompt ends
     labels: tuple[str, ...]  # K of them
+
+    def digest(self) -> str:
+        """sha256 of all arrays."""
+        names = ("tokens", "lengths", "label", "label_tokens")
+        return digest_of_tensors({name: torch.from_numpy(getattr(self, name)) for name in names})
 
 
 def read_examples(path: Path) -> list[Example]:

@@ -13,6 +13,8 @@ from oacore.lenses.fit import load_lens
 from oacore.lenses.lens import Lens, LensSources
 from oacore.lenses.rows import RowCache
 from oacore.models.load import Loaded
+from oacore.store.artefacts import digest_of_tensors
+from oacore.store.codehash import codehash
 from oacore.store.provenance import Provenance
 from oacore.tasks.prompts import Prompts
 
@@ -73,6 +75,14 @@ class LensTask:
             return load_lens(self.files[file], name, init, self.sources.model, self.provenance_of_fit(file))
         lens: Lens = LENSES[name].load().of_rows(name, self.sources)
         return lens
+
+    def determined_by(self, lens: Lens) -> dict[str, str]:
+        """What determines what a lens predicts, for items of the store."""
+        return {
+            "lens": f"{lens.name}-{lens.init}" if lens.init else lens.name,
+            "values": digest_of_tensors(lens.values),
+            "code of the lens": codehash(LENSES[lens.name].module),
+        }
 
     def lenses(self, names: Iterable[LensName]) -> dict[str, Lens]:
         """Every lens of these names by its file, those that have inits with each."""

@@ -15,7 +15,6 @@ from oacore.engine.forward import at, embed, run_block
 from oacore.lenses.labelled import FewShot
 from oacore.lenses.lens import Lens
 from oacore.models.weights import Model
-from oacore.progress import progress
 
 EQUAL = 1e-5  # relative: fp32 logits of one input round differently in batches of different sizes
 
@@ -61,23 +60,23 @@ def label_log_probs(model: Model, lenses: Sequence[Lens], prompts: FewShot, toke
 
 
 def truthfulness_table(
-    model: Model, lenses: Sequence[Lens], prompts: Mapping[tuple[str, str], FewShot], tokens_per_batch: int = 16384
+    lenses: Sequence[Lens],
+    prompts: Mapping[tuple[str, str], FewShot],
+    log_probs: Mapping[tuple[str, str], Tensor],
 ) -> pd.DataFrame:
     """Calibrated accuracy of every lens at every layer.
 
     Args:
         prompts: by (data set, demonstrations), the latter `true` or `permuted`.
+        log_probs: of the same, as `label_log_probs` gives them.
 
     Returns:
         dataset, demonstrations, lens, init, layer, accuracy, se, n; layer L, after all blocks, is the model itself.
     """
     rows = []
-    for (dataset, demonstrations), shots in progress(
-        prompts.items(), what="truthfulness", unit="prompt sets", total=len(prompts)
-    ):
-        log_probs = label_log_probs(model, lenses, shots, tokens_per_batch)
+    for (dataset, demonstrations), shots in prompts.items():
         label = torch.from_numpy(shots.label).long()
-        for lens, by_layer in zip(lenses, log_probs, strict=True):
+        for lens, by_layer in zip(lenses, log_probs[dataset, demonstrations], strict=True):
             for layer, values in enumerate(by_layer):
                 right = calibrated_accuracy(values, label).numpy()
                 se = float(right.std(ddof=1) / np.sqrt(len(right))) if len(right) > 1 else float("nan")

@@ -6,6 +6,7 @@ softcaps (4.3.0).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from oacore.errors import UserError
 from oacore.models.hub import load_hugging_face, load_tokenizer
-from oacore.models.weights import ACTIVATIONS, Block, Model, Norm, _map_tensors, to_device, weight_hash
+from oacore.models.weights import ACTIVATIONS, Block, Model, Norm, Rotary, _map_tensors, to_device, weight_hash
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,18 @@ class Loaded:
     """A model with what it was loaded from."""
 
     model: Model
-    tokenizer: Any  # Hugging Face fast tokenizer
+    source: str | Path
     revision: str | None  # commit of a hub model
     weight_hash: str
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face fast tokenizer; imports transformers, which takes seconds.
+
+        Raises:
+            UserError: as `load_tokenizer`.
+        """
+        return load_tokenizer(self.source, self.revision)
 
 
 def pick_device(device: str) -> torch.device:
@@ -50,10 +60,9 @@ def load(source: str | Path, *, revision: str | None = None, dtype: str = "fp32"
         UserError: no such directory or hub model, unreachable hub, unsupported architecture.
     """
     hf = load_hugging_face(source, revision=revision, dtype=dtype)
-    tokenizer = load_tokenizer(source, revision)
     commit = getattr(hf.config, "_commit_hash", None)
     model = to_device(canonical(hf), pick_device(device))
-    return Loaded(model, tokenizer, commit, weight_hash(model))
+    return Loaded(model, source, commit or revision, weight_hash(model))
 
 
 def canonical(hf: Any) -> Model:
@@ -81,7 +90,7 @@ def canonical(hf: Any) -> Model:
             W_E=bridge.embed.original_component.weight,
             W_pos=bridge.pos_embed.original_component.weight if hasattr(bridge, "pos_embed") else None,
             embed_scale=float(scale),
-            rotary=bridge.rotary_emb.original_component if hasattr(bridge, "rotary_emb") else None,
+            rotary=_rotary(bridge.rotary_emb.original_component) if hasattr(bridge, "rotary_emb") else None,
             activation=activation,
             blocks=tuple(_block(block) for block in bridge.blocks),
             final_norm=_norm(bridge.ln_final),
@@ -117,6 +126,20 @@ def _block(block: Any) -> Block:
         b_in=mlp.b_in,
         b_out=mlp.b_out,
     )
+
+
+def _rotary(module: Any) -> Rotary:
+    """The frequencies of a Hugging Face rotary module. Of the kinds whose frequencies change with the prompt's length
+    only longrope's do so within the model's context; it swaps them when it is called.
+    """
+    short = module.inv_freq.float().clone()
+    if module.rope_type != "longrope":
+        return Rotary(short, None, 0, float(module.attention_scaling))
+    length = module.config.rope_parameters["original_max_position_embeddings"]
+    module(short, torch.arange(length + 1)[None])
+    long = module.inv_freq.float().clone()
+    module(short, torch.arange(1)[None])
+    return Rotary(short, long, length, float(module.attention_scaling))
 
 
 def _norm(bridge_norm: Any) -> Norm:

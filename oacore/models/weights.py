@@ -33,6 +33,25 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """Rotary positions: an angle is a position times a frequency."""
+
+    frequencies: Tensor  # [r / 2] fp32
+    long_frequencies: Tensor | None  # of prompts of more than `short_length` tokens (longrope)
+    short_length: int
+    scale: float  # of cos and sin
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, T, r], in x's dtype, at positions [1, T] that count from 0."""
+        long = self.long_frequencies is not None and positions.shape[1] > self.short_length
+        frequencies = self.long_frequencies if long else self.frequencies
+        assert frequencies is not None
+        angles = (positions[..., None].float() * frequencies).repeat(1, 1, 2)
+        return (angles.cos() * self.scale).to(x.dtype), (angles.sin() * self.scale).to(x.dtype)
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer block. Absent parts are None; KV = H unless the model groups queries."""
 
@@ -67,7 +86,7 @@ class Model:
     W_E: Tensor  # [V, d]
     W_pos: Tensor | None  # [P, d] learned positions
     embed_scale: float  # Gemma multiplies embeddings by sqrt(d)
-    rotary: torch.nn.Module | None  # the model's own rotary module: (x, positions [1, T]) -> cos, sin [1, T, r]
+    rotary: Rotary | None
     activation: str
     blocks: tuple[Block, ...]
     final_norm: Norm
@@ -143,8 +162,6 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def to_device(model: Model, device: torch.device | str) -> Model:
     """The same model on another device."""
     moved: Model = _map_tensors(model, lambda tensor: tensor.to(device))
-    if moved.rotary is not None:
-        moved.rotary.to(device)
     return moved
 
 
@@ -186,6 +203,6 @@ def weight_hash(model: Model) -> str:
         (block.attention_scale, block.attention_softcap, block.window, block.attention_norm.eps, block.mlp_norm.eps)
         for block in model.blocks
     ]
-    rotary = getattr(getattr(model.rotary, "config", None), "rope_parameters", None)
+    rotary = None if model.rotary is None else (model.rotary.short_length, model.rotary.scale)
     digest.update(json.dumps([scalars, per_block, rotary], sort_keys=True, default=str).encode())
     return digest.hexdigest()

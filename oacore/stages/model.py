@@ -10,12 +10,14 @@ from oacore.config.run import Config
 from oacore.engine.parity import open_model
 from oacore.inputs import model_source
 from oacore.jobs import Files
+from oacore.models.stored import write_model
 from oacore.models.weights import named_tensors
 from oacore.store.artefacts import write_json
+from oacore.store.fingerprint import fingerprint
 
 
 def run(config: Config, inputs: Files, outputs: Files) -> None:
-    """Write model.json: family, sizes, revision, weight hash, parity."""
+    """Write model.json: family, sizes, revision, weight hash, parity; and the weights, where they are to be stored."""
     torch.set_num_threads(config.limits.threads)
     loaded, parity = open_model(
         model_source(config, outputs["model"]), revision=config.revision, dtype=config.dtype, device=config.device
@@ -31,8 +33,14 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
         "d_vocab": model.d_vocab,
         "max_length": model.max_length,
         "n_edges": model.graph.n_edges,
-        "n_weights": sum(tensor.numel() for tensor in named_tensors(model).values()),
+        "n_weights": sum(
+            tensor.numel() for name, tensor in named_tensors(model).items() if not name.startswith("rotary.")
+        ),
     }
+    loaded.tokenizer  # noqa: B018  a model without one is refused here
+    stored = next(iter(outputs.named().get("weights", [])), None)
+    if stored:
+        write_model(stored, model)
     facts = {
         "model": config.model,
         "family": model.family,
@@ -42,6 +50,7 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
         "revision": loaded.revision,
         "model_hash": loaded.weight_hash,
         "parity": asdict(parity),
+        "weights": fingerprint(stored) if stored else None,
         "versions": {
             "oacore": __version__,
             **{name: version(name) for name in ("torch", "transformers", "transformer-lens")},

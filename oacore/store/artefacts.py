@@ -97,6 +97,8 @@ def read_table(path: str | Path, provenance: Provenance = ANY, **options: Any) -
         content = Path(path).read_bytes()
     except OSError as error:
         raise _unreadable(path, f"can't be read: {error.strerror}") from None
+    if not _seal(path).exists():  # as after `cp results/*`
+        raise _unreadable(path, f"has lost its seal, {_seal(path).name}")
     facts = read_json(_seal(path))
     damaged = facts.pop("table", None) != hashlib.sha256(content).hexdigest()
     _check(path, damaged, facts, provenance)

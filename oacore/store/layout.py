@@ -15,6 +15,7 @@ from oacore.config.run import Config
 from oacore.store.fingerprint import fingerprint
 
 SPLITS = ("train", "validation", "test")
+WEIGHTS = "weights.safetensors"  # beside model.json
 
 
 def short_hash(value: object) -> str:
@@ -66,6 +67,7 @@ class Layout:
         self.results_dir = f"{results}/{config.run}"
         self.report = f"{self.results_dir}/report.html"
         self.model_json = f"{self.model_dir}/model.json"
+        self.weights = f"{self.model_dir}/{WEIGHTS}"
         self.demo_model = f"{self.model_dir}/demo"  # where the workflow trains it; the shipped one is not there
         self._task_dirs = {
             task: f"{task}-{short_hash(task_settings(config, task))}" for task in config.tasks.selected()
@@ -103,7 +105,8 @@ class Layout:
         tasks = [self.prompts(task) for task in config.tasks.selected()]
         tasks += [self.activations(task) for task in config.cached_tasks()]
         rows = [self.lens_rows(task) for task in config.lens_tasks()]
-        return [self.demo_model] * config.trains_demo + [self.model_json, *tasks, *rows]
+        stored = [self.weights] * config.store_weights
+        return [self.demo_model] * config.trains_demo + [self.model_json, *stored, *tasks, *rows]
 
     def ablation(self, task: str, file: str) -> str:
         """A file of a task's single-component ablation."""

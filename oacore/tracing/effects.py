@@ -10,6 +10,7 @@ from torch import Tensor
 from oacore.config.tracing import CORRUPTIONS, kind_and_scale
 from oacore.fits.convergence import UNFITTED, Convergence, OfFits, typed
 from oacore.metrics import PROBABILITY_RESOLUTION, clustered_mean_and_se, zero_below
+from oacore.store.items import Item
 from oacore.tracing.places import NOWHERE, Curve, Place
 
 
@@ -20,6 +21,16 @@ class Traced:
     clean: Tensor  # [N]
     corrupted: Tensor  # [N]
     restored: Tensor  # [n, N] of each place
+
+    def item(self, rows: Sequence[int] | None = None) -> Item:
+        """As the store has it, or some of the places of it."""
+        restored = self.restored if rows is None else self.restored[list(rows)]
+        return Item({"clean": self.clean, "corrupted": self.corrupted, "restored": restored})
+
+    @classmethod
+    def of_item(cls, item: Item) -> "Traced":
+        """From the store."""
+        return cls(**item.tensors)
 
 
 def effects(traced: Traced, row: int, subjects: np.ndarray) -> dict[str, float]:

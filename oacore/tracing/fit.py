@@ -15,7 +15,7 @@ from oacore.config.tracing import TracingFit
 from oacore.draws import prompts_of_step
 from oacore.engine.clean import clean_pass
 from oacore.fits.descent import ABSOLUTE_PROGRESS, Descent, descend
-from oacore.fits.record import read_fitted, write_fits
+from oacore.fits.record import read_fitted, recorded, write_fits
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.metrics import clustered_mean_and_se
 from oacore.models.weights import Model
@@ -40,6 +40,10 @@ class PlaceConstants:
     def to(self, device: torch.device) -> "PlaceConstants":
         """On a device."""
         return PlaceConstants(self.own.to(device), self.cautious.to(device))
+
+    def take(self, rows: Sequence[int]) -> "PlaceConstants":
+        """Those of some of the places; of none where there are none."""
+        return PlaceConstants(self.own[list(rows)], self.cautious[list(rows)]) if len(self.own) else self
 
 
 NO_CONSTANTS = PlaceConstants(torch.empty(0), torch.empty(0))
@@ -94,12 +98,12 @@ def fit_place_constants(
     tokens_per_batch: int = 16384,
     resumable: Resumable = NOT_KEPT,
     on_test: Callable[[], object] = lambda: None,
-) -> tuple[PlaceConstants, Descent]:
+) -> Descent:
     """One constant per place [n, d], each from the mean subject embedding until its loss on the validation facts stops
     falling.
 
     The loss, max(0, p_clean - p_restored), is in probability; arguments as those of `oacore.fits.descent.descend`. Fits
-    of places whose restoring does nothing differ by chance, which can pass for effects: see `PlaceConstants.cautious`.
+    of places whose restoring does nothing differ by chance, which can pass for effects: see `place_constants`.
     """
     start = statistics.mean.repeat(len(places), 1)
     unit = statistics.std.square().mean().sqrt().reshape(1, 1)
@@ -113,7 +117,7 @@ def fit_place_constants(
         chosen = [places[i] for i in running.tolist()]
         return lost_probability(model, validation, chosen, value, tokens_per_batch).mean(1)
 
-    descent = descend(
+    return descend(
         start,
         unit,
         gradient,
@@ -125,32 +129,32 @@ def fit_place_constants(
         what="OAT",
         on_test=on_test,
     )
-    return PlaceConstants(descent.best, _cautious(model, places, validation, descent.best, tokens_per_batch)), descent
 
 
-def _cautious(
-    model: Model, places: Sequence[Place], validation: Recall, separate: Tensor, tokens_per_batch: int
-) -> Tensor:
-    """The corrupted run takes whichever constant is best for it, and every place that one, unless its own is better
-    beyond chance.
+@torch.no_grad()
+def place_constants(
+    model: Model, places: Sequence[Place], validation: Recall, own: Tensor, tokens_per_batch: int
+) -> PlaceConstants:
+    """The constants that were fitted for n places [n, d], and cautious ones: the corrupted run takes whichever constant
+    is best for it, and every place that one, unless its own is better beyond chance.
 
     Beyond chance: by two standard errors of the difference on the validation facts. On a planted recall, with fits
     apart, the AIE of all other layers added up to 18 % of the peak's; so it is below 0.1 %
     (tests/bench/bench_recall.py).
     """
     corrupted = [NOWHERE] * len(places)
-    best = lost_probability(model, validation, corrupted, separate, tokens_per_batch).mean(1).argmin()
-    shared = separate[best].expand_as(separate)
+    best = lost_probability(model, validation, corrupted, own, tokens_per_batch).mean(1).argmin()
+    shared = own[best].expand_as(own)
     lost_separately, lost_shared = (
-        lost_probability(model, validation, places, constants, tokens_per_batch) for constants in (separate, shared)
+        lost_probability(model, validation, places, constants, tokens_per_batch) for constants in (own, shared)
     )
     subjects = validation.subject_numbers
     better = []
     for item, lost, lost_with_shared in zip(places, lost_separately, lost_shared, strict=True):
         gain, se = clustered_mean_and_se(lost_with_shared - lost, subjects)
         better.append(item != NOWHERE and gain > max(2 * se, ABSOLUTE_PROGRESS))
-    keep = torch.tensor(better, device=separate.device)
-    return torch.where(keep[:, None], separate, shared)
+    keep = torch.tensor(better, device=own.device)
+    return PlaceConstants(own, torch.where(keep[:, None], own, shared))
 
 
 def save_place_constants(
@@ -160,7 +164,7 @@ def save_place_constants(
     names = [item.name for item in places]
     values = dict(zip(names, constants.own, strict=True))
     values |= {f"{CAUTIOUS}{name}": value for name, value in zip(names, constants.cautious, strict=True)}
-    write_fits(path, values, names, descent, provenance)
+    write_fits(path, recorded(values, descent), names, provenance)
 
 
 def load_place_constants(path: str | Path, places: Sequence[Place], provenance: Provenance) -> PlaceConstants:

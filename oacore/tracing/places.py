@@ -57,6 +57,11 @@ class Curve:
     position: Position
     window: int
 
+    @property
+    def name(self) -> str:
+        """As the store calls it: mlp.last.5."""
+        return f"{self.site}.{self.position}.{self.window}"
+
     def places(self, n_layers: int) -> list[Place]:
         """The place around each layer."""
         return [place(self.site, self.position, layer, self.window, n_layers) for layer in range(n_layers)]
@@ -70,6 +75,12 @@ def curves_of(tracing: Tracing) -> list[Curve]:
         for position in tracing.positions
         for width in tracing.windows
     ]
+
+
+def rows_of(places: Sequence[Place], wanted: Sequence[Place]) -> list[int]:
+    """Where the wanted places stand among others, each once."""
+    row_of = {item: row for row, item in enumerate(places)}
+    return [row_of[item] for item in dict.fromkeys(wanted)]
 
 
 def places_of(curves: Sequence[Curve], n_layers: int) -> list[Place]:

@@ -106,7 +106,11 @@ def answer_probability(model: Model, recall: Recall, residual: Tensor) -> Tensor
             one token.
     """
     log_probs, _ = _answer(model, recall, residual)
-    return log_probs.exp()
+    if log_probs.device.type != "cpu":
+        return log_probs.exp()
+    # Row by row: a CPU computes exponentials of the last numbers of a tensor in another way than those before, and
+    # places that are run together would differ in the last bit from the same ones run alone.
+    return torch.stack([row.exp() for row in log_probs.reshape(-1, len(recall))]).view_as(log_probs)
 
 
 @torch.no_grad()

@@ -1,12 +1,11 @@
 """All places of all facts under one corruption."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from oacore.engine.clean import Clean, clean_pass
-from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.models.weights import Model
 from oacore.progress import progress
 from oacore.tracing.corruptions import Corruptor
@@ -14,26 +13,6 @@ from oacore.tracing.effects import Traced
 from oacore.tracing.places import NOWHERE, Place
 from oacore.tracing.recall import Recall, answer_probability
 from oacore.tracing.restore import restored_apart, restored_together
-
-PARTS = ("clean", "corrupted", "restored")  # of what is traced, as its state has them
-
-
-def trace_all(
-    model: Model,
-    recall: Recall,
-    places: Sequence[Place],
-    corruptors: Mapping[str, Corruptor],
-    tokens_per_batch: int,
-    resumable: Resumable = NOT_KEPT,
-) -> dict[str, Traced]:
-    """All corruptions by name, each as `trace` has it; `resumable` keeps those that are done."""
-    state = resumable.load() or {}
-    for name, corruptor in corruptors.items():
-        if f"{name}/{PARTS[0]}" not in state:
-            traced = trace(model, recall, places, corruptor, tokens_per_batch, name)
-            state |= {f"{name}/{part}": getattr(traced, part) for part in PARTS}
-            resumable.save(state)
-    return {name: Traced(*(state[f"{name}/{part}"] for part in PARTS)) for name in corruptors}
 
 
 @torch.no_grad()

@@ -56,6 +56,12 @@ def gaps_of(model, prompts, other, statistics, methods=METHODS, tokens_per_batch
     )
 
 
+def stream_of(component):
+    """Layer, kind and head (0 without one): a component's own, whichever others are measured beside it."""
+    kind = ("head", "mlp", "attention_layer").index(component.kind)
+    return component.layer, kind, component.head + 1
+
+
 def by_hand(setting, group, row, method, prompt, constants, seed):
     """The replacement of one component on one prompt, built position by position from its definition."""
     model, prompts, other, statistics = setting
@@ -91,8 +97,8 @@ def by_hand(setting, group, row, method, prompt, constants, seed):
         draws = torch.rand(len(prompts), n_tokens, generator=generator)
         return torch.stack([donor[:, 1 + int(draws[prompt, t] * (length - 1))] for t in range(n_tokens)], 1)
     noise = [
-        np.random.default_rng((seed, prompt, row + i)).standard_normal(value.shape[1:], dtype=np.float32)
-        for i in range(len(group))
+        np.random.default_rng((seed, prompt, *stream_of(item))).standard_normal(value.shape[1:], dtype=np.float32)
+        for item in group.components
     ]
     return value + 3 * rows_in(statistics.std, group)[:, None] * torch.from_numpy(np.stack(noise))
 

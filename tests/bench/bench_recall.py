@@ -21,7 +21,7 @@ from oacore.config.tracing import CORRUPTIONS as KINDS
 from oacore.config.tracing import TracingFit, kind_and_scale
 from oacore.tracing.corruptions import corruptor
 from oacore.tracing.effects import aie_table
-from oacore.tracing.fit import NO_CONSTANTS, fit_place_constants
+from oacore.tracing.fit import NO_CONSTANTS, fit_place_constants, place_constants
 from oacore.tracing.places import NOWHERE, Curve, places_of
 from oacore.tracing.recall import Recall
 from oacore.tracing.subjects import subject_statistics
@@ -79,7 +79,8 @@ def curves(
     constants = NO_CONSTANTS
     if any(KINDS[kind_and_scale(name)[0]].fitted for name in names):
         every = [*places, NOWHERE]
-        constants, _ = fit_place_constants(model, every, train, validation, statistics, FIT, seed=seed)
+        descent = fit_place_constants(model, every, train, validation, statistics, FIT, seed=seed)
+        constants = place_constants(model, every, validation, descent.best, TOKENS_PER_BATCH)
     tables = []
     for name in names:
         corrupt = corruptor(name, model, statistics, constants, seed, n_draws)

@@ -7,9 +7,10 @@ from conftest import random_hf
 from oacore.ablation import optimal
 from oacore.ablation.components import components_of
 from oacore.circuits.constants import Constants, constant_scales
-from oacore.circuits.learn import Knob, learn
+from oacore.circuits.learn import learn
 from oacore.circuits.passes import Examples, Passes
 from oacore.circuits.replacements import Replacements, TrainingPrompts, starting_constants
+from oacore.circuits.search import Knob
 from oacore.circuits.ugs import UniformSampler
 from oacore.config.base import OptimalFit
 from oacore.config.circuits import MaskFit

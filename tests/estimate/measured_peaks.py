@@ -23,9 +23,10 @@ from oacore.ablation.components import Component, components_of
 from oacore.circuits.constants import constant_scales
 from oacore.circuits.eap import eap_ig_scores
 from oacore.circuits.evaluate import circuit_losses, refit_constants
-from oacore.circuits.learn import Knob, learn
+from oacore.circuits.learn import learn
 from oacore.circuits.passes import Examples, Passes
 from oacore.circuits.replacements import Replacements, TrainingPrompts, starting_constants
+from oacore.circuits.search import Knob
 from oacore.circuits.ugs import UniformSampler
 from oacore.config.ablation import Method
 from oacore.config.lenses import LENSES, lens_and_init

@@ -6,8 +6,8 @@ import torch
 from oacore.config.base import OptimalFit
 from oacore.fits import resume
 from oacore.fits.convergence import Convergence, of_descent, read_convergence
-from oacore.fits.descent import descend
-from oacore.fits.record import write_fits
+from oacore.fits.descent import Descent, descend
+from oacore.fits.record import descent_of, items_of_fits, recorded, write_fits
 from oacore.fits.resume import Resumable
 from oacore.store.provenance import Provenance
 
@@ -129,8 +129,32 @@ def test_killed_within_a_round_it_goes_on_to_the_same_bits(tmp_path, monkeypatch
 def test_convergence_on_disk_is_that_of_the_descent(tmp_path):
     found, names = Noisy().fit(OptimalFit(max_steps=150, tolerance=0.3)), ["a", "b", "c"]
     path, provenance = tmp_path / "fits.safetensors", Provenance({"model_hash": "m"})
-    write_fits(path, {"x": found.best}, names, found, provenance)
+    write_fits(path, recorded({"x": found.best}, found), names, provenance)
     assert list(read_convergence(path, provenance).values()) == of_descent(found)
+
+
+@pytest.mark.parametrize("groups", [[[0], [1], [2]], [[2, 0], [1]], [[0, 1, 2]]])
+def test_fits_taken_apart_and_put_together_are_the_same_fits(groups):
+    """The curve of a fit that ended early stays where it was, as in the descent that it was part of."""
+    draw = torch.Generator().manual_seed(0)
+    losses = torch.rand(4, 3, generator=draw)
+    losses[2:, 0], losses[3:, 1] = losses[1, 0], losses[2, 1]
+    found = Descent(
+        torch.rand(3, 5, generator=draw),
+        torch.rand(3, generator=draw),
+        torch.rand(3, generator=draw),
+        torch.tensor([75, 225, 525]),
+        torch.tensor([True, True, False]),
+        torch.tensor([0, 75, 225, 525]),
+        losses,
+    )
+    items = items_of_fits(found, groups)
+    assert [len(item.tensors["curve_steps"]) for item in items] == [
+        max({0: 2, 1: 3, 2: 4}[row] for row in rows) for rows in groups
+    ], "an item does not know how long others went on"
+    joined, wanted = descent_of(items), found.take([row for rows in groups for row in rows])
+    for name in ("best", "best_loss", "left", "n_steps", "converged", "curve_steps", "curve_losses"):
+        assert torch.equal(getattr(joined, name), getattr(wanted, name)), name
 
 
 def test_a_number_of_two_fits_has_converged_if_both_have():

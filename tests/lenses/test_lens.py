@@ -20,7 +20,7 @@ from oacore.lenses import kl
 from oacore.lenses.affine import GradientLens, model_jacobian
 from oacore.lenses.constant import OptimalConstants, from_all_starts
 from oacore.lenses.evaluate import lens_losses
-from oacore.lenses.fit import fit_lens, load_lens, save_lens
+from oacore.lenses.fit import fit_lens, item_of, load_lens, save_lens
 from oacore.lenses.kl import unembedded_kl
 from oacore.lenses.lens import LensSources
 from oacore.lenses.rows import LensRows, RowCache, rows_of
@@ -306,7 +306,7 @@ def test_grad_starts_at_the_mean(gpt2, cached):
 def test_saved_lenses_come_back_for_their_model_only(gpt2, cached, tmp_path):
     lens, record = fitted(gpt2, cached, "tuned", "identity")
     path, provenance = tmp_path / "tuned.safetensors", Provenance({"model_hash": "a", "prompts_hash": {"train": "x"}})
-    save_lens(path, lens, record, provenance)
+    save_lens(path, LENSES["tuned"], "identity", gpt2.n_layers, item_of(lens, record), provenance)
     again = load_lens(path, "tuned", "identity", gpt2, provenance)
     assert (type(again), again.name, again.init) == (type(lens), "tuned", "identity")
     assert all(torch.equal(again.values[key], value) for key, value in lens.values.items())

@@ -13,7 +13,7 @@ from oacore.lenses import labelled
 from oacore.lenses.constant import OptimalConstants
 from oacore.lenses.labelled import Example, FewShot, few_shot, read_examples
 from oacore.lenses.logit import LogitLens
-from oacore.lenses.truthfulness import calibrated_accuracy, truthfulness_table
+from oacore.lenses.truthfulness import calibrated_accuracy, label_log_probs, truthfulness_table
 from oacore.models.load import canonical
 
 CITIES = ("Paris", "Rome", "Oslo", "Cairo", "Lima", "Kyoto", "Dublin", "Prague")
@@ -161,9 +161,9 @@ def test_every_lens_at_every_layer_and_the_model_at_the_last():
         LogitLens("logit", "", model, {}),
         OptimalConstants("oca", "", model, {"constants": torch.ones(3, 3, 32)}),
     ]
-    table = truthfulness_table(
-        model, lenses, {("set", "true"): prompts, ("set", "permuted"): prompts}, tokens_per_batch=30
-    )
+    both = {("set", name): prompts for name in ("true", "permuted")}
+    log_probs = {name: label_log_probs(model, lenses, shots, 30) for name, shots in both.items()}
+    table = truthfulness_table(lenses, both, log_probs)
     assert len(table) == 2 * 2 * 4 and set(table["layer"]) == {0, 1, 2, 3} and (table["n"] == 12).all()
     whole = torch.from_numpy(tokens).long()
     for layer in range(4):

@@ -121,7 +121,7 @@ def test_a_cancelled_job_and_a_drained_node_leave_the_same_bits(cluster, config,
         local,
     )
 
-    checkpoint = remote / Layout(load_config(config)).ablation("ioi", ".constants-optimal-checkpoint.safetensors")
+    checkpoint = remote / Layout(load_config(config)).ablation("ioi", ".constants-optimal-checkpoint-fit.safetensors")
     workflow = start(config, remote, *OVERLAY)
     before = wait_for(workflow, two_running_and_one_queued)
     drained = next(job["NodeList"] for job in before if job["JobState"] == "RUNNING" and job["Comment"] != FIT)

@@ -26,13 +26,14 @@ from oacore.tracing.fit import (
     load_place_constants,
     lost_probability,
     lost_probability_gradient,
+    place_constants,
     save_place_constants,
 )
 from oacore.tracing.places import NOWHERE, Curve, Place, place, window
 from oacore.tracing.recall import Recall, answer_probability, completes, embedded, recall_of
 from oacore.tracing.restore import corrupted_run, restored, restored_together
 from oacore.tracing.subjects import subject_statistics
-from oacore.tracing.trace import trace, trace_all
+from oacore.tracing.trace import trace
 
 LENGTHS = (9, 7, 8)  # ragged, as are the answers
 HOOKS = {"attention": "blocks.{}.hook_attn_out", "mlp": "blocks.{}.hook_mlp_out", "block": "blocks.{}.hook_resid_post"}
@@ -307,8 +308,7 @@ SHORT = TracingFit(batch_size=2, learning_rate=0.02, first_round=5, max_steps=75
 def test_fit_lowers_every_loss_and_resumes_bit_by_bit(gpt2, tmp_path):
     recall, statistics = some_recall(), subject_statistics(gpt2, some_recall())
     places = [PLACES[0], PLACES[1], NOWHERE]
-    fitted, whole = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT)
-    assert torch.equal(fitted.own, whole.best)
+    whole = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT)
     before = lost_probability(gpt2, recall, places, statistics.mean.repeat(3, 1), 10_000).mean(1)
     assert (whole.best_loss < 0.9 * before).all()
     assert torch.allclose(lost_probability(gpt2, recall, places, whole.best, 10_000).mean(1), whole.best_loss)
@@ -329,8 +329,7 @@ def test_fit_lowers_every_loss_and_resumes_bit_by_bit(gpt2, tmp_path):
     with pytest.raises(KilledError), resumable() as kept:
         fit_place_constants(gpt2, places, recall, recall, statistics, SHORT, resumable=kept, on_test=kill)
     assert (tmp_path / "checkpoint.safetensors").exists()
-    again, resumed = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT, resumable=resumable())
-    assert torch.equal(again.cautious, fitted.cautious)
+    resumed = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT, resumable=resumable())
     assert torch.equal(resumed.best, whole.best) and torch.equal(resumed.curve_losses, whole.curve_losses)
 
 
@@ -354,7 +353,9 @@ def test_cautious_constants_leave_the_shared_one_only_beyond_chance(gpt2):
     """A place that restores nothing has the corrupted run's constant, whatever its own fit ended at."""
     recall, statistics = some_recall(), subject_statistics(gpt2, some_recall())
     places = [Place("mlp", "last", 0, 0), Place("block", "all_subject", 2, 1), NOWHERE]  # the second is empty, too
-    fitted, descent = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT)
+    descent = fit_place_constants(gpt2, places, recall, recall, statistics, SHORT)
+    fitted = place_constants(gpt2, places, recall, descent.best, 10_000)
+    assert torch.equal(fitted.own, descent.best)
     shared = fitted.cautious[-1]
     assert torch.equal(fitted.cautious[1], shared)
     lost = lost_probability(gpt2, recall, [NOWHERE] * 3, descent.best, 10_000).mean(1)
@@ -362,42 +363,11 @@ def test_cautious_constants_leave_the_shared_one_only_beyond_chance(gpt2):
     assert torch.equal(fitted.cautious[0], shared) or torch.equal(fitted.cautious[0], fitted.own[0])
 
 
-def test_traced_corruptions_are_kept_until_all_are_written(gpt2, tmp_path, monkeypatch):
-    """After a kill, those that are done are read, not run again."""
-    recall, statistics = some_recall(), subject_statistics(gpt2, some_recall())
-    corruptors = {name: corruptor(name, gpt2, statistics, NO_CONSTANTS, 0, 2) for name in ("mean", "gaussian-1")}
-    whole = trace_all(gpt2, recall, PLACES[:3], corruptors, 10_000)
-
-    class KilledError(Exception):
-        pass
-
-    def kill(self, recall, draw):
-        if self is corruptors["gaussian-1"]:
-            raise KilledError
-        return original(self, recall, draw)
-
-    original = type(corruptors["mean"]).__call__
-    monkeypatch.setattr(type(corruptors["mean"]), "__call__", kill)
-    path = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(KilledError), Resumable(path, "a") as kept:
-        trace_all(gpt2, recall, PLACES[:3], corruptors, 10_000, kept)
-    run = []
-    monkeypatch.setattr(
-        type(corruptors["mean"]),
-        "__call__",
-        lambda self, recall, draw: run.append(self) or original(self, recall, draw),
-    )
-    with Resumable(path, "a") as kept:
-        resumed = trace_all(gpt2, recall, PLACES[:3], corruptors, 10_000, kept)
-    assert set(map(id, run)) == {id(corruptors["gaussian-1"])} and not path.exists()
-    for name, traced in whole.items():
-        assert torch.equal(resumed[name].restored, traced.restored) and torch.equal(resumed[name].clean, traced.clean)
-
-
 def test_place_constants_are_read_by_name(gpt2, tmp_path):
     """In any order; a place that was not fitted is an error that names the file."""
     recall, places, path = some_recall(), [PLACES[0], PLACES[1], NOWHERE], tmp_path / "constants.safetensors"
-    constants, descent = fit_place_constants(gpt2, places, recall, recall, subject_statistics(gpt2, recall), SHORT)
+    descent = fit_place_constants(gpt2, places, recall, recall, subject_statistics(gpt2, recall), SHORT)
+    constants = place_constants(gpt2, places, recall, descent.best, 10_000)
     save_place_constants(path, places, constants, descent, Provenance({"model_hash": "a"}))
     read = load_place_constants(path, places[::-1], Provenance())
     assert torch.equal(read.own, constants.own.flip(0)) and torch.equal(read.cautious, constants.cautious.flip(0))

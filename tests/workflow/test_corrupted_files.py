@@ -31,6 +31,7 @@ from oacore.store.artefacts import (
     write_table,
     write_tensors,
 )
+from oacore.store.items import FOLDER
 from oacore.store.layout import SPLITS, Layout, circuit_file
 from oacore.store.provenance import Provenance
 from oacore.store.reader import Reader
@@ -39,11 +40,14 @@ from oacore.store.writer import Writer
 
 @pytest.fixture(scope="module")
 def run(tiny_run, tmp_path_factory):
-    """(config, layout) of one copy of the tiny run that every test leaves as it found it."""
+    """(config, layout) of one copy of the tiny run that every test leaves as it found it; without items, which spare a
+    stage the reading of what they were computed from.
+    """
     config, layout = tiny_run
     root = tmp_path_factory.mktemp("copy")
     for folder in (layout.model_dir, layout.results_dir):
-        shutil.copytree(folder, root / Path(folder).relative_to(config.cache_dir))
+        place = root / Path(folder).relative_to(config.cache_dir)
+        shutil.copytree(folder, place, ignore=shutil.ignore_patterns(FOLDER))
     config = config.model_copy(update={"cache_dir": root, "results_dir": root / "results"})
     shutil.copytree(SHIPPED_DEMO, Layout(config).demo_model)  # as a model that was trained there
     return config, Layout(config)
@@ -280,9 +284,28 @@ def test_stages_refuse_bad_files(run, name, harm):
             file.write_bytes(content)
 
 
-def test_weights_other_than_the_gated_ones_are_refused(run):
+@pytest.mark.parametrize("place", [0.0, 0.001, 0.5, 1.0])
+def test_damaged_weights_are_refused(run, place):
     config, layout = run
-    path = Path(layout.model_json)
+    path = Path(layout.weights)
+    original = path.read_bytes()
+    changed = bytearray(original)
+    changed[round(place * (len(original) - 1))] ^= 1
+    try:
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=f"{path}: damaged or edited"):
+            run_stage("gaps", config, task="ioi")
+        path.unlink()
+        with pytest.raises(UserError, match=f"{path}: missing"):
+            run_stage("gaps", config, task="ioi")
+    finally:
+        path.write_bytes(original)
+
+
+def test_weights_other_than_the_gated_ones_are_refused(run):
+    """Where they are not stored, but loaded anew."""
+    config, layout = run
+    config, path = config.model_copy(update={"store_weights": False}), Path(layout.model_json)
     original = path.read_bytes()
     try:
         of_another_model(path)

@@ -18,6 +18,7 @@ import yaml
 from oacore.config.read import parse_config
 from oacore.runner import run_stage
 from oacore.store.artefacts import read_tensors
+from oacore.store.items import FOLDER
 from oacore.store.layout import Layout
 
 ROOT = Path(__file__).parents[2]
@@ -31,37 +32,37 @@ STAGES = {
         {"task": "ioi", "method": "optimal"},
         {"ablation": {"optimal": LONG | {"max_steps": 155}}},
         lambda layout: [layout.constants("ioi", "optimal")],
-        lambda layout: layout.ablation("ioi", ".constants-optimal-checkpoint.safetensors"),
+        lambda layout: layout.ablation("ioi", ".constants-optimal-checkpoint-fit.safetensors"),
         5,
     ),
     "circuit_search": (
         {"task": "ioi", "method": "ugs", "ablation": "optimal"},
         {"circuits": {"masks": {"n_steps": 20, "record_every": 2}}},
         lambda layout: [layout.circuits("ioi", "ugs-optimal/search.safetensors")],
-        lambda layout: layout.circuits("ioi", "ugs-optimal/.search-checkpoint.safetensors"),
+        lambda layout: layout.circuits("ioi", "ugs-optimal/.search-checkpoint-search.safetensors"),
         2,
     ),
     "circuit_evaluation": (
         {"task": "ioi", "ablation": "optimal"},
-        {"circuits": {"refit": LONG | {"first_round": 3, "max_steps": 93}}},
+        {"circuits": {"methods": ["acdc"], "refit": LONG | {"first_round": 3, "max_steps": 93}}},
         lambda layout: [
             layout.circuits("ioi", f"acdc-optimal/{name}") for name in ("constants.safetensors", "pareto.csv")
         ],
-        lambda layout: layout.circuits("ioi", ".refit-optimal-checkpoint.safetensors"),
+        lambda layout: layout.circuits("ioi", ".refit-optimal-checkpoint-fit.safetensors"),
         3,
     ),
     "tracing_fit": (
         {},
-        {"tracing": {"fit": LONG | {"max_steps": 155}}},
+        {"tracing": {"sites": ["mlp"], "windows": [1], "fit": LONG | {"max_steps": 155}}},
         lambda layout: [layout.tracing("constants.safetensors")],
-        lambda layout: layout.tracing(".constants-checkpoint.safetensors"),
+        lambda layout: layout.tracing(".constants-checkpoint-fit.safetensors"),
         5,
     ),
     "lens_fit": (
         {"task": "text", "lens": "oca"},
         {"lenses": {"oca": LONG | {"max_steps": 155}}},
         lambda layout: [layout.lens("text", "oca.safetensors")],
-        lambda layout: layout.lens("text", ".oca-checkpoint.safetensors"),
+        lambda layout: layout.lens("text", ".oca-checkpoint-fit.safetensors"),
         5,
     ),
 }
@@ -79,15 +80,21 @@ def files_under(layout):
     }
 
 
+def items(layout):
+    return set((Path(layout.model_dir) / FOLDER).rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_a_random_moment(own_copy, tmp_path, capfd, stage):
     what, changes, outputs, checkpoint, interval = STAGES[stage]
     config = parse_config(merged(own_copy.model_dump(mode="json"), changes))
     layout = Layout(config)
     kept, written = Path(checkpoint(layout)), [Path(path) for path in outputs(layout)]
+    before = items(layout)
     run_stage(stage, config, **what)
     reference = {path: path.read_bytes() for path in written}
     after = files_under(layout)
+    assert items(layout) > before, "what the stage computes is in the store"
     assert not kept.exists()
 
     path = tmp_path / "config.yaml"
@@ -109,7 +116,7 @@ def test_killed_at_a_random_moment(own_copy, tmp_path, capfd, stage):
     }
     for number in range(N_KILLS):
         dice = random.Random(f"{stage} {number}")
-        for file in written:
+        for file in (*written, *(items(layout) - before)):
             file.unlink()
         process = subprocess.Popen(command, **options)
         seen, wanted, last = 0, dice.randint(1, 3), None

@@ -29,6 +29,7 @@ from oacore.errors import UserError
 from oacore.jobs import jobs
 from oacore.models.load import load
 from oacore.runner import run_stage
+from oacore.store.housekeeping import NEEDED
 from oacore.store.layout import Layout, circuit_file
 from oacore.store.provenance import Provenance
 from oacore.store.reader import Reader
@@ -57,11 +58,11 @@ def finished(tiny_run):
 
 
 def names_in(folder):
-    """Names of a folder's files, without the seals of tables, which each of them must have."""
+    """Names of a folder's files, without the seals of tables, which each of them must have, and lists of items."""
     names = {path.name for path in Path(folder).iterdir()}
     seals = {f".{name}.seal" for name in names if name.endswith(".csv")}
     assert seals <= names
-    return names - seals - {"logs"}
+    return {name for name in names if not name.endswith(NEEDED)} - seals - {"logs"}
 
 
 def test_outputs_are_exactly_those_promised(finished):
@@ -720,7 +721,7 @@ def test_ctrl_c_in_a_fit_and_the_next_run_goes_on(fresh, tmp_path):
         "--configfile",
         str(path),
     ]
-    checkpoint = Path(layout.ablation("ioi", ".constants-optimal-checkpoint.safetensors"))
+    checkpoint = Path(layout.ablation("ioi", ".constants-optimal-checkpoint-fit.safetensors"))
     with open(tmp_path / "out.txt", "w") as out:
         job = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
         deadline = time.monotonic() + 120

@@ -91,15 +91,15 @@ def test_another_working_copy_takes_the_cache_through_snakemake(place, tmp_path)
         made.append(
             [
                 (path.parent / file).read_bytes()
-                for file in (layout.model_json, layout.prompts("ioi"), layout.activations("ioi"))
+                for file in (layout.model_json, layout.weights, layout.prompts("ioi"), layout.activations("ioi"))
             ]
         )
         assert [(path.parent / file).is_symlink() for file in (layout.model_json, layout.prompts("ioi"))] == [
             True,
             True,
         ]
-        assert output.count("Symlinking output file") == 3
-        assert output.count("Moving output file") == (3 if name == "a" else 0), "nothing is new in the second copy"
+        assert output.count("Symlinking output file") == 4
+        assert output.count("Moving output file") == (4 if name == "a" else 0), "nothing is new in the second copy"
         assert all(not log.read_text() for log in (path.parent / layout.model_dir).rglob("*.log")) == (name == "b"), (
             "no job spoke there"
         )

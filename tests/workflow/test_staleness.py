@@ -80,6 +80,7 @@ KEYS = {
     "revision": ("main", REPORT),  # the demo has none
     "dtype": ("bf16", EVERYTHING),
     "device": ("auto", NOTHING),
+    "store_weights": (False, NOTHING),
     "seed": (1, PROMPTS),
     "cache_dir": ("{elsewhere}", EVERYTHING),
     "results_dir": ("{elsewhere}", RESULTS),
@@ -352,8 +353,8 @@ NEXT = {
 # The first rules that use each module, without those that come after them anyway.
 MODULES = {
     "model": "engine/clean engine/forward engine/parity engine/prompts inputs models/graph models/hub models/load "
-    "models/weights stages/model store/artefacts store/checksums store/provenance store/reader store/writer "
-    "tasks/prompts",
+    "models/stored models/weights stages/model store/artefacts store/checksums store/items store/provenance "
+    "store/reader store/writer tasks/prompts",
     "prompts": "stages/prompts tasks/generate",
     "activations": "engine/activations engine/statistics stages/activations",
     "optimal tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch metrics",
@@ -394,7 +395,8 @@ MODULES = {
     "estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
     "estimate/throughput estimate/tracing fits/__init__ lenses/__init__ models/__init__ models/architecture "
     "models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than "
-    "stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint store/layout store/locks "
+    "stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint store/housekeeping "
+    "store/layout store/locks "
     "tasks/__init__ tracing/__init__ oakernels/__init__",
 }
 FIRST_OF = {module: rules.split() for rules, modules in MODULES.items() for module in modules.split()}

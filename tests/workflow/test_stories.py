@@ -108,7 +108,7 @@ def test_empty_text(shared_data, tmp_path, content):
 
 
 def test_a_model_changed_after_its_gate_is_refused(shared_data, tmp_path):
-    config = config_of(shared_data, tmp_path)
+    config = config_of(shared_data, tmp_path).model_copy(update={"store_weights": False})
     layout = Layout(config)
     run_stage("model", config)
     write_json(layout.model_json, read_json(layout.model_json) | {"model_hash": "0" * 64})

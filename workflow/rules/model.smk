@@ -22,7 +22,15 @@ rule model:
     input:
         demo=layout.demo_model if run_config.trains_demo else [],
     output:
-        model=layout.model_json,
+        # Of several files Snakemake's own cache between workflows takes those of one multiext.
+        multiext(
+            f"{layout.model_dir}/",
+            **{
+                name: Path(path).name
+                for name, paths in files_of(layout, "model")[1].named().items()
+                for path in paths
+            },
+        ),
     log:
         f"{layout.model_dir}/logs/model.log",
     cache: True

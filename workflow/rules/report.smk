@@ -10,7 +10,9 @@ rule report:
         "../../environment.yml"
     params:
         stage="report",
-        config=run_config.model_dump(mode="json", exclude={"limits", "device"}),
+        config=run_config.model_dump(
+            mode="json", exclude={"limits", "device", "store_weights"}
+        ),
         rows=[rows for experiment in EXPERIMENT_ROWS for rows in experiment],
         code=code("report"),
     script:

@@ -1,0 +1,59 @@
+"""Files that a run promises: what is missing is made again, what no config asks for goes, and a lost seal is named."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import snakemake_dag
+
+from oacore.errors import UserError
+from oacore.jobs import promised
+from oacore.runner import run_stage
+from oacore.store.artefacts import read_table
+from oacore.store.layout import Layout
+
+LOST = {
+    "constants": (lambda layout: layout.constants("ioi", "optimal"), {"optimal"}),
+    "summary": (lambda layout: layout.ablation("ioi", "summary.csv"), {"gaps"}),
+    "figure": (lambda layout: layout.ablation("facts", "layer_head_heatmap.png"), {"figures"}),
+    "circuit": (lambda layout: layout.circuits("ioi", "acdc-optimal/0.05-s1.json"), {"circuit_evaluation"}),
+    "pareto": (lambda layout: layout.circuits("ioi", "pareto.csv"), {"circuit_figures"}),
+    "search": (lambda layout: layout.circuits("ioi", "ugs-optimal/search.safetensors"), {"circuit_search"}),
+    "facts": (lambda layout: layout.tracing("facts.json"), {"tracing"}),
+    "lens": (lambda layout: layout.lens("text", "grad.safetensors"), {"lens_fit"}),
+    "drawing": (lambda layout: layout.lens("text", "figures/prompt_0.svg"), {"lens_figures"}),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_a_lost_file_is_made_again(own_copy, tmp_path, what):
+    layout, (place, rules) = Layout(own_copy), LOST[what]
+    values = own_copy.model_dump(mode="json")
+    Path(place(layout)).unlink()
+    planned = {job.rule.name for job in snakemake_dag(values, tmp_path / "config.yaml").needrun_jobs()}
+    assert rules <= planned and not planned & {"model", "prompts", "activations"}
+
+
+def test_every_result_is_promised(tiny_run):
+    config, layout = tiny_run
+    root = Path(layout.results_dir)
+    found = {str(path) for path in root.rglob("[!.]*") if path.is_file() and path.suffix != ".log"}
+    extra = {str(path) for path in root.rglob("constants.safetensors") if path.parent.name != "tracing"}  # of circuits
+    assert found - extra == set(promised(Layout(config)))
+
+
+def test_a_circuit_of_a_knob_that_is_gone_goes(own_copy):
+    layout = Layout(own_copy)
+    folder = Path(layout.circuits("ioi", "ugs-optimal"))
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"}
+    shutil.copy(folder / "0.1-s0.json", folder / "0.7-s0.json")
+    run_stage("circuit_evaluation", own_copy, task="ioi", ablation="optimal")
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"} == before
+
+
+def test_a_table_without_its_seal_is_the_one_to_delete(own_copy):
+    """As after `cp results/*`, which leaves hidden files behind."""
+    table = Path(Layout(own_copy).ablation("ioi", "gaps.csv"))
+    table.with_name(".gaps.csv.seal").unlink()
+    with pytest.raises(UserError, match=r"gaps.csv: has lost its seal, .gaps.csv.seal; delete it and run the same"):
+        read_table(table)
