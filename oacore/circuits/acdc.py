@@ -142,14 +142,12 @@ def _mean_losses(
 
 def search(request: SearchRequest) -> Found:
     """ACDC's circuits, one for each threshold and seed."""
-    task, ablation = request.task, request.ablation
-    constants = task.component_constants(ablation)
-    replacements = task.replacements(ablation, "train", constants)
-    digest = digest_of_tensors(constants._asdict())
+    passes, replacements = request.task.passes["train"], request.replacements
+    digest = digest_of_tensors(replacements.start._asdict())
 
     def walk(seed: int, thresholds: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
         chosen = request.prompts(seed)
         resumable = request.resumable.part(str(seed), chosen.tolist(), digest)
-        return acdc(task.passes["train"], replacements, thresholds, chosen, request.objective, resumable=resumable)
+        return acdc(passes, replacements, thresholds, chosen, request.objective, resumable=resumable)
 
     return seed_by_seed(request, walk)

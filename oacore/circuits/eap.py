@@ -58,13 +58,11 @@ def eap_ig_scores(
 
 def rank(request: SearchRequest, seed: int) -> Tensor:
     """EAP scores [J, S] of all edges."""
-    task, ablation = request.task, request.ablation
-    replacements = task.replacements(ablation, "train", task.component_constants(ablation))
-    return eap_scores(task.passes["train"], replacements, request.objective, request.prompts(seed))
+    passes, chosen = request.task.passes["train"], request.prompts(seed)
+    return eap_scores(passes, request.replacements, request.objective, chosen)
 
 
 def rank_integrated(request: SearchRequest, seed: int) -> Tensor:
     """EAP-IG scores [J, S] of all edges."""
-    task, ablation, steps = request.task, request.ablation, request.settings.ig_steps
-    replacements = task.replacements(ablation, "train", task.component_constants(ablation))
-    return eap_ig_scores(task.passes["train"], replacements, request.objective, request.prompts(seed), steps)
+    passes, chosen = request.task.passes["train"], request.prompts(seed)
+    return eap_ig_scores(passes, request.replacements, request.objective, chosen, request.settings.ig_steps)

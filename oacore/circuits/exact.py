@@ -54,7 +54,5 @@ def exact_scores(
 
 def rank(request: SearchRequest, seed: int) -> Tensor:
     """The effect [J, S] of every edge alone."""
-    task, ablation, row = request.task, request.ablation, request.row
-    replacements = task.replacements(ablation, "train", task.component_constants(ablation))
-    chosen, at_once = request.prompts(seed), row.masks_at_once
-    return exact_scores(task.passes["train"], replacements, request.objective, chosen, at_once, row.most_passes)
+    passes, chosen, row = request.task.passes["train"], request.prompts(seed), request.row
+    return exact_scores(passes, request.replacements, request.objective, chosen, row.masks_at_once, row.most_passes)

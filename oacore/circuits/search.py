@@ -11,6 +11,7 @@ Symbols: C circuits, n knobs, J destinations, S sources.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from oacore.circuits.circuit import by_size
+from oacore.circuits.replacements import Replacements
 from oacore.circuits.task import CircuitTask
 from oacore.config.circuits import (
     CIRCUIT_METHODS,
@@ -100,6 +102,11 @@ class SearchRequest:
     def sizes(self) -> list[int]:
         """The knobs of a method that sweeps sizes, in edges. UserError for one beyond the graph."""
         return checked_sizes([knob.value for knob in self.knobs], self.graph.n_edges)
+
+    @cached_property
+    def replacements(self) -> Replacements:
+        """What ablated edges carry on the training prompts, for a search that trains no constants."""
+        return self.task.replacements(self.ablation, "train", self.task.component_constants(self.ablation))
 
     def prompts(self, seed: int) -> Tensor:
         """The training prompts that edges are judged on: the first of the seed's own order."""
