@@ -64,11 +64,17 @@ include: "workflow/rules/common.smk"
 
 # Before Snakemake looks at any file: it plans by what is there.
 if workflow.is_main_process and (asked := asked_for()) is not None:
+    # As a module of another workflow this one leaves the terminal to that.
+    is_whole = workflow.modifier.parent_modifier is None
+    if is_whole and not (asked.verbose or asked.printshellcmds):
+        hush(logger.handlers)
     keep_others_out(wait=not asked.unlock)
 
     onsuccess:
         if not asked.targets:
             mark_cache_complete(placed)
+            if is_whole:
+                print(results_shown(placed), file=sys.stderr)
 
 
 include: "workflow/rules/model.smk"

@@ -1,27 +1,28 @@
-"""What stages share: the gated model, a task's prompts, the provenance of a task's files, and its store of items."""
+"""What stages share: the gated model, a task's prompts, the provenance of a task's files, and its store of items.
+
+Only what needs PyTorch imports it: that takes more than two seconds, and drawing needs none of it.
+"""
 
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from oacore.config.model import SHIPPED_DEMO
 from oacore.config.run import Config
 from oacore.config.tasks import TASKS
-from oacore.engine.prompts import read_prompts
 from oacore.errors import UserError
 from oacore.jobs import Files
-from oacore.models.load import Loaded, load, pick_device
-from oacore.models.stored import read_model
-from oacore.models.weights import to_device
 from oacore.store.artefacts import digest_of_file, read_json
 from oacore.store.codehash import codehash
 from oacore.store.items import FOLDER, Items
 from oacore.store.layout import WEIGHTS, Layout
 from oacore.store.provenance import Provenance
 from oacore.tasks.prompts import SPLITS, Prompts
+from oacore.tasks.stored import read_prompts
+
+if TYPE_CHECKING:
+    from oacore.models.load import Loaded
 
 
 def model_source(config: Config, model_json: Path) -> str:
@@ -51,12 +52,18 @@ def settings_with_file(config: Config, model_json: Path, task: str) -> Any:
     return settings.model_copy(update={"path": demo_file if path is None else path})
 
 
-def gated_model(config: Config, model_json: Path) -> Loaded:
+def gated_model(config: Config, model_json: Path) -> "Loaded":
     """The model that passed the parity gate, and no other: its weights as that stored them, else the source's.
 
     Raises:
         UserError: the weights have changed since the gate.
     """
+    import torch
+
+    from oacore.models.load import Loaded, load, pick_device
+    from oacore.models.stored import read_model
+    from oacore.models.weights import to_device
+
     facts = read_json(model_json)
     torch.set_num_threads(config.limits.threads)
     source = model_source(config, model_json)
@@ -97,6 +104,15 @@ def hashes(splits: dict[str, Prompts]) -> dict[str, Any]:
     return {split: prompts.digest() for split, prompts in splits.items()}
 
 
+def made_by(config: Config, *modules: str) -> dict[str, str]:
+    """What computes: the kind of device, PyTorch's release, and the code of these modules."""
+    import torch
+
+    from oacore.models.load import pick_device
+
+    return {"device": pick_device(config.device).type, "torch": torch.__version__, "code": codehash(*modules)}
+
+
 def items_of(
     config: Config,
     inputs: Files,
@@ -123,12 +139,10 @@ def items_of(
     determined = {
         "model_hash": required["model_hash"],
         "dtype": config.dtype,
-        "device": pick_device(config.device).type,
-        "torch": torch.__version__,
+        **made_by(config, *modules),
         "task": required["task"],
         "prompts": {split: required["prompts_hash"][split] for split in splits},
         "seed": config.seed,
-        "code": codehash(*modules),
     }
     noted = {"run": config.run, "transformers": version("transformers")}
     return Items(inputs["model"].parent / FOLDER / required["task"], kind, determined | shared, noted)

@@ -3,6 +3,7 @@
 import importlib
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -127,7 +128,9 @@ def _attempt(job: Any) -> int:
         if job.resources.get("gpu"):
             hold_gpu(config.device)
         files = _files(job.input), _files(job.output)
+        start = time.monotonic()
         run_stage(stage, config, files, **wildcards)
+        print(f"done in {_clock(time.monotonic() - start)}: {' '.join([stage, *wildcards.values()])}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -138,6 +141,11 @@ def _attempt(job: Any) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def _layout(job: Any, config: Config, stage: str, wildcards: dict[str, str]) -> Layout:

@@ -24,7 +24,6 @@ from oacore.config.explain import describe_fields
 from oacore.config.run import Config
 from oacore.engine.activations import write_activations
 from oacore.engine.parity import open_model
-from oacore.engine.prompts import read_prompts, write_prompts
 from oacore.errors import UserError
 from oacore.models import hub
 from oacore.models.demo import make_tokenizer
@@ -32,6 +31,7 @@ from oacore.models.load import canonical
 from oacore.store.provenance import Provenance
 from oacore.tasks import greater_than
 from oacore.tasks.prompts import SPLITS
+from oacore.tasks.stored import read_prompts, write_prompts
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "config/README.md", ROOT / "kernels/README.md", *sorted(ROOT.glob("docs/*.md"))]

@@ -7,7 +7,9 @@ what each block's attention adds; and under `statistics` the moments of every so
 model runs once per prompt, whatever experiments follow.
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from oacore.engine.clean import Batch, Clean, clean_pass
 from oacore.engine.forward import at, attention_write, final_norm, unembed
 from oacore.engine.prompts import batch_of
 from oacore.engine.statistics import Moments, Statistics
+from oacore.errors import UserError
 from oacore.models.weights import Model
 from oacore.progress import progress
 from oacore.store.artefacts import ANY
@@ -26,6 +29,43 @@ from oacore.store.writer import Writer
 from oacore.tasks.prompts import Prompts
 
 KINDS = ("input", "head", "mlp")  # the sources of the residual graph
+COPIED_ROWS = 1024  # at a time
+NOWHERE: Mapping[str, Path] = MappingProxyType({})
+
+
+def find_rows(paths: Iterable[Path], provenance: Provenance) -> dict[str, Path]:
+    """Splits whose rows another task folder's file has already, and that file.
+
+    The splits of a task are drawn apart, so another number of test prompts leaves the rows of the others as they were.
+
+    Args:
+        paths: finished files of the same kind and task.
+        provenance: of the file that is wanted, with `prompts_hash` by split, and with all that its rows depend on.
+    """
+    wanted = provenance.facts
+    same = Provenance({name: value for name, value in wanted.items() if name in ("model_hash", "dtype", "made_by")})
+    found: dict[str, Path] = {}
+    for path in sorted(paths):
+        try:
+            with Reader(path, same) as reader:
+                hashes = reader.metadata["prompts_hash"]
+        except UserError:  # of another model, other code, or damaged: whoever needs that one will be told
+            continue
+        found |= {split: path for split, digest in wanted["prompts_hash"].items() if hashes.get(split) == digest}
+    if found:
+        print(
+            f"activations: those of {', '.join(found)} are taken from {', '.join(sorted({*map(str, found.values())}))}"
+        )
+    return found
+
+
+def _copy(writer: Writer, path: Path, group: str) -> None:
+    """Append all rows of a group of another file."""
+    with Reader(path) as reader:
+        for name in reader.names:
+            if name.startswith(f"{group}/"):
+                for rows in reader.batches(name, COPIED_ROWS):
+                    writer.append(name, to_torch(rows, reader[name].bfloat16))
 
 
 def _add_sources(moments: Moments, clean: Clean, lengths: Tensor, prefix: str = "") -> None:
@@ -35,15 +75,29 @@ def _add_sources(moments: Moments, clean: Clean, lengths: Tensor, prefix: str = 
 
 
 def write_activations(
-    path: str | Path, model: Model, splits: dict[str, Prompts], provenance: Provenance, *, tokens_per_batch: int = 16384
+    path: str | Path,
+    model: Model,
+    splits: dict[str, Prompts],
+    provenance: Provenance,
+    *,
+    tokens_per_batch: int = 16384,
+    known: Mapping[str, Path] = NOWHERE,
 ) -> None:
-    """Run the model once on every prompt and store what later stages read."""
+    """Run the model once on every prompt and store what later stages read.
+
+    Args:
+        known: as `find_rows` gives it; these splits are copied.
+    """
     moments = Moments(int(splits["train"].lengths.min()))
+    new = {split: prompts for split, prompts in splits.items() if split not in known}
     with (
         Writer(path, provenance) as writer,
-        progress(what="activations", unit="prompts", total=sum(map(_size, splits.values()))) as bar,
+        progress(what="activations", unit="prompts", total=sum(map(_size, new.values()))) as bar,
     ):
         for split, prompts in splits.items():
+            if split in known:
+                _copy(writer, known[split], split)
+                continue
             for part, other in zip(
                 batch_of(prompts, model.device).split(tokens_per_batch),
                 batch_of(prompts, model.device, counterfactual=True).split(tokens_per_batch),
@@ -53,7 +107,10 @@ def write_activations(
                 if split == "train":
                     _add_sources(moments, clean_pass(model, other.tokens, other.lengths), other.lengths, "cf_")
                 bar.update(len(part))
-        _put_statistics(writer, model, moments)
+        if "train" in known:
+            _copy(writer, known["train"], "statistics")
+        else:
+            _put_statistics(writer, model, moments)
 
 
 def _write_last(writer: Writer, split: str, model: Model, part: Batch, moments: Moments | None) -> None:
@@ -71,15 +128,26 @@ def _write_last(writer: Writer, split: str, model: Model, part: Batch, moments: 
 
 
 def write_every_position(
-    path: str | Path, model: Model, splits: dict[str, Prompts], provenance: Provenance, *, tokens_per_batch: int = 16384
+    path: str | Path,
+    model: Model,
+    splits: dict[str, Prompts],
+    provenance: Provenance,
+    *,
+    tokens_per_batch: int = 16384,
+    known: Mapping[str, Path] = NOWHERE,
 ) -> None:
-    """Store `residual`, `attention` and `final` per split with a row for every token but BOS, prompt by prompt."""
-    total = sum(map(_size, splits.values()))
+    """Store `residual`, `attention` and `final` per split with a row for every token but BOS, prompt by prompt; `known`
+    as in `write_activations`.
+    """
+    total = sum(_size(prompts) for split, prompts in splits.items() if split not in known)
     with (
         Writer(path, provenance) as writer,
         progress(what="activations at every position", unit="prompts", total=total) as bar,
     ):
         for split, prompts in splits.items():
+            if split in known:
+                _copy(writer, known[split], split)
+                continue
             for part in batch_of(prompts, model.device).split(tokens_per_batch):
                 _write_all(writer, split, model, part)
                 bar.update(len(part))

@@ -5,7 +5,6 @@ the files of a run.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -68,14 +67,3 @@ def read_fitted(path: str | Path, wanted: Sequence[str] | None, provenance: Prov
             f"{path}: nothing fitted for {', '.join(missing[:5])}; delete it and run the same command again"
         )
     return {name: fitted[name] for name in (fitted if wanted is None else wanted)}
-
-
-def read_curves(path: str | Path, provenance: Provenance) -> pd.DataFrame:
-    """The convergence tests in long form: step, fit, validation_loss; a curve ends where its fit did."""
-    facts, tensors = read_tensors(path, provenance)
-    names = facts["fits"]
-    steps, losses, ends = (tensors[f"fit.{name}"] for name in ("curve_steps", "curve_losses", "n_steps"))
-    table = pd.DataFrame(losses.numpy(), columns=names, index=pd.Index(steps.numpy(), name="step")).reset_index()
-    long = table.melt("step", var_name="fit", value_name="validation_loss")
-    end = dict(zip(names, ends.tolist(), strict=True))
-    return long[long["step"] <= long["fit"].map(end)]

@@ -39,9 +39,12 @@ def load_hugging_face(source: str | Path, *, revision: str | None = None, dtype:
         UserError: as `load`.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     hugging_face_config(source, revision=revision)
-    source = Path(source).expanduser() if is_directory_name(str(source)) else source
+    if is_directory_name(str(source)):
+        source = Path(source).expanduser()
+        logging.disable_progress_bar()  # of weights that are on disk; a download shows its progress
     with _hub_errors(source, revision):
         return AutoModelForCausalLM.from_pretrained(
             source,

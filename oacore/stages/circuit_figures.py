@@ -13,12 +13,12 @@ from oacore.circuits.plots import circuit_figures
 from oacore.circuits.stability import edge_frequency, stability
 from oacore.config.circuits import leading
 from oacore.config.run import Config
-from oacore.engine.prompts import read_prompts
 from oacore.inputs import provenance_of
 from oacore.jobs import Files
 from oacore.report.figures import save
-from oacore.store.artefacts import read_json, read_table, read_tensors, write_svg, write_table
+from oacore.store.artefacts import read_arrays, read_json, read_table, write_svg, write_table
 from oacore.store.layout import circuit_file
+from oacore.tasks.stored import read_prompts
 
 DRAWN_EDGES = 1000  # more make a page of megabytes that nobody can read
 
@@ -32,7 +32,7 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     files = _CircuitFiles(inputs, facts["model_hash"])
     pareto = pd.concat([read_table(path, provenance) for path in inputs.all("paretos")], ignore_index=True)
     frequency, alike = _over_seeds(files, pareto)
-    losses = np.concatenate([read_tensors(path, provenance)[1]["kl"].numpy() for path in inputs.all("losses")])
+    losses = np.concatenate([read_arrays(path, provenance)[1]["kl"] for path in inputs.all("losses")])
     clusters = read_prompts(inputs["prompts"], "test").cluster
     write_table(outputs["pareto"], pareto, provenance)
     write_table(outputs["fronts"], compare_fronts(pareto, losses, clusters, seed=config.seed), provenance)

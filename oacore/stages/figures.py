@@ -4,7 +4,7 @@ import pandas as pd
 
 from oacore.ablation.plots import ablation_figures
 from oacore.config.run import Config
-from oacore.fits.record import read_curves
+from oacore.fits.curves import read_curves
 from oacore.inputs import provenance_of
 from oacore.jobs import Files
 from oacore.report.figures import save

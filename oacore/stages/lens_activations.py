@@ -1,8 +1,8 @@
 """Cache what lenses read at every position: wanted only by `lenses.positions: all`."""
 
 from oacore.config.run import Config
-from oacore.engine.activations import write_every_position
-from oacore.inputs import gated_model, read_splits
+from oacore.engine.activations import find_rows, write_every_position
+from oacore.inputs import gated_model, made_by, read_splits
 from oacore.jobs import Files
 
 
@@ -10,5 +10,7 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write activations-all.h5."""
     model = gated_model(config, inputs["model"]).model
     splits, provenance = read_splits(config, inputs, task)
-    limit = config.limits.tokens_per_batch
-    write_every_position(outputs["rows"], model, splits, provenance, tokens_per_batch=limit)
+    provenance = provenance.noting(made_by=made_by(config, __name__))
+    path = outputs["rows"]
+    known = find_rows(path.parents[1].glob(f"{task}-*/{path.name}"), provenance)
+    write_every_position(path, model, splits, provenance, tokens_per_batch=config.limits.tokens_per_batch, known=known)

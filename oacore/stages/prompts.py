@@ -9,7 +9,6 @@ from oacore.config.run import Config
 from oacore.config.tasks import TASKS
 from oacore.engine.clean import Batch
 from oacore.engine.forward import embed, last_residual_from, logits_of
-from oacore.engine.prompts import write_prompts
 from oacore.errors import UserError
 from oacore.inputs import gated_model, model_source, provenance_of, settings_with_file
 from oacore.jobs import Files
@@ -18,6 +17,7 @@ from oacore.models.weights import Model
 from oacore.store.artefacts import read_json
 from oacore.tasks.generate import generate
 from oacore.tasks.prompts import SPLITS, Complete, Ints, Prompts
+from oacore.tasks.stored import write_prompts
 
 
 def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:

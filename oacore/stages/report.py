@@ -5,7 +5,6 @@ from typing import Any
 from oacore.ablation.report import ablation_section, methods_section
 from oacore.circuits.report import circuit_methods_section, circuit_section
 from oacore.config.run import Config
-from oacore.engine.prompts import read_facts
 from oacore.inputs import provenance_of
 from oacore.jobs import Files
 from oacore.lenses.report import lens_methods_section, lens_section
@@ -13,6 +12,7 @@ from oacore.report.page import provenance_section, write
 from oacore.report.parts import Section
 from oacore.store.artefacts import read_json, read_svg, read_table
 from oacore.store.provenance import Provenance
+from oacore.tasks.stored import read_facts
 from oacore.tracing.report import tracing_methods_section, tracing_section
 
 

@@ -25,13 +25,14 @@ from oacore.draws import prompts_of_step
 from oacore.engine.activations import read_statistics
 from oacore.engine.clean import Batch
 from oacore.engine.forward import add_attention, at, combine_heads, embed, heads, logits_of, mlp, residual_after
-from oacore.engine.prompts import batch_of, read_prompts
+from oacore.engine.prompts import batch_of
 from oacore.fits.descent import ABSOLUTE_PROGRESS, Descent
 from oacore.inputs import model_source
 from oacore.metrics import kl_divergence
 from oacore.models.load import load, pick_device
 from oacore.models.weights import Model
 from oacore.store.layout import Layout
+from oacore.tasks.stored import read_prompts
 
 PLAIN_STEPS = 10_000
 REFERENCE_STEPS = 1000

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from oacore.config.ablation import ABLATION_TYPES
 from oacore.config.explain import describe_fields, describe_names
 from oacore.config.model import ARCHITECTURES
 from oacore.config.read import load_config, parse_config
@@ -86,7 +87,7 @@ def test_files_that_are_no_config(tmp_path):
         load_config(tmp_path / "binary.yaml")
 
 
-@pytest.mark.parametrize("name", ["demo", "gpt2"])
+@pytest.mark.parametrize("name", ["demo", "demo-full", "gpt2"])
 def test_shipped_configs_are_valid(name):
     config = load_config(ROOT / f"config/{name}.yaml")
     assert config.run == name
@@ -348,3 +349,20 @@ def test_every_wrong_value_is_refused_with_its_key(path):
         with pytest.raises(UserError) as info:
             parse_config(changed(path, lambda section, key, wrong=wrong: section.__setitem__(key, wrong)))
         assert name in str(info.value), f"{name}: {wrong!r}: {info.value}"
+
+
+def is_part(less, more):
+    """Fewer keys and shorter lists, and the same numbers."""
+    if isinstance(less, dict):
+        return all(key in more and is_part(value, more[key]) for key, value in less.items())
+    return set(less) <= set(more) if isinstance(less, list) else less == more
+
+
+def test_what_the_demo_computes_is_part_of_the_full_demo():
+    """So that the full one finds it in the store, and README's numbers hold for both."""
+    demo, full = (
+        load_config(ROOT / f"config/{name}.yaml").model_dump(mode="json", exclude_unset=True) | {"run": ""}
+        for name in ("demo", "demo-full")
+    )
+    full["ablation"]["methods"] = list(ABLATION_TYPES)
+    assert is_part(demo, full) and not is_part(full, demo)

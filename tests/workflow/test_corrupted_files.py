@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from oacore.circuits import circuit, mib_file
 from oacore.config.model import DEMO_TRAINED, SHIPPED_DEMO
-from oacore.engine.prompts import ARRAYS, read_prompts
 from oacore.errors import UserError
 from oacore.fits.resume import Resumable
 from oacore.inputs import model_source
@@ -36,6 +35,7 @@ from oacore.store.layout import SPLITS, Layout, circuit_file
 from oacore.store.provenance import Provenance
 from oacore.store.reader import Reader
 from oacore.store.writer import Writer
+from oacore.tasks.stored import ARRAYS, read_prompts
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from oacore.config.read import load_config
 from oacore.config.run import Config
 from oacore.engine.activations import read_clean_log_probs, read_statistics
 from oacore.engine.forward import residual_after
-from oacore.engine.prompts import batch_of, read_prompts
+from oacore.engine.prompts import batch_of
 from oacore.errors import UserError
 from oacore.jobs import jobs
 from oacore.models.load import load
@@ -33,6 +33,7 @@ from oacore.store.housekeeping import NEEDED
 from oacore.store.layout import Layout, circuit_file
 from oacore.store.provenance import Provenance
 from oacore.store.reader import Reader
+from oacore.tasks.stored import read_prompts
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/configs/tiny.yaml"

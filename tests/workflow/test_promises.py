@@ -1,9 +1,13 @@
 """Files that a run promises: what is missing is made again, what no config asks for goes, and a lost seal is named."""
 
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import snakemake_dag
 
 from oacore.errors import UserError
@@ -11,6 +15,8 @@ from oacore.jobs import promised
 from oacore.runner import run_stage
 from oacore.store.artefacts import read_table
 from oacore.store.layout import Layout
+
+ROOT = Path(__file__).parents[2]
 
 LOST = {
     "constants": (lambda layout: layout.constants("ioi", "optimal"), {"optimal"}),
@@ -57,3 +63,19 @@ def test_a_table_without_its_seal_is_the_one_to_delete(own_copy):
     table.with_name(".gaps.csv.seal").unlink()
     with pytest.raises(UserError, match=r"gaps.csv: has lost its seal, .gaps.csv.seal; delete it and run the same"):
         read_table(table)
+
+
+def test_the_terminal_shows_a_line_for_each_job_and_the_results(own_copy, tmp_path):
+    """Snakemake's own log has the files and reasons."""
+    layout, path = Layout(own_copy), tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(own_copy.model_dump(mode="json")))
+    Path(layout.report).unlink()
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", path]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
+    job, *_, results, report = (line for line in shown.splitlines() if "report" in line and "1" not in line.split())
+    assert re.fullmatch(r"done in 0:00:\d\d: report", job) and report == f"report: {layout.report}"
+    assert f"{layout.ablation('ioi', '')[:-1]}: gaps.csv, summary.csv" in shown and "1 of 2 steps" in shown
+    loud = ("reason:", "Finished jobid", "Select jobs", "eligible for caching")
+    assert not [word for word in loud if word in shown]
+    log = ROOT / re.search(r"Complete log\S*: (\S+)", shown)[1]
+    assert all(word in log.read_text() for word in loud[:3])

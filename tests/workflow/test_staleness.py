@@ -352,17 +352,17 @@ NEXT = {
 
 # The first rules that use each module, without those that come after them anyway.
 MODULES = {
-    "model": "engine/clean engine/forward engine/parity engine/prompts inputs models/graph models/hub models/load "
+    "model": "engine/clean engine/forward engine/parity inputs models/graph models/hub models/load "
     "models/stored models/weights stages/model store/artefacts store/checksums store/items store/provenance "
-    "store/reader store/writer tasks/prompts",
+    "store/reader store/writer tasks/prompts tasks/stored",
     "prompts": "stages/prompts tasks/generate",
-    "activations": "engine/activations engine/statistics stages/activations",
+    "activations": "engine/activations engine/prompts engine/statistics stages/activations",
     "optimal tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch metrics",
     "optimal tracing_fit lens_faithfulness": "draws",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
     "gaps circuit_evaluation tracing lens_evaluation": "fits/convergence",
     "gaps": "ablation/gaps ablation/replacements stages/gaps",
-    "figures": "ablation/plots ablation/tables stages/figures",
+    "figures": "ablation/plots ablation/tables fits/curves stages/figures",
     "figures circuit_figures tracing_figures lens_figures": "report/figures report/numbers",
     "figures circuit_figures tracing_figures": "report/series",
     "circuit_search": "circuits/circuit circuits/constants circuits/numbers circuits/passes circuits/replacements "

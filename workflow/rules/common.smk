@@ -5,9 +5,12 @@ and the hash of the code that computes it: Snakemake re-runs a job when they cha
 imported modules nor of the config as a whole. `conda` is used with `--software-deployment-method conda` only.
 """
 
+import logging
 import sys
 from functools import cache
 from pathlib import Path
+
+from snakemake.logging import get_event, logger
 
 from oacore.config.ablation import ABLATION_TYPES
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
@@ -170,3 +173,34 @@ def lens_code(stage, names):
 
 # What the report says of registry rows; each experiment adds its own.
 EXPERIMENT_ROWS = [shown(ABLATION_TYPES, run_config.ablation.methods)]
+
+
+# What the terminal shows.
+
+LOUD = {"job_info", "job_started", "job_finished", "group_info", "resources_info"}
+LOUD_LINES = ("Select jobs to execute", "Execute ", "Workflow defines that rule")
+
+
+def hush(handlers):
+    """Leave Snakemake's progress, warnings and errors on the terminal; its log file keeps every job's files and reason."""
+
+    def is_shown(record):
+        if record.getMessage().startswith(LOUD_LINES):
+            return False
+        loud = getattr(get_event(record), "value", None) in LOUD
+        return record.levelno > logging.INFO or not loud
+
+    for handler in handlers:
+        if handler.name == "DefaultStreamHandler":
+            handler.addFilter(is_shown)
+
+
+def results_shown(layout):
+    """The report, and the tables by folder."""
+    folders = {}
+    for path in map(Path, sorted(promised(layout))):
+        # Folders of one method have parts of the tables above.
+        if path.suffix == ".csv" and "-" not in path.parent.name:
+            folders.setdefault(path.parent, []).append(path.name)
+    lines = [f"{folder}: {', '.join(names)}" for folder, names in folders.items()]
+    return "\n".join([*lines, f"report: {layout.report}"])
