@@ -10,6 +10,7 @@ from oacore.circuits.passes import Passes, every_edge
 from oacore.circuits.replacements import Replacements
 from oacore.circuits.search import SearchRequest
 from oacore.config.circuits import Objective
+from oacore.fits.resume import NOT_KEPT, Resumable
 
 
 def eap_scores(passes: Passes, replacements: Replacements, objective: Objective, chosen: Tensor) -> Tensor:
@@ -32,7 +33,12 @@ def eap_scores(passes: Passes, replacements: Replacements, objective: Objective,
 
 
 def eap_ig_scores(
-    passes: Passes, replacements: Replacements, objective: Objective, chosen: Tensor, steps: int
+    passes: Passes,
+    replacements: Replacements,
+    objective: Objective,
+    chosen: Tensor,
+    steps: int,
+    resumable: Resumable = NOT_KEPT,
 ) -> Tensor:
     """EAP-IG, inputs (Hanna et al. 2024): the gradient averaged over `steps` runs whose input lies between its
     replacement and itself.
@@ -45,14 +51,16 @@ def eap_ig_scores(
     contrast = engine.sources(type(batch)(batch.tokens[chosen], batch.lengths[chosen])) - engine.weights.centre(
         replacement
     )  # [n, S, t, d]
-    total = torch.zeros_like(every_edge(passes)[0])
-    for step in range(1, steps + 1):
+    state = resumable.load(chosen.device) or {"step": torch.tensor(0), "total": torch.zeros_like(every_edge(passes)[0])}
+    total = state["total"]
+    for step in range(int(state["step"]) + 1, steps + 1):
         masks = every_edge(passes)
         masks[:, :, 0] *= step / steps
         computed = passes.gradients(
             objective, chosen, slots, masks, replacement, owned=replacements.per_prompt, contrast=contrast
         )
         total -= computed.masks[0] / (steps * len(chosen))
+        resumable.save_sometimes({"step": torch.tensor(step), "total": total})
     return total * ~engine.no_edge
 
 
@@ -65,4 +73,5 @@ def rank(request: SearchRequest, seed: int) -> Tensor:
 def rank_integrated(request: SearchRequest, seed: int) -> Tensor:
     """EAP-IG scores [J, S] of all edges."""
     passes, chosen = request.task.passes["train"], request.prompts(seed)
-    return eap_ig_scores(passes, request.replacements, request.objective, chosen, request.settings.ig_steps)
+    steps, kept = request.settings.ig_steps, request.resumable.part(str(seed), seed)
+    return eap_ig_scores(passes, request.replacements, request.objective, chosen, steps, kept)

@@ -11,6 +11,7 @@ from oacore.circuits.replacements import Replacements
 from oacore.circuits.search import SearchRequest
 from oacore.config.circuits import Objective
 from oacore.errors import UserError
+from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.progress import progress
 
 
@@ -21,6 +22,7 @@ def exact_scores(
     chosen: Tensor,
     edges_at_once: int,
     most_passes: int,
+    resumable: Resumable = NOT_KEPT,
 ) -> Tensor:
     """The rise of the mean loss [J, S] when each edge alone is ablated.
 
@@ -41,18 +43,23 @@ def exact_scores(
     slots = torch.arange(len(chosen), device=chosen.device)
     before = passes.losses(objective, chosen, slots, clean, replacement, owned=replacements.per_prompt).mean()
     edges = torch.from_numpy(graph.valid.copy()).to(chosen.device).nonzero()  # [E, 2]
-    scores = torch.zeros_like(clean[0])
-    for part in progress(edges.split(edges_at_once), what="exact", unit="edge groups"):
+    state = resumable.load(chosen.device) or {"step": torch.tensor(0), "scores": torch.zeros_like(clean[0])}
+    scores, done = state["scores"], int(state["step"])
+    parts = edges.split(edges_at_once)
+    for part in progress(parts[done:], what="exact", unit="edge groups", total=len(parts), initial=done):
         masks = clean.repeat(len(part), 1, 1)
         masks[torch.arange(len(part), device=chosen.device), part[:, 0], part[:, 1]] = 0
         losses = passes.losses(
             objective, chosen, slots.repeat(len(part)), masks, replacement, owned=replacements.per_prompt
         )
         scores[part[:, 0], part[:, 1]] = losses.view(len(part), -1).mean(1) - before
+        done += 1
+        resumable.save_sometimes({"step": torch.tensor(done), "scores": scores})
     return scores
 
 
 def rank(request: SearchRequest, seed: int) -> Tensor:
     """The effect [J, S] of every edge alone."""
     passes, chosen, row = request.task.passes["train"], request.prompts(seed), request.row
-    return exact_scores(passes, request.replacements, request.objective, chosen, row.masks_at_once, row.most_passes)
+    bounds, kept = (row.masks_at_once, row.most_passes), request.resumable.part(str(seed), seed)
+    return exact_scores(passes, request.replacements, request.objective, chosen, *bounds, kept)

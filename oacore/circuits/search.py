@@ -191,7 +191,8 @@ def _ranked(request: SearchRequest, items: Items) -> tuple[Search, list[dict[str
     seeds, sizes = request.seeds, request.sizes
 
     def compute(new: list[int]) -> list[Item]:
-        scores = [request.row.load()(request, seeds[index]).cpu() for index in new]
+        asked = replace(request, resumable=request.resumable.part("scores", items.identity([])))
+        scores = [request.row.load()(asked, seeds[index]).cpu() for index in new]
         _check_finite(request, torch.stack(scores))
         return [Item({"scores": values.float()}) for values in scores]
 

@@ -9,6 +9,8 @@ from oacore.ablation import gaps as gaps_module
 from oacore.ablation.components import components_of
 from oacore.ablation.gaps import evaluate
 from oacore.circuits import acdc as acdc_module
+from oacore.circuits.eap import eap_ig_scores
+from oacore.circuits.exact import exact_scores
 from oacore.fits import resume
 from oacore.fits.resume import NOT_KEPT, Resumable
 
@@ -103,3 +105,23 @@ def test_acdc_goes_on(tmp_path, monkeypatch, every_part, calls):
     monkeypatch.setattr(acdc_module.Passes, "losses", found)
     resumed = run(Resumable(tmp_path / "state.safetensors", "x"))
     assert all(np.array_equal(a, b) for a, b in zip(resumed, whole, strict=True))
+
+
+@pytest.mark.parametrize("done", [1, 3])
+@pytest.mark.parametrize("method", ["eap_ig", "exact"])
+def test_scores_go_on(tmp_path, monkeypatch, every_part, capsys, method, done):
+    setting, kept = Setting(), Resumable(tmp_path / "state.safetensors", "x")
+    # Of exact scores the first pass is the clean run's.
+    counted, before = {"eap_ig": ("gradients", 0), "exact": ("losses", 1)}[method]
+
+    def run(resumable=NOT_KEPT):
+        given = (setting.passes(), setting.replacements("mean"), "kl", torch.arange(3))
+        return eap_ig_scores(*given, 5, resumable) if method == "eap_ig" else exact_scores(*given, 40, 786, resumable)
+
+    whole, computed = run(), getattr(acdc_module.Passes, counted)
+    monkeypatch.setattr(acdc_module.Passes, counted, stopping(computed, before + done))
+    with pytest.raises(StoppedError):
+        run(kept)
+    monkeypatch.setattr(acdc_module.Passes, counted, computed)
+    assert torch.equal(run(kept), whole)
+    assert f"going on at step {done}\n" in capsys.readouterr().err
