@@ -1,4 +1,4 @@
-"""What is drawn at random, each from a seed of its own."""
+"""What is drawn at random, each from a seed of its own, and its way to the device."""
 
 import torch
 from torch import Tensor
@@ -20,3 +20,8 @@ def prompts_of_step(n_prompts: int, size: int, seed: int, step: int) -> Tensor:
     epoch, index = divmod(step, n_prompts // size)
     order = torch.randperm(n_prompts, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[index * size : (index + 1) * size]
+
+
+def uploaded(drawn: Tensor, device: torch.device | str) -> Tensor:
+    """The same on a device, without waiting for it: a GPU copies pinned memory while it computes."""
+    return drawn.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else drawn.to(device)

@@ -60,17 +60,18 @@ def gated_model(config: Config, model_json: Path) -> "Loaded":
     """
     import torch
 
-    from oacore.models.load import Loaded, load, pick_device
+    from oacore.models.load import Loaded, load, pick_device, set_precision
     from oacore.models.stored import read_model
     from oacore.models.weights import to_device
 
     facts = read_json(model_json)
     torch.set_num_threads(config.limits.threads)
+    set_precision(config.precision, device := pick_device(config.device))
     source = model_source(config, model_json)
     if config.store_weights and facts["weights"] is not None:
         model = read_model(model_json.with_name(WEIGHTS), facts["weights"])
         revision = facts["revision"] or config.revision
-        return Loaded(to_device(model, pick_device(config.device)), source, revision, facts["model_hash"])
+        return Loaded(to_device(model, device), source, revision, facts["model_hash"])
     loaded = load(source, revision=facts["revision"] or config.revision, dtype=config.dtype, device=config.device)
     if loaded.weight_hash != facts["model_hash"]:
         raise UserError(
@@ -105,12 +106,14 @@ def hashes(splits: dict[str, Prompts]) -> dict[str, Any]:
 
 
 def made_by(config: Config, *modules: str) -> dict[str, str]:
-    """What computes: the kind of device, PyTorch's release, and the code of these modules."""
+    """What computes: the kind of device and its precision, PyTorch's release, and the code of these modules."""
     import torch
 
-    from oacore.models.load import pick_device
+    from oacore.models.load import pick_device, pick_precision
 
-    return {"device": pick_device(config.device).type, "torch": torch.__version__, "code": codehash(*modules)}
+    device = pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    return {"device": device.type, "precision": precision, "torch": torch.__version__, "code": codehash(*modules)}
 
 
 def items_of(

@@ -46,7 +46,9 @@ def run_stage(stage: str, config: Config, files: tuple[Files, Files] | None = No
                 "batch sizes of the stage's own settings, shorter prompts, dtype bf16, or a device with more memory "
                 "(`python -m oacore estimate`)"
             )
-        halved = {"tokens_per_batch": limits.tokens_per_batch // 2, "memory_gb": limits.memory_gb / 2}
+        halved: dict[str, float] = {"tokens_per_batch": limits.tokens_per_batch // 2}
+        if limits.memory_gb != "auto":  # a masked pass halves its own
+            halved["memory_gb"] = limits.memory_gb / 2
         config = config.model_copy(update={"limits": limits.model_copy(update=halved)})
         batches = f"again with limits.tokens_per_batch {halved['tokens_per_batch']}"
         print(f"{stage}: out of memory; {batches}", file=sys.stderr, flush=True)

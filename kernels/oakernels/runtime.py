@@ -5,6 +5,7 @@ Symbols: B rows, T ablatable tokens, J destinations, S sources, d model width, M
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeVar
@@ -52,17 +53,30 @@ def run(
         return candidates["eager"](target)
     key = (target.device, target.dtype, *key)
     if key not in _fastest and not torch.cuda.is_current_stream_capturing():
-        scratch = torch.zeros_like(target)  # some candidates add to it
-        times = {name: _milliseconds(call, scratch) for name, call in candidates.items()}
-        _fastest[key] = min(times, key=lambda name: times[name])
+        times = {name: _milliseconds(name, call, target) for name, call in candidates.items()}
+        _fastest[key] = min(times, key=lambda name: (times[name], name != "eager"))
     return candidates[_fastest.get(key, "eager")](target)
 
 
-def _milliseconds(call: Callable[[Tensor], object], scratch: Tensor, repeats: int = 5) -> float:
-    """Median time of a call on the device after one to compile; infinite if it needs more than the device has."""
+_warned = set[str]()
+
+
+def _milliseconds(name: str, call: Callable[[Tensor], object], target: Tensor, repeats: int = 5) -> float:
+    """Median time of a call on the device after one to compile; infinite if it needs more than the device has, or can't
+    be compiled there: that is said once, and eager goes on.
+    """
     try:
+        scratch = torch.zeros_like(target)  # some candidates add to it
         call(scratch)
     except (OutOfResources, torch.OutOfMemoryError):
+        return math.inf
+    except Exception as error:  # of a compiler: no C compiler, no ptxas, an unsupported device
+        if name == "eager":
+            raise
+        cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if cause not in _warned:
+            _warned.add(cause)
+            print(f"warning: Triton's kernels can't be compiled here, going on without them: {cause}", file=sys.stderr)
         return math.inf
     times = []
     for _ in range(repeats):
@@ -75,17 +89,23 @@ def _milliseconds(call: Callable[[Tensor], object], scratch: Tensor, repeats: in
     return sorted(times)[repeats // 2]
 
 
+# From 2.9 on PyTorch has the precision of products as a name, and refuses to read the older flag once that was set.
+_FLAG = "fp32_precision" if hasattr(torch.backends.cuda.matmul, "fp32_precision") else "allow_tf32"
+_VALUES = {"ieee": "ieee", "tf32": "tf32"} if _FLAG == "fp32_precision" else {"ieee": False, "tf32": True}
+
+
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
     """Let cuBLAS round fp32 operands to TF32, or not, within this block."""
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision {precision!r}; allowed: ieee, tf32")
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    matmul = torch.backends.cuda.matmul
+    before = "tf32" if getattr(matmul, _FLAG) == _VALUES["tf32"] else "ieee"
+    setattr(matmul, _FLAG, _VALUES[precision])
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(matmul, _FLAG, _VALUES[before])
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

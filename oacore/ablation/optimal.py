@@ -19,7 +19,7 @@ from torch import Tensor
 from oacore.ablation.ablate import ablated_logits
 from oacore.ablation.components import Component, Group, group_components, rows_in, width
 from oacore.config.base import OptimalFit
-from oacore.draws import prompts_of_step
+from oacore.draws import prompts_of_step, uploaded
 from oacore.engine.clean import Batch, Clean, clean_log_probs, clean_pass
 from oacore.engine.statistics import Statistics, spread
 from oacore.fits.descent import Descent, descend
@@ -150,7 +150,8 @@ def fit_constants(
     components = tuple(components)
 
     def gradient(running: Tensor, value: Tensor, step: int) -> Tensor:
-        batch = train.take(prompts_of_step(len(train), settings.batch_size, seed, step).to(model.device))
+        chosen = prompts_of_step(len(train), settings.batch_size, seed, step)
+        batch = train.take(uploaded(chosen, model.device))
         return gradients(model, batch, [components[row] for row in running.tolist()], value, tokens_per_batch)
 
     def validate(running: Tensor, value: Tensor) -> Tensor:

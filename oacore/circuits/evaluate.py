@@ -15,7 +15,7 @@ from oacore.circuits.numbers import REPLACED_AT_ONCE
 from oacore.circuits.passes import Passes
 from oacore.circuits.replacements import Replacements
 from oacore.config.base import OptimalFit
-from oacore.draws import prompts_of_step
+from oacore.draws import prompts_of_step, uploaded
 from oacore.fits.descent import Descent, descend
 from oacore.fits.resume import NOT_KEPT, Resumable
 
@@ -51,7 +51,7 @@ def refit_constants(
     shapes = [part.shape[1:] for part in start]
 
     def gradient(rows: Tensor, values: Tensor, step: int) -> Tensor:
-        chosen = prompts_of_step(len(passes.examples), settings.batch_size, seed, step).to(device)
+        chosen = uploaded(prompts_of_step(len(passes.examples), settings.batch_size, seed, step), device)
         slots = torch.arange(len(chosen), device=device).repeat(len(rows))
         with torch.enable_grad():
             leaf = values.detach().requires_grad_()

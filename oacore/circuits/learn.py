@@ -24,7 +24,7 @@ from oacore.circuits.passes import Passes
 from oacore.circuits.replacements import Replacements
 from oacore.circuits.search import LOSSES, SIZES, Found, Knob, SearchRequest, bool_masks
 from oacore.config.circuits import EDGE_ABLATIONS, MaskFit, Objective
-from oacore.draws import prompts_of_step
+from oacore.draws import prompts_of_step, uploaded
 from oacore.fits.descent import adam_step
 from oacore.fits.resume import NOT_KEPT, Resumable, State
 from oacore.fits.watch import Watch
@@ -174,7 +174,7 @@ class _Sweep:
         """Of one step: mean losses [F], gradients by the names of the state, and expected sizes [F]."""
         step, edges, passes = int(state["step"]), self.edges, self.passes
         drawn = [prompts_of_step(len(passes.examples), self.n_prompts, knob.stream, step) for knob in self.knobs]
-        chosen = torch.cat(drawn).to(self.device)
+        chosen = uploaded(torch.cat(drawn), self.device)
         shape = (self.n_rows, len(edges.index))
         noise = torch.stack([_uniform(self.generator, knob, step, shape) for knob in self.knobs])
         parameters = {name: state[name].requires_grad_() for name in self.parameters}

@@ -10,3 +10,8 @@ ROWS_WORTH_KEEPING = 16
 
 # Prompts of a circuit's evaluation whose activations are held as replacements.
 REPLACED_AT_ONCE = 64
+
+# `limits.memory_gb: auto`: the share of a GPU's free memory that one masked pass takes, beside copies that its formula
+# does not count; and bytes on a CPU, and where the device is unknown.
+PASS_SHARE = 0.7
+PASS_BYTES_ON_CPU = 4e9

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oacore.circuits.numbers import ROWS_WORTH_KEEPING
+from oacore.circuits.numbers import PASS_BYTES_ON_CPU, PASS_SHARE, ROWS_WORTH_KEEPING
 from oacore.config.circuits import Objective
+from oacore.config.run import Limits
 from oacore.engine.buffers import MaskedPrompts
 from oacore.engine.clean import Batch
 from oacore.engine.forward import unembed
@@ -67,6 +68,18 @@ def objective_losses(
     return logit_difference(clean, answers, wrong) - logit_difference(logits, answers, wrong)
 
 
+def pass_bytes(limits: Limits, device: torch.device) -> float:
+    """What one masked pass may take. `auto` depends on the device alone on a CPU, whose sums round by the size of a
+    part.
+    """
+    if limits.memory_gb != "auto":
+        return limits.memory_gb * 1e9
+    if device.type == "cpu":
+        return PASS_BYTES_ON_CPU
+    free, _ = torch.cuda.mem_get_info(device)
+    return PASS_SHARE * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
 class Gradients(NamedTuple):
     """Losses of B rows, and the gradients of their sum in the masks and the constants."""
 
@@ -78,8 +91,8 @@ class Gradients(NamedTuple):
 class Passes:
     """Runs rows through the engine in parts."""
 
-    def __init__(self, engine: Engine, examples: Examples, memory_gb: float):
-        self.engine, self.examples, self.memory = engine, examples, memory_gb * 1e9
+    def __init__(self, engine: Engine, examples: Examples, memory_bytes: float):
+        self.engine, self.examples, self.memory = engine, examples, memory_bytes
         self._most = sys.maxsize  # rows a part may have after an out-of-memory
 
     def gradients(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from oacore.circuits.constants import Constants, constant_scales
-from oacore.circuits.passes import Examples, Passes
+from oacore.circuits.passes import Examples, Passes, pass_bytes
 from oacore.circuits.replacements import Replacements, TrainingPrompts, starting_constants
 from oacore.config.circuits import EdgeAblation
 from oacore.config.run import Config
@@ -19,6 +19,7 @@ from oacore.errors import UserError
 from oacore.fits.record import read_fitted
 from oacore.inputs import gated_model, read_splits
 from oacore.jobs import Files
+from oacore.models.load import pick_precision
 from oacore.store.provenance import Provenance
 from oacore.tasks.prompts import Prompts
 
@@ -56,11 +57,10 @@ class CircuitTask:
         """
         model = gated_model(config, inputs["model"]).model
         splits, provenance = read_splits(config, inputs, task)
-        engine, activations = Engine(model), inputs["activations"]
-        passes = {
-            split: Passes(engine, _examples(engine, prompts, activations, provenance), config.limits.memory_gb)
-            for split, prompts in splits.items()
-        }
+        engine, activations = Engine(model, pick_precision(config.precision, model.device)), inputs["activations"]
+        examples = {split: _examples(engine, prompts, activations, provenance) for split, prompts in splits.items()}
+        memory_bytes = pass_bytes(config.limits, model.device)
+        passes = {split: Passes(engine, of_split, memory_bytes) for split, of_split in examples.items()}
         statistics = read_statistics(activations, provenance, model.device)
         fitted = next(iter(inputs.all("constants")), None) if "constants" in inputs.named() else None
         clusters = splits["test"].cluster

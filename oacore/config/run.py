@@ -32,11 +32,10 @@ class Limits(Settings):
         description="tokens (rows x positions) in one forward pass; a fit keeps the activations of as many for its "
         "backward pass",
     )
-    memory_gb: float = Field(
-        4.0,
-        gt=0,
+    memory_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
         description="memory of one masked-edge pass beside the weights; its rows go in parts that fit, and out of "
-        "memory halves them",
+        "memory halves them; auto is what is free on a GPU, and 4 on a CPU",
     )
     threads: int = Field(
         2, ge=1, description="CPU threads of one job; results are bit-identical for equal numbers of threads"
@@ -64,6 +63,11 @@ class Config(Settings):
     )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="precision of weights and activations; losses are always fp32"
+    )
+    precision: Literal["auto", "ieee", "tf32"] = Field(
+        "auto",
+        description="of products of fp32 numbers on a GPU: tf32 rounds both factors to 10 bits, adds in fp32 and is "
+        "several times as fast; auto is tf32; model.json has what that changes. A CPU rounds nothing",
     )
     store_weights: bool = Field(
         True,

@@ -1,6 +1,6 @@
 """The parity gate: no number is computed with a model before our forward pass has been held against Hugging Face's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from oacore.engine.forward import logits_of, residual_after
 from oacore.errors import UserError
 from oacore.models.hub import load_hugging_face
-from oacore.models.load import Loaded, canonical, pick_device
+from oacore.models.load import Loaded, canonical, pick_device, pick_precision, set_precision
 from oacore.models.weights import Model, to_device, weight_hash
 
 # Largest difference of log-probabilities between our forward pass and Hugging Face's that the parity gate lets pass.
@@ -28,6 +28,8 @@ class Parity:
     n_prompts: int
     n_tokens: int
     tolerance: float  # nats
+    precision: str = "ieee"  # of products of fp32 numbers in all later work
+    precision_log_prob: float = 0.0  # nats, how far log-probabilities move by it
 
 
 def parity_prompts(d_vocab: int, max_length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -66,14 +68,36 @@ def check_parity(model: Model, tokens: Tensor, lengths: Tensor, expected: Tensor
     return parity
 
 
+@torch.no_grad()
+def moved_by_precision(model: Model, tokens: Tensor, lengths: Tensor, precision: str) -> float:
+    """The largest change of a log-probability (nats) when products round as `precision` says, instead of as IEEE's."""
+    set_precision("ieee", model.device)
+    exact = logits_of(model, residual_after(model, tokens.to(model.device))).float().log_softmax(-1)
+    set_precision(precision, model.device)
+    rounded = logits_of(model, residual_after(model, tokens.to(model.device))).float().log_softmax(-1)
+    real = (torch.arange(tokens.shape[1]) < lengths[:, None]).to(model.device)
+    return (rounded - exact)[real].abs().max().item()
+
+
 def open_model(
-    source: str | Path, *, revision: str | None = None, dtype: str = "fp32", device: str = "auto"
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "fp32",
+    device: str = "auto",
+    precision: str = "auto",
 ) -> tuple[Loaded, Parity]:
-    """`load` behind the parity gate: the only way by which a model enters the pipeline."""
+    """`load` behind the parity gate: the only way by which a model enters the pipeline. The gate itself is in IEEE's
+    precision; what another one changes is measured beside it.
+    """
     hf = load_hugging_face(source, revision=revision, dtype=dtype)
     commit = getattr(hf.config, "_commit_hash", None)
     tokens, lengths = parity_prompts(hf.config.vocab_size, hf.config.max_position_embeddings)
     expected = hugging_face_logits(hf, tokens, lengths)
     model = to_device(canonical(hf), pick_device(device))
+    set_precision("ieee", model.device)
     parity = check_parity(model, tokens, lengths, expected, PARITY_TOLERANCE[dtype])
+    picked = pick_precision(precision, model.device)
+    moved = moved_by_precision(model, tokens, lengths, precision) if picked != "ieee" else 0.0
+    parity = replace(parity, precision=picked, precision_log_prob=moved)
     return Loaded(model, source, commit or revision, weight_hash(model)), parity

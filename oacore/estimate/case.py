@@ -16,11 +16,13 @@ class Case:
 
     Args:
         gpu: jobs run on a GPU, else on the CPU, where passes take one fit or circuit at a time.
+        memory_bytes: of the device, 0 where unknown.
     """
 
     config: Config
     sizes: Sizes
     gpu: bool
+    memory_bytes: float = 0.0
 
     @property
     def tokens_per_batch(self) -> int:

@@ -2,7 +2,7 @@
 other symbols those of `oacore.estimate.table`.
 """
 
-from oacore.circuits.numbers import ROWS_WORTH_KEEPING
+from oacore.circuits.numbers import PASS_BYTES_ON_CPU, PASS_SHARE, ROWS_WORTH_KEEPING
 from oacore.estimate.case import Case
 from oacore.estimate.need import Parts
 from oacore.estimate.passes import forward_flop, logits_bytes, unembed_flop
@@ -48,9 +48,18 @@ def mask_bytes(s: Sizes) -> int:
     return FP32 * s.graph.n_destinations * s.graph.n_sources
 
 
+def pass_bytes(case: Case) -> float:
+    """What a masked pass may take, as `oacore.circuits.passes.pass_bytes` finds it beside the weights on the device."""
+    memory_gb = case.config.limits.memory_gb
+    if memory_gb != "auto":
+        return memory_gb * 1e9
+    free = case.memory_bytes - case.sizes.weights_bytes - folded_weights_bytes(case.sizes)
+    return max(PASS_SHARE * free, 1e9) if case.gpu and case.memory_bytes else PASS_BYTES_ON_CPU
+
+
 def rows_at_once(case: Case, t: int, B: int, apart: int, *, gradient: bool) -> tuple[int, bool]:
     """Rows of one part of a pass, and whether inputs are kept: `Passes._parts`."""
-    memory_bytes = case.config.limits.memory_gb * 1e9
+    memory_bytes = pass_bytes(case)
 
     def fitting(keep: bool) -> int:
         return max(1, int(memory_bytes // row_bytes(case.sizes, t, gradient=gradient, keep_inputs=keep)))

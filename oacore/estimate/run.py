@@ -43,9 +43,10 @@ def estimated(
 
         device = measured_device(config)
         gpu, memory_bytes, flop_per_second = device.name == "cuda", device.memory_bytes, device.flop_per_second
+    memory_bytes = memory_bytes if memory_gb is None else memory_gb * 1e9
     return table(
-        needs(Case(config, sizes, gpu), jobs(config)),
+        needs(Case(config, sizes, gpu, memory_bytes), jobs(config)),
         device="GPU" if gpu else "CPU",
-        memory_bytes=memory_bytes if memory_gb is None else memory_gb * 1e9,
+        memory_bytes=memory_bytes,
         flop_per_second=flop_per_second if tflops is None else tflops * 1e12,
     )

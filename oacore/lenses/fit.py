@@ -16,7 +16,7 @@ from oacore.fits.record import read_fitted, recorded, write_fits
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.lenses.kl import unembedded_kl
 from oacore.lenses.lens import Lens, LensSources
-from oacore.lenses.rows import LensRows
+from oacore.lenses.rows import FitRows, LensRows
 from oacore.models.weights import Model
 from oacore.store.items import Item
 from oacore.store.provenance import Provenance
@@ -42,7 +42,7 @@ def fit_lens(
     held_out = sources.cache.read("validation")
     problem = row.load().problem(row.name, init, sources, held_out)
 
-    def losses(rows: LensRows, running: Sequence[int], values: Tensor) -> Tensor:
+    def losses(rows: LensRows | FitRows, running: Sequence[int], values: Tensor) -> Tensor:
         """[m, B]; one row of all layers' mean for a shared lens."""
         layers = range(model.n_layers) if row.shared else running
         residual = rows.residual[:, list(layers)].transpose(0, 1)  # [m, B, d]

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from oacore.draws import uploaded
 from oacore.engine.clean import Batch, clean_pass
 from oacore.engine.forward import at, attention_write, final_norm
 from oacore.models.weights import Model
@@ -42,7 +43,16 @@ class LensRows:
         return (self.take(slice(first, first + size)) for first in range(0, len(self), size))
 
 
+@dataclass(frozen=True)
+class FitRows:
+    """What fits read of some rows, on the model's device."""
+
+    residual: Tensor  # [B, L, d]
+    target: Tensor  # [B, d]
+
+
 PARTS = ("residual", "attention", "final")  # as the cache has them
+FITTED_ON = ("residual", "final")
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class RowCache:
         """All rows of a split, or the first `most`."""
         with Reader(self.path, self.provenance) as reader:
             arrays = {f"{split}/{name}": reader[f"{split}/{name}"][:most] for name in PARTS}
-            return _on_device(reader, split, arrays, self.device)
+            return LensRows(*_on_device(reader, arrays, self.device))
 
     def shuffled(self, size: int, seed: int) -> "ShuffledRows":
         """Random batches of the training rows."""
@@ -89,17 +99,17 @@ class RowCache:
 
 
 class ShuffledRows:
-    """Random batches of the training rows, every row once an epoch, read ahead from disk; step n is the same whenever
-    it is asked for. A context manager: leaving it closes the file.
+    """Random batches of the training rows for a fit, every row once an epoch, read ahead from disk; step n is the same
+    whenever it is asked for. A context manager: leaving it closes the file.
     """
 
     def __init__(self, cache: RowCache, size: int, seed: int):
         self.reader, self.size, self.seed, self.device = Reader(cache.path, cache.provenance), size, seed, cache.device
-        self.names = [f"train/{name}" for name in PARTS]
+        self.names = [f"train/{name}" for name in FITTED_ON]
         self.per_epoch = -(-len(self.reader[self.names[0]]) // size)
         self.next_step, self.batches = -1, iter(())
 
-    def at(self, step: int) -> LensRows:
+    def at(self, step: int) -> FitRows:
         """The batch of a step; steps in order are a stream."""
         if step != self.next_step or step % self.per_epoch == 0:
             epoch, index = divmod(step, self.per_epoch)
@@ -107,7 +117,7 @@ class ShuffledRows:
             for _ in range(index):  # after a restart
                 next(self.batches)
         self.next_step = step + 1
-        return _on_device(self.reader, "train", next(self.batches), self.device)
+        return FitRows(*_on_device(self.reader, next(self.batches), self.device))
 
     def __enter__(self) -> Self:
         return self
@@ -118,9 +128,8 @@ class ShuffledRows:
         self.reader.close()
 
 
-def _on_device(reader: Reader, split: str, arrays: Mapping[str, Any], device: Any) -> LensRows:
-    tensors = (to_torch(arrays[f"{split}/{name}"], reader[f"{split}/{name}"].bfloat16).to(device) for name in PARTS)
-    return LensRows(*tensors)
+def _on_device(reader: Reader, arrays: Mapping[str, Any], device: torch.device | str) -> Iterator[Tensor]:
+    return (uploaded(to_torch(array, reader[name].bfloat16), device) for name, array in arrays.items())
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ softcaps (4.3.0).
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -45,6 +45,17 @@ def pick_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda', but PyTorch sees no GPU; allowed: auto, cpu, or cuda on a machine with a GPU")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(precision: str, device: torch.device) -> Literal["ieee", "tf32"]:
+    """Of products of fp32 numbers: `auto` is TF32 on a GPU; a CPU has IEEE's alone."""
+    return "ieee" if precision == "ieee" or device.type == "cpu" else "tf32"
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """Let all products of this process round like that; on a CPU it would be oneDNN's choice, and is left alone."""
+    if device.type != "cpu":
+        torch.set_float32_matmul_precision("highest" if pick_precision(precision, device) == "ieee" else "high")
 
 
 def load(source: str | Path, *, revision: str | None = None, dtype: str = "fp32", device: str = "auto") -> Loaded:
@@ -104,18 +115,25 @@ def canonical(hf: Any) -> Model:
 
 def _block(block: Any) -> Block:
     attention, mlp, hf = block.attn, block.mlp, block.attn.original_component
+    weights = {name: getattr(attention, f"W_{name}").transpose(0, 1) for name in ("Q", "K", "V")}
+    biases = {name: getattr(attention, f"b_{name}") for name in weights}
+    if any(bias is not None for bias in biases.values()):  # of some of the three alone: the engine reads all or none
+        biases = {
+            name: weights[name].new_zeros(weights[name].shape[1:]) if bias is None else bias
+            for name, bias in biases.items()
+        }
     return Block(
         attention_norm=_norm(block.ln1),
         mlp_norm=_norm(block.ln2),
         attention_post_norm=_norm(block.ln1_post) if hasattr(block, "ln1_post") else None,
         mlp_post_norm=_norm(block.ln2_post) if hasattr(block, "ln2_post") else None,
-        W_Q=attention.W_Q.transpose(0, 1),
-        W_K=attention.W_K.transpose(0, 1),
-        W_V=attention.W_V.transpose(0, 1),
+        W_Q=weights["Q"],
+        W_K=weights["K"],
+        W_V=weights["V"],
         W_O=attention.W_O,
-        b_Q=attention.b_Q,
-        b_K=attention.b_K,
-        b_V=attention.b_V,
+        b_Q=biases["Q"],
+        b_K=biases["K"],
+        b_V=biases["V"],
         b_O=attention.b_O,
         attention_scale=hf.scaling,  # holds GPT-2's inverse-layer factor too
         attention_softcap=getattr(hf, "attn_logit_softcapping", None),

@@ -160,9 +160,15 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def to_device(model: Model, device: torch.device | str) -> Model:
-    """The same model on another device."""
-    moved: Model = _map_tensors(model, lambda tensor: tensor.to(device))
-    return moved
+    """The same model on another device; tied weights stay tied."""
+    moved: dict[object, Tensor] = {}
+
+    def move(tensor: Tensor) -> Tensor:
+        same = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        return moved.setdefault(same, tensor.to(device)) if same not in moved else moved[same]
+
+    result: Model = _map_tensors(model, move)
+    return result
 
 
 def named_tensors(model: Model) -> dict[str, Tensor]:

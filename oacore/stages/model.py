@@ -20,7 +20,11 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     """Write model.json: family, sizes, revision, weight hash, parity; and the weights, where they are to be stored."""
     torch.set_num_threads(config.limits.threads)
     loaded, parity = open_model(
-        model_source(config, outputs["model"]), revision=config.revision, dtype=config.dtype, device=config.device
+        model_source(config, outputs["model"]),
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        precision=config.precision,
     )
     model = loaded.model
     sizes = {
@@ -59,4 +63,5 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     write_json(outputs["model"], facts)
     print(
         f"model: {model.family}, {model.n_layers} layers, parity with Hugging Face {parity.max_abs_log_prob:.2g} nats"
+        + (f"; {parity.precision} moves {parity.precision_log_prob:.2g}" if parity.precision != "ieee" else "")
     )

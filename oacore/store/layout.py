@@ -25,13 +25,18 @@ def short_hash(value: object) -> str:
 
 def model_settings(config: Config) -> dict[str, object]:
     """What determines the model's outputs."""
+    asked = {} if config.precision == "auto" else {"precision": config.precision}
+    return {**_model_files(config), "dtype": config.dtype, **asked}
+
+
+def _model_files(config: Config) -> dict[str, object]:
     if config.trains_demo:
-        return {"demo": config.demo_model.model_dump(), "dtype": config.dtype}
+        return {"demo": config.demo_model.model_dump()}
     if config.is_demo:  # training.json has the digests of the other files
-        return {"shipped": fingerprint(SHIPPED_DEMO / "training.json"), "dtype": config.dtype}
+        return {"shipped": fingerprint(SHIPPED_DEMO / "training.json")}
     if is_directory_name(config.model):
-        return {"files": fingerprint(config.model), "dtype": config.dtype}
-    return {"name": config.model, "revision": config.revision, "dtype": config.dtype}
+        return {"files": fingerprint(config.model)}
+    return {"name": config.model, "revision": config.revision}
 
 
 def task_settings(config: Config, task: str) -> dict[str, object]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from oacore.config.tracing import TracingFit
-from oacore.draws import prompts_of_step
+from oacore.draws import prompts_of_step, uploaded
 from oacore.engine.clean import clean_pass
 from oacore.fits.descent import ABSOLUTE_PROGRESS, Descent, descend
 from oacore.fits.record import read_fitted, recorded, write_fits
@@ -109,7 +109,8 @@ def fit_place_constants(
     unit = statistics.std.square().mean().sqrt().reshape(1, 1)
 
     def gradient(running: Tensor, value: Tensor, step: int) -> Tensor:
-        batch = train.take(prompts_of_step(len(train), settings.batch_size, seed, step).to(model.device))
+        facts = prompts_of_step(len(train), settings.batch_size, seed, step)
+        batch = train.take(uploaded(facts, model.device))
         chosen = [places[i] for i in running.tolist()]
         return lost_probability_gradient(model, batch, chosen, value, tokens_per_batch)
 

@@ -14,12 +14,14 @@ from oacore.circuits.edges import Edges
 from oacore.circuits.evaluate import circuit_losses, refit_constants
 from oacore.circuits.hcgs import HardConcreteSampler
 from oacore.circuits.learn import learn
-from oacore.circuits.passes import Examples, Passes
+from oacore.circuits.numbers import PASS_BYTES_ON_CPU, PASS_SHARE
+from oacore.circuits.passes import Examples, Passes, pass_bytes
 from oacore.circuits.replacements import Replacements, TrainingPrompts, starting_constants
 from oacore.circuits.search import Knob
 from oacore.circuits.topk import TopKSampler, budgeted
 from oacore.circuits.ugs import UniformSampler
 from oacore.config.circuits import MaskFit, Refit
+from oacore.config.run import Limits
 from oacore.engine.activations import _add_sources
 from oacore.engine.clean import Batch, clean_pass
 from oacore.engine.forward import at, final_norm
@@ -63,7 +65,7 @@ class Setting:
         self.scales = constant_scales(self.model, self.statistics)
 
     def passes(self, memory_gb=1.0):
-        return Passes(self.engine, self.examples, memory_gb)
+        return Passes(self.engine, self.examples, memory_gb * 1e9)
 
     def replacements(self, ablation):
         start = starting_constants(ablation, TrainingPrompts(self.engine, self.statistics, self.batch, self.other))
@@ -450,3 +452,12 @@ def test_partly_ablated_edges_would_bias_the_constants(monkeypatch):
     assert pull(half) == 0, "with the rule, half-ablated edges leave constants alone"
     monkeypatch.setattr(oakernels.constants, "ABLATED", 2.0)
     assert pull(half) > 10 * at_optimum, "without it they pull them away from the optimum"
+
+
+def test_auto_memory_is_what_is_free_on_a_gpu_and_the_same_everywhere_on_a_cpu(monkeypatch):
+    assert pass_bytes(Limits(memory_gb=3), torch.device("cuda")) == 3e9
+    assert pass_bytes(Limits(), torch.device("cpu")) == PASS_BYTES_ON_CPU
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12e9)  # by PyTorch, of which 2 GB are in use
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2e9)
+    assert pass_bytes(Limits(), torch.device("cuda")) == PASS_SHARE * 60e9

@@ -48,7 +48,7 @@ def setting(name, dtype):
     final = final_norm(model, at(clean.entering[-1], clean.last))[:, 0]
     ids = torch.ones(N, 1, dtype=torch.long)
     other = Batch(batch.tokens.roll(1, 0), batch.lengths)
-    return engine, Passes(engine, Examples(batch, other, engine.prompts(batch), final, ids, ids + 1), memory_gb=1.0)
+    return engine, Passes(engine, Examples(batch, other, engine.prompts(batch), final, ids, ids + 1), memory_bytes=1e9)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

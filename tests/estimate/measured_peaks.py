@@ -192,7 +192,7 @@ class Stages:
             batch, other = self.batch(split), self.batch(split, counterfactual=True)
             answers, wrong = (torch.from_numpy(ids).long() for ids in (prompts.answers, prompts.wrong_answers))
             examples = Examples(batch, other, engine.prompts(batch), read_final(self.path, split), answers, wrong)
-            found[split] = Passes(engine, examples, self.config.limits.memory_gb)
+            found[split] = Passes(engine, examples, self.config.limits.memory_gb * 1e9)
         return found
 
     def circuits(self, method: str, ablation: str) -> None:

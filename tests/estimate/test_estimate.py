@@ -14,6 +14,7 @@ from conftest import random_hf
 from measured_peaks import CONFIG, SHAPE
 
 from oacore.__main__ import main
+from oacore.circuits.numbers import PASS_BYTES_ON_CPU, PASS_SHARE
 from oacore.config.circuits import CIRCUIT_METHODS
 from oacore.config.lenses import LENSES
 from oacore.config.model import ARCHITECTURES
@@ -25,6 +26,7 @@ from oacore.errors import UserError
 from oacore.estimate import circuits, masked, passes, table
 from oacore.estimate.case import Case
 from oacore.estimate.families import FAMILIES
+from oacore.estimate.masked import folded_weights_bytes, pass_bytes
 from oacore.estimate.run import estimated
 from oacore.estimate.sizes import Sizes, known_sizes
 from oacore.jobs import jobs
@@ -197,6 +199,15 @@ def test_the_named_key_lowers_the_memory(sizes):
     ):
         before, after = needs_of(sizes), needs_of(sizes, **limits)
         assert all(after[job].peak_bytes < before[job].peak_bytes for job in before if job[0] in rules)
+
+
+def test_auto_memory_of_a_pass_is_a_share_of_what_the_device_has_left(sizes):
+    config = parse_config(CONFIG | {"limits": {"memory_gb": "auto"}})
+    left = 80e9 - sizes.weights_bytes - folded_weights_bytes(sizes)
+    assert pass_bytes(Case(config, sizes, gpu=True, memory_bytes=80e9)) == pytest.approx(PASS_SHARE * left)
+    assert pass_bytes(Case(config, sizes, gpu=False, memory_bytes=80e9)) == PASS_BYTES_ON_CPU
+    assert pass_bytes(Case(config, sizes, gpu=True)) == PASS_BYTES_ON_CPU, "unknown"
+    assert pass_bytes(Case(parse_config(CONFIG | {"limits": {"memory_gb": 2}}), sizes, gpu=True)) == 2e9
 
 
 # ---- Registry rows

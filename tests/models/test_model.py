@@ -8,12 +8,15 @@ import pytest
 import torch
 from conftest import random_hf
 
+from oacore.engine.clean import Batch
+from oacore.engine.forward import logits_of, residual_after
+from oacore.engine.masked import Engine
 from oacore.engine.parity import check_parity, hugging_face_logits, open_model, parity_prompts
 from oacore.errors import UserError
 from oacore.models import hub
 from oacore.models.hub import load_hugging_face
-from oacore.models.load import canonical, load, pick_device
-from oacore.models.weights import weight_hash
+from oacore.models.load import canonical, load, pick_device, pick_precision, set_precision
+from oacore.models.weights import to_device, weight_hash
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +133,41 @@ def test_cuda_without_a_gpu(monkeypatch):
     with pytest.raises(UserError, match="device: 'cuda'"):
         pick_device("cuda")
     assert pick_device("auto").type == "cpu"
+
+
+def test_tied_weights_stay_tied_on_another_device():
+    model = canonical(random_hf("gpt2"))
+    assert model.W_U.data_ptr() == model.W_E.data_ptr()
+    moved = to_device(model, "meta")
+    assert moved.W_U is moved.W_E and moved.blocks[0].W_in is not moved.blocks[1].W_in
+    assert weight_hash(to_device(model, "cpu")) == weight_hash(model)
+
+
+@pytest.mark.parametrize("absent", [("k_proj",), ("q_proj", "k_proj"), ("v_proj",)])
+def test_biases_of_some_projections_alone(absent):
+    """Nobody's `config.json` can say so, but a Hugging Face module can: the gate passes and circuits run."""
+    hf = random_hf("llama-linear")  # with attention biases
+    for layer in hf.model.layers:
+        for name in absent:
+            getattr(layer.self_attn, name).bias = None
+    tokens, lengths = parity_prompts(97, 64)
+    expected = hugging_face_logits(hf, tokens, lengths)
+    model = canonical(hf)
+    assert check_parity(model, tokens, lengths, expected, 1e-3).max_abs_log_prob < 1e-5
+    engine, batch = Engine(model), Batch(tokens[:2, :9], torch.tensor([9, 7]))
+    masks = (~engine.no_edge).float()[None]
+    constants = torch.zeros(1, model.graph.n_sources, 1, model.d_model)
+    logits = engine.logits(engine.prompts(batch), torch.arange(2), masks, constants)
+    wanted = logits_of(model, residual_after(model, batch.tokens))[torch.arange(2), batch.lengths - 1]
+    assert torch.allclose(logits, wanted, atol=1e-4)
+
+
+def test_precision_is_a_gpus_matter(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert {pick_precision(asked, cpu) for asked in ("auto", "ieee", "tf32")} == {"ieee"}
+    assert [pick_precision(asked, gpu) for asked in ("auto", "ieee", "tf32")] == ["tf32", "ieee", "tf32"]
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    for device, precision in ((cpu, "tf32"), (gpu, "auto"), (gpu, "ieee")):
+        set_precision(precision, device)
+    assert asked == ["high", "highest"]

@@ -79,6 +79,7 @@ KEYS = {
     "run": ("other", RESULTS),
     "revision": ("main", REPORT),  # the demo has none
     "dtype": ("bf16", EVERYTHING),
+    "precision": ("ieee", EVERYTHING),
     "device": ("auto", NOTHING),
     "store_weights": (False, NOTHING),
     "seed": (1, PROMPTS),
@@ -357,8 +358,7 @@ MODULES = {
     "store/reader store/writer tasks/prompts tasks/stored",
     "prompts": "stages/prompts tasks/generate",
     "activations": "engine/activations engine/prompts engine/statistics stages/activations",
-    "optimal tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch metrics",
-    "optimal tracing_fit lens_faithfulness": "draws",
+    "optimal tracing_fit lens_fit": "draws fits/descent fits/record fits/resume fits/watch metrics",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
     "gaps circuit_evaluation tracing lens_evaluation": "fits/convergence",
     "gaps": "ablation/gaps ablation/replacements stages/gaps",
