@@ -44,7 +44,8 @@ def ablated_logits(model: Model, clean: Clean, group: Group, replacement: Tensor
         residual = pick(clean.entering[layer + 1]) + delta
     else:
         W_O = model.blocks[layer].W_O
-        weight = W_O[list(group.heads)] if group.kind == "head" else W_O.flatten(0, 1)[None]  # [n, w, d]
+        of_heads = [W_O[head] for head in group.heads] if group.kind == "head" else [W_O.flatten(0, 1)]
+        weight = torch.stack(of_heads)  # [n, w, d]
         combined = pick(clean.combined[layer]) + (delta.flatten(1, 2) @ weight).unflatten(
             1, delta.shape[1:3]
         )  # [n, B, T, d]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from oacore.config.ablation import ComponentKind
@@ -91,7 +92,8 @@ def group_components(components: Sequence[Component]) -> list[Group]:
 def value_of(clean: Clean, group: Group) -> Tensor:
     """What the group's components compute in a clean run: [n, B, T, w]."""
     if group.kind == "head":
-        return clean.z[group.layer][:, :, list(group.heads)].permute(2, 0, 1, 3)
+        # Not by a list as index: that is copied to a GPU, and the host would wait for it.
+        return torch.stack([clean.z[group.layer][:, :, head] for head in group.heads])
     if group.kind == "attention_layer":
         return clean.z[group.layer].flatten(2)[None]
     return clean.mlp[group.layer][None]
@@ -103,5 +105,5 @@ def rows_in(table: dict[str, Tensor], group: Group) -> Tensor:
         return table["mlp"][group.layer][None]
     rows = table["head"][group.layer]  # [H, ..., k]
     if group.kind == "head":
-        return rows[list(group.heads)]
+        return torch.stack([rows[head] for head in group.heads])
     return rows.movedim(0, -2).flatten(-2)[None]  # [1, ..., H k]

@@ -19,10 +19,10 @@ from torch import Tensor
 from oacore.ablation.ablate import ablated_logits
 from oacore.ablation.components import Component, Group, group_components, rows_in, width
 from oacore.config.base import OptimalFit
-from oacore.draws import prompts_of_step, uploaded
+from oacore.draws import prompts_of_step
 from oacore.engine.clean import Batch, Clean, clean_log_probs, clean_pass
 from oacore.engine.statistics import Statistics, spread
-from oacore.fits.descent import Descent, descend
+from oacore.fits.descent import Descent, Running, descend
 from oacore.fits.record import read_fitted, recorded, write_fits
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.metrics import kl_divergence
@@ -149,13 +149,12 @@ def fit_constants(
     """
     components = tuple(components)
 
-    def gradient(running: Tensor, value: Tensor, step: int) -> Tensor:
+    def gradient(running: Running, value: Tensor, step: int) -> Tensor:
         chosen = prompts_of_step(len(train), settings.batch_size, seed, step)
-        batch = train.take(uploaded(chosen, model.device))
-        return gradients(model, batch, [components[row] for row in running.tolist()], value, tokens_per_batch)
+        return gradients(model, train.take(chosen), [components[row] for row in running.rows], value, tokens_per_batch)
 
-    def validate(running: Tensor, value: Tensor) -> Tensor:
-        return mean_losses(model, validation, [components[row] for row in running.tolist()], value, tokens_per_batch)
+    def validate(running: Running, value: Tensor) -> Tensor:
+        return mean_losses(model, validation, [components[row] for row in running.rows], value, tokens_per_batch)
 
     return descend(
         start,

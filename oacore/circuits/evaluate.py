@@ -16,7 +16,7 @@ from oacore.circuits.passes import Passes
 from oacore.circuits.replacements import Replacements
 from oacore.config.base import OptimalFit
 from oacore.draws import prompts_of_step, uploaded
-from oacore.fits.descent import Descent, descend
+from oacore.fits.descent import Descent, Running, descend
 from oacore.fits.resume import NOT_KEPT, Resumable
 
 
@@ -50,22 +50,23 @@ def refit_constants(
     engine, device, on_cpu = passes.engine, masks.device, masks.device.type == "cpu"
     shapes = [part.shape[1:] for part in start]
 
-    def gradient(rows: Tensor, values: Tensor, step: int) -> Tensor:
+    def gradient(running: Running, values: Tensor, step: int) -> Tensor:
         chosen = uploaded(prompts_of_step(len(passes.examples), settings.batch_size, seed, step), device)
-        slots = torch.arange(len(chosen), device=device).repeat(len(rows))
+        slots, fits = torch.arange(len(chosen), device=device).repeat(len(running.rows)), masks[running.index]
         with torch.enable_grad():
             leaf = values.detach().requires_grad_()
             written = start.unflattened(leaf).writes(engine, passes.examples.prompts.n_tokens)
             computed = passes.gradients(
-                "kl", chosen, slots, masks[rows], written.detach(), owned=False, constants=True, skip_dead=on_cpu
+                "kl", chosen, slots, fits, written.detach(), owned=False, constants=True, skip_dead=on_cpu
             )
             assert computed.constants is not None
             written.backward(computed.constants / len(chosen))
         assert leaf.grad is not None
         return leaf.grad
 
-    def validate(rows: Tensor, values: Tensor) -> Tensor:
-        return _losses_with_constants(validation, masks[rows], start.unflattened(values)).kl.double().mean(1).float()
+    def validate(running: Running, values: Tensor) -> Tensor:
+        losses = _losses_with_constants(validation, masks[running.index], start.unflattened(values))
+        return losses.kl.double().mean(1).float()
 
     flat = torch.cat([part.flatten(1) for part in start.repeat(len(masks))], 1)
     scale = torch.cat([part.expand(1, *shape).flatten(1) for part, shape in zip(scales, shapes, strict=True)], 1)

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from oacore.draws import uploaded
 from oacore.engine.forward import at, attention_write, combine_heads, embed, heads, logits_of, mlp
 from oacore.models.weights import Model
 
@@ -20,16 +24,38 @@ class Batch:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @cached_property
+    def host_lengths(self) -> NDArray[np.int64]:
+        """[N], for what the host decides; asked for once, it waits for the device, and what is taken has its own."""
+        lengths: NDArray[np.int64] = self.lengths.cpu().numpy()
+        return lengths
+
     def take(self, rows: Tensor | slice) -> "Batch":
-        """Some of the prompts, as wide as the longest of them."""
-        lengths = self.lengths[rows]
-        return Batch(self.tokens[rows][:, : int(lengths.max())], lengths)
+        """Some of the prompts, as wide as the longest of them.
+
+        Args:
+            rows: on the CPU, or the host waits for them.
+        """
+        index, host_lengths = taken(rows, self.lengths.device, self.host_lengths)
+        batch = Batch(self.tokens[index][:, : host_lengths.max()], self.lengths[index])
+        batch.__dict__["host_lengths"] = host_lengths
+        return batch
 
     def split(self, tokens_per_batch: int) -> "Iterator[Batch]":
         """All prompts in order, in batches of about so many tokens."""
         size = max(1, tokens_per_batch // self.tokens.shape[1])
         for start in range(0, len(self), size):
             yield self.take(slice(start, start + size))
+
+
+def taken(
+    rows: Tensor | slice, device: torch.device, host_lengths: NDArray[np.int64]
+) -> tuple[Tensor | slice, NDArray[np.int64]]:
+    """Rows as an index on the device, and their lengths on the host."""
+    if isinstance(rows, slice):
+        return rows, host_lengths[rows]
+    on_host = rows.cpu()
+    return uploaded(on_host, device) if rows.device != device else rows, host_lengths[on_host.tolist()]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,14 @@ ABSOLUTE_PROGRESS = 1e-6  # nats, or probability where that is the loss: smaller
 
 
 @dataclass(frozen=True)
+class Running:
+    """The m fits that have not ended."""
+
+    index: Tensor  # [m] int64, on the device
+    rows: list[int]  # the same on the host, which need not wait for the device to know them
+
+
+@dataclass(frozen=True)
 class Descent:
     """What n fits came to."""
 
@@ -91,8 +99,8 @@ def sgd_step(value: Tensor, momentum: Tensor, gradient: Tensor, rate: Tensor) ->
 def descend(
     start: Tensor,
     scale: Tensor,
-    gradient: Callable[[Tensor, Tensor, int], Tensor],
-    validate: Callable[[Tensor, Tensor], Tensor],
+    gradient: Callable[[Running, Tensor, int], Tensor],
+    validate: Callable[[Running, Tensor], Tensor],
     settings: OptimalFit,
     *,
     names: Sequence[str],
@@ -109,8 +117,8 @@ def descend(
 
     Args:
         scale: broadcasts against start; the unit of `settings.learning_rate`.
-        gradient: (rows [m], their values [m, ...], step) -> gradient [m, ...] of each row's loss.
-        validate: (rows [m], their values [m, ...]) -> validation losses [m] in nats.
+        gradient: (running, their values [m, ...], step) -> gradient [m, ...] of each row's loss.
+        validate: (running, their values [m, ...]) -> validation losses [m] in nats.
         names: of the rows, and `key`: of the learning rate in the config, for errors.
         resumable: where the state is kept, after every round and every minute.
         on_test: called after every round.
@@ -119,33 +127,34 @@ def descend(
     Raises:
         UserError: a gradient or loss is not finite; names step, rows, and the last good checkpoint.
     """
-    everything = torch.arange(len(start), device=start.device)
+    everything = Running(torch.arange(len(start), device=start.device), list(range(len(start))))
     state = resumable.load(start.device) or _initial_state(start, validate(everything, start), settings)
     scale, step_of = scale.expand(len(start), *scale.shape[1:]), _sgd if sgd else _adam
     watch = Watch(resumable.path, int(state["step"]))
     advice = f"allowed: a smaller {key}, now {settings.learning_rate:g}, and a model with finite weights"
-    watch.see("validation loss", state["best_loss"], int(state["step"]), everything)
+    watch.see("validation loss", state["best_loss"], int(state["step"]), everything.index)
     watch.check(names, advice)
     ends = settings.round_ends
     with progress(what=what, unit="steps", total=settings.max_steps, initial=int(state["step"])) as bar:
         for begin, end in zip([0, *ends], ends, strict=False):
-            running = (~state["done"]).nonzero()[:, 0]
-            if int(state["step"]) >= end or not len(running):
+            index = (~state["done"]).nonzero()[:, 0]
+            if int(state["step"]) >= end or not len(index):
                 continue
+            running = Running(index, index.tolist())
             while (step := int(state["step"])) < end:
-                slope = gradient(running, state["value"][running], step)
-                rate = _like(state["rate"][running], start) * scale[running] * ((end - step) / (end - begin))
-                step_of(state, running, slope, rate, step - begin + 1)
+                slope = gradient(running, state["value"][index], step)
+                rate = _like(state["rate"][index], start) * scale[index] * ((end - step) / (end - begin))
+                step_of(state, index, slope, rate, step - begin + 1)
                 state["step"] += 1
-                watch.see("gradient", slope, step + 1, running)
+                watch.see("gradient", slope, step + 1, index)
                 bar.update()
                 if (step + 1 - begin) % LOOK_EVERY == 0:
                     watch.check(names, advice)
                     resumable.save_sometimes(state)
-            loss = validate(running, state["value"][running])
-            watch.see("validation loss", loss, end, running)
+            loss = validate(running, state["value"][index])
+            watch.see("validation loss", loss, end, index)
             watch.check(names, advice)
-            _judge_round(state, running, loss, settings)
+            _judge_round(state, index, loss, settings)
             bar.set_postfix_str(f"{int(state['done'].sum())}/{len(start)} converged", refresh=False)
             on_test()
             resumable.save(state)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oacore.config.lenses import LENSES, LensFit, LensName, LensRow
 from oacore.engine.forward import final_norm
-from oacore.fits.descent import Descent, descend
+from oacore.fits.descent import Descent, Running, descend
 from oacore.fits.record import read_fitted, recorded, write_fits
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.lenses.kl import unembedded_kl
@@ -53,16 +53,16 @@ def fit_lens(
         kl = unembedded_kl(model, final_norm(model, problem.final(values, layers, residual)), target)
         return kl.mean(0, keepdim=True) if row.shared else kl
 
-    def gradient(running: Tensor, value: Tensor, step: int) -> Tensor:
+    def gradient(running: Running, value: Tensor, step: int) -> Tensor:
         rows = batches.at(step)
         with torch.enable_grad():
             leaf = value.detach().requires_grad_()
-            return torch.autograd.grad(losses(rows, running.tolist(), leaf).mean(1).sum(), leaf)[0]
+            return torch.autograd.grad(losses(rows, running.rows, leaf).mean(1).sum(), leaf)[0]
 
-    def validate(running: Tensor, value: Tensor) -> Tensor:
-        total = torch.zeros(len(running), dtype=torch.float64, device=device)
+    def validate(running: Running, value: Tensor) -> Tensor:
+        total = torch.zeros(len(running.rows), dtype=torch.float64, device=device)
         for part in held_out.in_batches(settings.batch_size):
-            total += losses(part, running.tolist(), value).double().sum(1)
+            total += losses(part, running.rows, value).double().sum(1)
         return (total / len(held_out)).float()
 
     with sources.cache.shuffled(settings.batch_size, sources.seed) as batches:

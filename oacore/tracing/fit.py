@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from oacore.config.tracing import TracingFit
-from oacore.draws import prompts_of_step, uploaded
+from oacore.draws import prompts_of_step
 from oacore.engine.clean import clean_pass
-from oacore.fits.descent import ABSOLUTE_PROGRESS, Descent, descend
+from oacore.fits.descent import ABSOLUTE_PROGRESS, Descent, Running, descend
 from oacore.fits.record import read_fitted, recorded, write_fits
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.metrics import clustered_mean_and_se
@@ -108,14 +108,13 @@ def fit_place_constants(
     start = statistics.mean.repeat(len(places), 1)
     unit = statistics.std.square().mean().sqrt().reshape(1, 1)
 
-    def gradient(running: Tensor, value: Tensor, step: int) -> Tensor:
+    def gradient(running: Running, value: Tensor, step: int) -> Tensor:
         facts = prompts_of_step(len(train), settings.batch_size, seed, step)
-        batch = train.take(uploaded(facts, model.device))
-        chosen = [places[i] for i in running.tolist()]
-        return lost_probability_gradient(model, batch, chosen, value, tokens_per_batch)
+        chosen = [places[i] for i in running.rows]
+        return lost_probability_gradient(model, train.take(facts), chosen, value, tokens_per_batch)
 
-    def validate(running: Tensor, value: Tensor) -> Tensor:
-        chosen = [places[i] for i in running.tolist()]
+    def validate(running: Running, value: Tensor) -> Tensor:
+        chosen = [places[i] for i in running.rows]
         return lost_probability(model, validation, chosen, value, tokens_per_batch).mean(1)
 
     return descend(

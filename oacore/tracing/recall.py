@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from oacore.config.tracing import AnswerKind, Position
-from oacore.engine.clean import clean_pass
+from oacore.engine.clean import clean_pass, taken
 from oacore.engine.forward import add_positions, embed_tokens, logits_of
 from oacore.models.weights import Model
 from oacore.tasks.prompts import Prompts
@@ -29,14 +31,20 @@ class Recall:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @cached_property
+    def host_lengths(self) -> NDArray[np.int64]:
+        """[B], as `Batch.host_lengths`."""
+        lengths: NDArray[np.int64] = self.lengths.cpu().numpy()
+        return lengths
+
     def take(self, rows: Tensor | slice) -> "Recall":
-        """Some of the facts, as wide as the longest of them."""
-        lengths = self.lengths[rows]
-        longest = int(lengths.max())
-        tokens, other = self.tokens[rows][:, :longest], self.other[rows][:, :longest]
-        return Recall(
-            tokens, lengths, self.last[rows], self.subject[rows], self.answer[rows], other, self.numbers[rows]
-        )
+        """Some of the facts, as wide as the longest of them; `rows` as `Batch.take` has them."""
+        index, host_lengths = taken(rows, self.lengths.device, self.host_lengths)
+        tokens, other = (part[index][:, : host_lengths.max()] for part in (self.tokens, self.other))
+        last, subject, answer = (part[index] for part in (self.last, self.subject, self.answer))
+        recall = Recall(tokens, self.lengths[index], last, subject, answer, other, self.numbers[index])
+        recall.__dict__["host_lengths"] = host_lengths
+        return recall
 
     def split(self, tokens_per_batch: int) -> "Iterator[Recall]":
         """All facts in order, in batches of about so many tokens."""

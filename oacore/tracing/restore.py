@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from oacore.config.tracing import Site
+from oacore.draws import uploaded
 from oacore.engine.clean import Clean
 from oacore.engine.forward import at, attention_write, combine_heads, heads, mlp, run_block
 from oacore.models.weights import Model
@@ -31,14 +32,18 @@ def restored(model: Model, recall: Recall, clean: Clean, places: Sequence[Place]
     for layer in range(model.n_layers + 1):
         joining = [i for i in order if start[i] == layer]
         if joining:
-            arriving = entering[layer].expand(len(joining), -1, -1, -1) if shared else entering[0][joining]
+            if shared:
+                arriving = entering[layer].expand(len(joining), -1, -1, -1)
+            else:
+                arriving = entering[0].index_select(0, uploaded(torch.tensor(joining), model.device))
             if layer == model.n_layers and single:
                 arriving = at(arriving.flatten(0, 1), recall.last.repeat(len(joining))).unflatten(0, (-1, batch))
             residual = torch.cat((residual, arriving)) if len(residual) else arriving
         if layer < model.n_layers and len(residual):
             active = [places[i] for i in order[: len(residual)]]
             residual = _restored_block(model, recall, clean, layer, active, where[: len(residual)], residual, single)
-    return answer_probability(model, recall, residual)[torch.argsort(torch.tensor(order)).to(model.device)]
+    as_asked = uploaded(torch.tensor(order).argsort(), model.device)
+    return answer_probability(model, recall, residual).index_select(0, as_asked)
 
 
 def _restored_block(
@@ -64,7 +69,7 @@ def _restored_block(
         if not any(here):
             return written
         value = _clean_value(model, clean, site, layer)  # [B, T, d]
-        mask = where & torch.tensor(here, device=where.device)[:, None, None]  # [m, B, T]
+        mask = where & uploaded(torch.tensor(here), where.device)[:, None, None]  # [m, B, T]
         if query is not None:
             value, mask = at(value, recall.last), at(mask.flatten(0, 1), query).unflatten(0, (m, batch))
         return torch.where(mask[..., None], value, written.unflatten(0, (m, batch))).flatten(0, 1)

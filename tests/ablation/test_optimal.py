@@ -22,7 +22,7 @@ from oacore.engine.activations import _add_sources
 from oacore.engine.clean import Batch, clean_log_probs, clean_pass
 from oacore.engine.statistics import Moments, Statistics
 from oacore.errors import UserError
-from oacore.fits.record import read_curves
+from oacore.fits.curves import read_curves
 from oacore.fits.resume import Resumable
 from oacore.models.load import canonical
 from oacore.store.provenance import Provenance

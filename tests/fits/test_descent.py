@@ -23,12 +23,14 @@ class Noisy:
         self.optimum = torch.randn(n, WIDTH, generator=draw)
         self.noise = noise
 
-    def gradient(self, rows, values, step):
+    def gradient(self, running, values, step):
+        rows = running.index
         draw = torch.Generator().manual_seed(step)
         noise = torch.randn(WIDTH, generator=draw) * self.curvature[rows].sqrt()
         return self.curvature[rows] * (values - self.optimum[rows]) + self.noise * noise
 
-    def validate(self, rows, values):
+    def validate(self, running, values):
+        rows = running.index
         return 0.5 * (self.curvature[rows] * (values - self.optimum[rows]).square()).sum(1) + FLOOR
 
     def fit(self, settings, **kwargs):
@@ -71,7 +73,7 @@ def test_a_rate_that_is_too_low_or_too_high_is_tried_again(capsys, rate):
 
 def test_a_fit_that_never_leaves_its_start_is_warned_of(capsys):
     problem = Noisy()
-    problem.gradient = lambda rows, values, step: torch.zeros_like(values)
+    problem.gradient = lambda running, values, step: torch.zeros_like(values)
     found = problem.fit(OptimalFit(max_steps=3150), what="ioi optimal")
     text = capsys.readouterr().err
     assert (
@@ -84,7 +86,7 @@ def test_a_fit_that_never_leaves_its_start_is_warned_of(capsys):
 
 def test_a_fit_whose_start_loses_nothing_ends_without_a_warning(capsys):
     problem = Noisy()
-    problem.validate = lambda rows, values: torch.zeros(len(rows))
+    problem.validate = lambda running, values: torch.zeros(len(running.rows))
     found = problem.fit(OptimalFit(max_steps=3150))
     assert found.converged.all() and (found.n_steps == 50).all()
     assert "warning" not in capsys.readouterr().err
@@ -93,7 +95,9 @@ def test_a_fit_whose_start_loses_nothing_ends_without_a_warning(capsys):
 def test_a_round_that_overfits_is_not_kept():
     """From the second round on gradients lead away from the validation optimum, as with too few training prompts."""
     problem, plain = Noisy(noise=0), Noisy(noise=0).gradient
-    problem.gradient = lambda rows, values, step: plain(rows, values, step) if step < 50 else -torch.ones_like(values)
+    problem.gradient = lambda running, values, step: (
+        plain(running, values, step) if step < 50 else -torch.ones_like(values)
+    )
     found = problem.fit(OptimalFit(max_steps=3150))
     assert torch.equal(found.best_loss, found.curve_losses[1]) and (found.left == 0).all()
     assert (found.curve_losses[2] > found.best_loss).all()
@@ -110,10 +114,10 @@ def test_killed_within_a_round_it_goes_on_to_the_same_bits(tmp_path, monkeypatch
     whole, killed = Noisy().fit(settings), Noisy()
     plain = killed.gradient
 
-    def kill(rows, values, step):
+    def kill(running, values, step):
         if step == at:
             raise KilledError
-        return plain(rows, values, step)
+        return plain(running, values, step)
 
     killed.gradient = kill
     path = tmp_path / "checkpoint.safetensors"

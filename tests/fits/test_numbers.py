@@ -27,11 +27,11 @@ START = torch.ones(3, 2)
 SETTINGS = OptimalFit(first_round=10, max_steps=150, tolerance=1e-6)
 
 
-def quadratic(rows, values, step):
+def quadratic(running, values, step):
     return 2 * values
 
 
-def validate(rows, values):
+def validate(running, values):
     return values.square().sum(1)
 
 
@@ -42,8 +42,8 @@ def test_a_gradient_that_is_not_finite_stops_the_fit(tmp_path, bad):
     """
     checkpoint = tmp_path / "checkpoint.safetensors"
 
-    def breaks(rows, values, step):
-        gradient = quadratic(rows, values, step)
+    def breaks(running, values, step):
+        gradient = quadratic(running, values, step)
         if step >= 12:
             gradient[1, 0] = bad
         return gradient
@@ -79,10 +79,9 @@ def test_a_gradient_that_is_not_finite_stops_the_fit(tmp_path, bad):
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit():
-    def breaks(rows, values):
-        return torch.where(
-            rows == 2, validate(rows, values) * (math.nan if values.max() < 0.5 else 1), validate(rows, values)
-        )
+    def breaks(running, values):
+        losses = validate(running, values)
+        return torch.where(running.index == 2, losses * (math.nan if values.max() < 0.5 else 1), losses)
 
     with pytest.raises(UserError, match=r"step \d+: not finite: validation loss of c; last good checkpoint: none"):
         descend(START, torch.ones(1, 1), quadratic, breaks, SETTINGS, names="abc", key="the.rate")
