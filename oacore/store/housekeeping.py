@@ -6,7 +6,7 @@ needs those of its run, its tasks' folders and its model's; what no config of a 
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,12 @@ class Piece:
     path: Path
     model: Path  # folder
     what: str
-    needed: bool
+    runs: tuple[str, ...]  # of the list, that need it
+
+    @property
+    def needed(self) -> bool:
+        """Whether some run of the list does."""
+        return bool(self.runs)
 
     @property
     def files(self) -> list[Path]:
@@ -57,41 +62,55 @@ def pieces(configs: Sequence[Config]) -> list[Piece]:
     Raises:
         UserError: a config has not been run, so that what it needs is not known.
     """
-    layouts, items = [Layout(config) for config in configs], set[str]()
+    layouts, runs = [Layout(config) for config in configs], dict[str | Path, list[str]]()
+
+    def needs(layout: Layout, things: Iterable[str | Path]) -> None:
+        for thing in dict.fromkeys(things):
+            runs.setdefault(thing, []).append(layout.config.run)
+
     for layout in layouts:
         lists = list(Path(layout.results_dir).rglob(f".*{NEEDED}"))
         if not lists:
             raise UserError(f"{layout.results_dir}: no list of what it needs; allowed: configs of finished runs")
-        for path in lists:
-            items |= set(read_json(path)["items"])
-    folders = {Path(layout.model_dir) for layout in layouts}
-    folders |= {Path(layout.task_dir(task)) for layout in layouts for task in layout.config.tasks.selected()}
+        needs(layout, (name for path in lists for name in read_json(path)["items"]))
+        needs(layout, [Path(layout.model_dir), *(Path(layout.task_dir(t)) for t in layout.config.tasks.selected())])
     caches = dict.fromkeys(Path(layout.model_dir).parent for layout in layouts)
-    return [piece for cache in caches for piece in _pieces_of(cache, folders, items)]
+    return [piece for cache in caches for piece in _pieces_of(cache, {key: tuple(of) for key, of in runs.items()})]
 
 
-def _pieces_of(cache: Path, folders: set[Path], items: set[str]) -> Iterator[Piece]:
+def _pieces_of(cache: Path, runs: Mapping[str | Path, tuple[str, ...]]) -> Iterator[Piece]:
     for model in sorted(path.parent for path in cache.glob("*/model.json")):
-        if model not in folders:
-            yield Piece(model, model, "model and all of it", False)
+        if model not in runs:
+            yield Piece(model, model, "model and all of it", ())
             continue
         for folder in sorted(path.parent for path in model.glob("*/prompts.h5")):
-            yield Piece(folder, model, f"prompts and activations of {folder.name}", folder in folders)
+            yield Piece(folder, model, f"prompts and activations of {folder.name}", runs.get(folder, ()))
         for path in sorted((model / FOLDER).rglob("*.safetensors")):
             task, kind = path.relative_to(model / FOLDER).parts[:2]
-            yield Piece(path, model, f"{task} {kind}", path.name in items)
+            yield Piece(path, model, f"{task} {kind}", runs.get(path.name, ()))
 
 
 def table(found: Sequence[Piece]) -> str:
-    """What there is by model, kind and need: number, size, and days since the last was written."""
+    """What there is by model, kind and need, and by run, what others need too and what it alone does: number, size, and
+    days since the last was written.
+    """
     groups: dict[tuple[str, str, bool], list[Piece]] = {}
     for piece in found:
         groups.setdefault((piece.model.name, piece.what, piece.needed), []).append(piece)
     lines = [f"{'':9} {'number':>6} {'MB':>9} {'days':>5}"]
     for (model, what, needed), group in sorted(groups.items()):
-        size, age = sum(piece.n_bytes for piece in group) / MB, time.time() - max(piece.written for piece in group)
-        lines.append(f"{'' if needed else 'unneeded':9} {len(group):6} {size:9.1f} {age / DAY:5.1f}  {model} {what}")
+        lines.append(f"{'' if needed else 'unneeded':9} {_counted(group)}  {model} {what}")
+    for run in sorted({run for piece in found for run in piece.runs}):
+        of_run = [piece for piece in found if run in piece.runs]
+        lines.append(f"{'':9} {_counted(of_run)}  run {run}")
+        if alone := [piece for piece in of_run if len(piece.runs) == 1]:
+            lines.append(f"{'':9} {_counted(alone)}  run {run} alone")
     return "\n".join(lines)
+
+
+def _counted(group: Sequence[Piece]) -> str:
+    size, age = sum(piece.n_bytes for piece in group) / MB, time.time() - max(piece.written for piece in group)
+    return f"{len(group):6} {size:9.1f} {age / DAY:5.1f}"
 
 
 def remove(found: Sequence[Piece]) -> int:

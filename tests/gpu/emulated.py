@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 NAME = "gpu"
 SPACE = (
@@ -45,6 +46,8 @@ class Sent:
     launches: Counter[str] = field(default_factory=Counter)  # by operation
     waits: Counter[str] = field(default_factory=Counter)  # copies to the host, by shape
     uploads: int = 0  # copies from the host
+    n_bytes: Counter[str] = field(default_factory=Counter)  # that they read and write, each operand once
+    flop: int = 0  # of matrix products and attention
 
 
 class _Watch(TorchDispatchMode):
@@ -65,6 +68,10 @@ class _Watch(TorchDispatchMode):
             self.sent.waits[f"{name} {[tuple(leaf.shape) for leaf in tree_leaves(result)]}"] += 1
         elif NAME in made and not function.is_view and name.rstrip("_") not in SPACE:
             self.sent.launches[name] += 1
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.sent.n_bytes[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            if (formula := flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))) is not None:
+                self.sent.flop += formula(*args, **options, out_val=result)
         return result
 
 

@@ -1,7 +1,6 @@
-"""One step of every fit on the emulated GPU, in a process of its own, since the device stays registered: a JSON line for
-each with what the host has sent.
+"""One step of every fit on the emulated GPU: a JSON line for each with what the host has sent.
 
-    python tests/gpu/emulated_steps.py
+In a process of its own, since the device stays registered; `test_emulated.py` runs it with its own path of modules.
 """
 
 import json

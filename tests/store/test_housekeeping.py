@@ -78,6 +78,8 @@ def test_the_command_lists_and_removes_when_told(runs, tmp_path, capsys):
     assert main(["cache", *names]) == 0
     listed = capsys.readouterr().out
     assert listed.count("unneeded") == 3 and "ioi circuits" in listed and "removed" not in listed
+    of_runs = {line.partition("  run ")[2]: int(line.split()[0]) for line in listed.splitlines() if "  run " in line}
+    assert of_runs == {"a": 3, "a alone": 1, "b": 3, "b alone": 1}, "two items, one of them shared, and prompts"
     assert listed.strip() == table(pieces(runs[0][:2])).strip()
     assert main(["cache", *names, "--remove"]) == 0
     assert "removed 0.0 MB" in capsys.readouterr().out
