@@ -11,7 +11,7 @@ from oacore.engine.forward import logits_of, residual_after
 from oacore.errors import UserError
 from oacore.models.hub import load_hugging_face
 from oacore.models.load import Loaded, canonical, pick_device, pick_precision, set_precision
-from oacore.models.weights import Model, to_device, weight_hash
+from oacore.models.weights import Model, named_tensors, to_device, weight_hash
 
 # Largest difference of log-probabilities between our forward pass and Hugging Face's that the parity gate lets pass.
 # fp32 rounding gives 1e-6 (tiny models) to 1e-4 (deep ones); a wrong rotary base or a missed softcap gives more than
@@ -60,6 +60,10 @@ def check_parity(model: Model, tokens: Tensor, lengths: Tensor, expected: Tensor
     ours, expected = ours[real], expected.float()[real]  # [n, V]
     log_prob = (ours.log_softmax(-1) - expected.log_softmax(-1)).abs().max().item()
     parity = Parity(log_prob, (ours - expected).abs().max().item(), len(tokens), int(lengths.sum()), tolerance)
+    bad = [name for name, weight in named_tensors(model).items() if not weight.isfinite().all()]
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise UserError(f"model: not finite: {shown}; allowed: finite weights; nothing was computed with it")
     if not log_prob <= tolerance:
         raise UserError(
             f"model: our forward pass of this {model.family} model differs from Hugging Face's by {log_prob:.3g} nats "

@@ -11,6 +11,7 @@ from oacore.config.model import ARCHITECTURES, check_architecture, is_directory_
 from oacore.errors import UserError
 from oacore.models.weights import DTYPES
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable and only its local cache is used
 
 
@@ -20,6 +21,12 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
     Raises:
         UserError: there is none, or the hub can't be reached.
     """
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"model: {str(source)!r} has no tokenizer, and transformers would invent one; allowed: a model directory "
+            f"with one of {', '.join(TOKENIZER_FILES)}"
+        )
     from transformers import AutoTokenizer
 
     with _hub_errors(source, revision):

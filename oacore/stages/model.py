@@ -8,6 +8,7 @@ import torch
 from oacore import __version__
 from oacore.config.run import Config
 from oacore.engine.parity import open_model
+from oacore.errors import UserError
 from oacore.inputs import model_source
 from oacore.jobs import Files
 from oacore.models.stored import write_model
@@ -42,6 +43,7 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
         ),
     }
     loaded.tokenizer  # noqa: B018  a model without one is refused here
+    check_depth(config, model.n_layers, model.max_length)
     stored = next(iter(outputs.named().get("weights", [])), None)
     if stored:
         write_model(stored, model)
@@ -65,3 +67,21 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
         f"model: {model.family}, {model.n_layers} layers, parity with Hugging Face {parity.max_abs_log_prob:.2g} nats"
         + (f"; {parity.precision} moves {parity.precision_log_prob:.2g}" if parity.precision != "ieee" else "")
     )
+
+
+def check_depth(config: Config, n_layers: int, max_length: int) -> None:
+    """Refuse what the config asks for and the model has not, before anything is computed.
+
+    Raises:
+        UserError: layers beyond the last one, windows longer than the context.
+    """
+    faithfulness = config.lenses.faithfulness if config.lenses is not None else None
+    layers = (faithfulness.layers if faithfulness is not None else None) or ()
+    if beyond := [str(layer) for layer in layers if layer >= n_layers]:
+        raise UserError(f"lenses.faithfulness.layers: {', '.join(beyond)}; allowed: 0 to {n_layers - 1}")
+    lengths = config.lenses.lengths if config.lenses is not None else ()
+    if longer := [str(length) for length in lengths if length > max_length]:
+        raise UserError(f"lenses.lengths: {', '.join(longer)}; allowed: up to {max_length}, the model's context")
+    windows = getattr(config.tasks.selected().get("text"), "n_tokens", 0)
+    if windows > max_length:
+        raise UserError(f"tasks.text.n_tokens: {windows}; allowed: up to {max_length}, the model's context")

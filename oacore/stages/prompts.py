@@ -16,7 +16,7 @@ from oacore.models.hub import load_tokenizer
 from oacore.models.weights import Model
 from oacore.store.artefacts import read_json
 from oacore.tasks.generate import generate
-from oacore.tasks.prompts import SPLITS, Complete, Ints, Prompts
+from oacore.tasks.prompts import SPLITS, Complete, Ints, Prompts, called
 from oacore.tasks.stored import write_prompts
 
 
@@ -30,18 +30,48 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     else:
         source = model_source(config, inputs["model"])
         tokenizer = load_tokenizer(source, facts["revision"] or config.revision)
-    splits = {split: generate(task, settings, tokenizer, config.seed, split, complete) for split in SPLITS}
-    longest = max(int(prompts.lengths.max()) for prompts in splits.values())
-    if longest > facts["sizes"]["max_length"]:
-        raise UserError(
-            f"tasks.{task}: its longest prompt has {longest} tokens; allowed: {facts['sizes']['max_length']}, the "
-            "model's context"
-        )
+    splits = _all_splits(task, settings, tokenizer, config.seed, complete)
+    _check_sizes(task, splits, facts["sizes"], tokenizer)
     provenance = provenance_of(config, inputs["model"], task)
     described = {"settings": settings.model_dump(mode="json"), "example": example(splits["test"], tokenizer)}
     write_prompts(outputs["prompts"], splits, provenance.noting(**described))
     counts = ", ".join(f"{len(prompts.tokens)} {split}" for split, prompts in splits.items())
     print(f"{task}: {counts} prompts")
+
+
+def _all_splits(task: str, settings: Any, tokenizer: Any, seed: int, complete: Complete | None) -> dict[str, Prompts]:
+    """The task's prompts by split.
+
+    Raises:
+        UserError: what is wrong, of all splits at once.
+    """
+    splits, wrong = dict[str, Prompts](), dict[str, None]()
+    for split in SPLITS:
+        try:
+            splits[split] = generate(task, settings, tokenizer, seed, split, complete)
+        except UserError as error:
+            wrong[str(error)] = None
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return splits
+
+
+def _check_sizes(task: str, splits: dict[str, Prompts], sizes: dict[str, int], tokenizer: Any) -> None:
+    """UserError where a prompt is longer than the model's context, or has a token that the model has not."""
+    longest = max(int(prompts.lengths.max()) for prompts in splits.values())
+    if longest > sizes["max_length"]:
+        raise UserError(
+            f"tasks.{task}: its longest prompt has {longest} tokens; allowed: {sizes['max_length']}, the model's "
+            "context"
+        )
+    arrays = [
+        ids for part in splits.values() for ids in (part.tokens, part.counterfactual, part.answers, part.wrong_answers)
+    ]
+    if (largest := max(int(ids.max()) for ids in arrays)) >= sizes["d_vocab"]:
+        raise UserError(
+            f"tasks.{task}: {called(tokenizer)} has the id {largest} for {tokenizer.decode([largest])!r}; allowed: ids "
+            f"below {sizes['d_vocab']}, the model's vocabulary, as of a tokenizer that belongs to the model"
+        )
 
 
 def example(prompts: Prompts, tokenizer: Any) -> dict[str, str]:

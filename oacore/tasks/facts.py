@@ -1,7 +1,7 @@
 """Facts for causal tracing: "The Eiffel Tower is in the city of" -> " Paris", with the subject's token span.
 
 Three layouts are read: CSV with a header, JSON lines, and ROME's known_1000 (a JSON list). Columns: subject, prompt
-(contains the subject), answer (or attribute) and, optionally, relation (or relation_id); others are ignored.
+(contains the subject), answer (or attribute, or object) and, optionally, relation (or relation_id); others are ignored.
 """
 
 import csv
@@ -32,7 +32,7 @@ KEY = "tasks.facts.path"
 ALIASES = {
     "subject": ("subject",),
     "prompt": ("prompt",),
-    "answer": ("answer", "attribute"),
+    "answer": ("answer", "attribute", "object"),
     "relation": ("relation", "relation_id"),
 }
 
@@ -70,6 +70,10 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{KEY}: {path} is not JSON: {error}") from None
         yield from ((f"item {i}", item) for i, item in enumerate(items, 1))
+    elif text.lstrip().startswith("{") and _is_json(text):
+        raise UserError(
+            f"{KEY}: {path} is one JSON object over several lines; allowed: a JSON list, or one object on each line"
+        )
     else:
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
@@ -77,6 +81,14 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"line {number}", json.loads(line)
                 except json.JSONDecodeError:
                     yield f"line {number}", None
+
+
+def _is_json(text: str) -> bool:
+    """Whether it is one object as a whole, on more than one line."""
+    try:
+        return "\n" in text.strip() and isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False
 
 
 def read_facts_file(path: Path) -> list[Fact]:

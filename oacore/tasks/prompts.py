@@ -123,6 +123,15 @@ def ids_and_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[in
     return out["input_ids"], out["offset_mapping"]
 
 
+def without_token(text: str, offsets: Sequence[tuple[int, int]]) -> str:
+    """The first character of a text, blanks aside, that no token covers: a tokenizer without an unknown token drops it.
+    Empty where there is none.
+    """
+    covered = {place for start, end in offsets for place in range(start, end)}
+    left = (mark for place, mark in enumerate(text) if place not in covered and not mark.isspace())
+    return next(left, "")
+
+
 def token_text(tokenizer: Any, id_: int) -> str:
     """A token as it stands in a text, with its leading space: SentencePiece tokenizers decode a single token without
     it.
@@ -150,6 +159,10 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         raise UserError(
             f"{called(tokenizer)}: has no token for '{text[start:end]}' in the prompt '{text}'; every word must be "
             "known"
+        )
+    if character := without_token(text, offsets):
+        raise UserError(
+            f"{called(tokenizer)}: has no token for '{character}' in the prompt '{text}'; every character must be known"
         )
     return [bos_id(tokenizer), *ids]
 

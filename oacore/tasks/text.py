@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 
 from oacore.errors import UserError
-from oacore.tasks.prompts import Prompts, bos_id, build, called, ids_and_offsets, limit, read_text, split_of, stream
+from oacore.tasks.prompts import (
+    Prompts,
+    bos_id,
+    build,
+    called,
+    ids_and_offsets,
+    limit,
+    read_text,
+    split_of,
+    stream,
+    without_token,
+)
 
 KEY = "tasks.text.path"
 
@@ -54,8 +65,8 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
     texts = passages(path)
     unknown = 0
     for i, text in enumerate(texts):
-        ids = ids_and_offsets(tokenizer, text)[0]
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        ids, offsets = ids_and_offsets(tokenizer, text)
+        if (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids) or without_token(text, offsets):
             unknown += 1
             continue
         for start in range(0, len(ids) - size, size):

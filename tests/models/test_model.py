@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import random_hf
 
+from oacore.config.read import parse_config
 from oacore.engine.clean import Batch
 from oacore.engine.forward import logits_of, residual_after
 from oacore.engine.masked import Engine
@@ -17,6 +18,7 @@ from oacore.models import hub
 from oacore.models.hub import load_hugging_face
 from oacore.models.load import canonical, load, pick_device, pick_precision, set_precision
 from oacore.models.weights import to_device, weight_hash
+from oacore.stages.model import check_depth
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +173,39 @@ def test_precision_is_a_gpus_matter(monkeypatch):
     for device, precision in ((cpu, "tf32"), (gpu, "auto"), (gpu, "ieee")):
         set_precision(precision, device)
     assert asked == ["high", "highest"]
+
+
+def test_weights_that_are_not_finite_are_named():
+    hf = random_hf("gpt2")
+    tokens, lengths = parity_prompts(97, 64)
+    with torch.no_grad():
+        hf.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    expected = hugging_face_logits(hf, tokens, lengths)
+    with pytest.raises(UserError, match=r"model: not finite: blocks.1.W_in; allowed: finite weights"):
+        check_parity(canonical(hf), tokens, lengths, expected, 1e-3)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(directory, tmp_path):
+    for path in directory.iterdir():
+        if not path.name.startswith("tokenizer"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"has no tokenizer, .* would invent one; allowed: .*tokenizer.json"):
+        hub.load_tokenizer(tmp_path)
+    assert hub.load_tokenizer(directory).bos_token_id is not None
+
+
+LENSED = {"model": "demo", "tasks": {"text": {"n_tokens": 11}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lenses": {"faithfulness": {"layers": [1, 4, 5]}}}, r"lenses.faithfulness.layers: 4, 5; allowed: 0 to 3"),
+        ({"lenses": {"lengths": [8, 65]}}, r"lenses.lengths: 65; allowed: up to 64, the model's context"),
+        ({"tasks": {"text": {"n_tokens": 65}}}, r"tasks.text.n_tokens: 65; allowed: up to 64, the model's context"),
+    ],
+)
+def test_what_the_model_has_not_is_refused_before_any_fit(changes, message):
+    check_depth(parse_config(LENSED), 4, 64)
+    with pytest.raises(UserError, match=message):
+        check_depth(parse_config(LENSED | changes), 4, 64)

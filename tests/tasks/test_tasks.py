@@ -227,6 +227,25 @@ def test_encode_names_an_unknown_word(words):
         encode(words, "The zebra lasted")
 
 
+@pytest.fixture
+def letters():
+    """A tokenizer of letters without an unknown token: what it does not know is dropped without a word."""
+    pieces = {letter: number for number, letter in enumerate(["<s>", *"abcdefgh "])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(pieces, [])), bos_token="<s>")
+
+
+def test_a_character_that_a_tokenizer_drops_is_named(letters, tmp_path):
+    assert letters.unk_token_id is None and len(letters("ad\u00e9b")["input_ids"]) == 3
+    assert encode(letters, "bad cafe") == [0, *letters("bad cafe")["input_ids"]]
+    with pytest.raises(UserError, match="has no token for '\u00e9' in the prompt 'a caf\u00e9'; every character"):
+        encode(letters, "a caf\u00e9")
+    path = tmp_path / "text.json"
+    passages = [f"{a}{b} dead beef cafe {b}{a}" for a in "abcdefgh" for b in "abcdefgh"]
+    path.write_text(json.dumps([*passages, "caf\u00e9 dead beef cafe"]))
+    settings = SimpleNamespace(path=path, n_tokens=5, n_train=2)
+    assert generate("text", settings, letters, 0, "train").meta["n_unknown"] == 1
+
+
 def test_following_is_what_comes_after_the_context(gpt2, stories, words):
     assert gpt2.decode(following(gpt2, "and", " Mary")) == " Mary"
     assert len(following(stories, "and", " Tim")) == 1  # alone, " Tim" would start with a token for the space
@@ -671,6 +690,16 @@ def test_facts_bad_rows_are_listed_with_their_lines(tmp_path):
     lines.write_text('{"subject": "a", "prompt": "a is", "answer": "b"}\n\nnot json\n[1]\n')
     with pytest.raises(UserError, match=r"2 bad rows .*line 3: not a JSON object; line 4: not a JSON object"):
         read_facts_file(lines)
+
+
+def test_facts_answers_have_three_names_and_an_indented_object_is_none_of_the_layouts(tmp_path):
+    row = {"subject": "Rome", "prompt": "Rome is in"}
+    for name in ("answer", "attribute", "object"):
+        (tmp_path / "one.jsonl").write_text(json.dumps(row | {name: "Italy"}))
+        assert read_facts_file(tmp_path / "one.jsonl")[0].answer == "Italy"
+    (tmp_path / "all.json").write_text(json.dumps({"facts": [row | {"answer": "Italy"}]}, indent=2))
+    with pytest.raises(UserError, match=r"all.json is one JSON object over several lines; allowed: a JSON list"):
+        read_facts_file(tmp_path / "all.json")
 
 
 def test_facts_file_errors(tmp_path, gpt2, words):
