@@ -51,7 +51,7 @@ class Setting:
         engine = Engine(model)
         final = final_norm(model, at(clean.entering[-1], clean.last))[:, 0]
         examples = Examples(batch, planted.counterfactual, engine.prompts(batch), final, planted.answers, planted.wrong)
-        self.passes = Passes(engine, examples, MEMORY_GB)
+        self.passes = Passes(engine, examples, MEMORY_GB * 1e9)
         self.all = torch.arange(len(examples))
         self.replacements = Replacements(engine, ablation, examples, start)
 

@@ -71,8 +71,9 @@ def test_the_terminal_shows_a_line_for_each_job_and_the_results(own_copy, tmp_pa
     path.write_text(yaml.safe_dump(own_copy.model_dump(mode="json")))
     Path(layout.report).unlink()
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", path]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
-    job, *_, report = (line for line in shown.splitlines() if "report" in line and "1" not in line.split())
+    shown = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    (job,) = (line for line in shown.splitlines() if line.startswith("done in"))
+    report = [line for line in shown.splitlines() if line.startswith("report: ")][-1]
     assert re.fullmatch(r"done in 0:00:\d\d: report", job) and report == f"report: {layout.report}"
     assert f"{layout.ablation('ioi', '')[:-1]}: gaps.csv, summary.csv" in shown and "1 of 2 steps" in shown
     loud = ("reason:", "Finished jobid", "Select jobs", "eligible for caching")

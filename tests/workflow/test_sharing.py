@@ -53,7 +53,7 @@ def started(line, cwd=ROOT, **options):
 
 
 def rules_run(output):
-    return re.findall(r"^(?:local)?rule (\w+):", output, re.M)
+    return re.findall(r"^done in \S+: (\w+)", output, re.M)
 
 
 @pytest.mark.parametrize("shared", ["results", "cache"])

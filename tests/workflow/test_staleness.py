@@ -353,12 +353,12 @@ NEXT = {
 
 # The first rules that use each module, without those that come after them anyway.
 MODULES = {
-    "model": "engine/clean engine/forward engine/parity inputs models/graph models/hub models/load "
+    "model": "engine/forward engine/parity inputs models/graph models/hub models/load "
     "models/stored models/weights stages/model store/artefacts store/checksums store/items store/provenance "
     "store/reader store/writer tasks/prompts tasks/stored",
-    "prompts": "stages/prompts tasks/generate",
+    "prompts": "draws engine/clean stages/prompts tasks/generate",
     "activations": "engine/activations engine/prompts engine/statistics stages/activations",
-    "optimal tracing_fit lens_fit": "draws fits/descent fits/record fits/resume fits/watch metrics",
+    "optimal tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch metrics",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
     "gaps circuit_evaluation tracing lens_evaluation": "fits/convergence",
     "gaps": "ablation/gaps ablation/replacements stages/gaps",
