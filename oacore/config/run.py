@@ -66,8 +66,8 @@ class Config(Settings):
     )
     precision: Literal["auto", "ieee", "tf32"] = Field(
         "auto",
-        description="of products of fp32 numbers on a GPU: tf32 rounds both factors to 10 bits, for its tensor cores, and "
-        "adds in fp32; auto is tf32; model.json has what that changes. A CPU rounds nothing",
+        description="of products of fp32 numbers on a GPU: tf32 rounds both factors to 10 bits, for its tensor cores, "
+        "and adds in fp32; auto is tf32; model.json has what that changes. A CPU rounds nothing",
     )
     store_weights: bool = Field(
         True,
