@@ -20,8 +20,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "optimal": ("fit optimal constants", ("task", "method")),
     "gaps": ("measure every component's ablation loss gap", ("task",)),
     "figures": ("draw the figures", ("task",)),
-    "circuit_search": ("find circuits", ("task", "method", "ablation")),
-    "circuit_evaluation": ("judge circuits on held-out prompts", ("task", "ablation")),
+    "circuits": ("find a method's circuits and judge them on held-out prompts", ("task", "method", "ablation")),
     "circuit_figures": ("draw the circuits and their Pareto fronts", ("task",)),
     "tracing_fit": ("fit optimal constants for causal tracing", ()),
     "tracing": ("trace facts", ()),
@@ -92,8 +91,7 @@ def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
         assert config.circuits is not None
         for ablation in config.circuits.ablations:
             for method in config.circuits.methods:
-                yield "circuit_search", {"task": task, "method": method, "ablation": ablation}
-            yield "circuit_evaluation", {"task": task, "ablation": ablation}
+                yield "circuits", {"task": task, "method": method, "ablation": ablation}
         yield "circuit_figures", {"task": task}
     if config.tracing is not None:
         if config.tracing.fitted:
@@ -180,53 +178,41 @@ def _drawn(folder: str, names: tuple[str, ...]) -> list[str]:
     return [f"{folder}{name}.{suffix}" for name in names for suffix in ("svg", "png")]
 
 
-def _circuit_search(layout: Layout, task: str, method: str, ablation: str) -> tuple[Named, Named]:
-    assert layout.config.circuits is not None
-    takes = layout.config.circuits.takes_constants(method, ablation)
+def _circuits(layout: Layout, task: str, method: str, ablation: str) -> tuple[Named, Named]:
+    settings = layout.config.circuits
+    assert settings is not None
+    takes = settings.takes_constants(method, ablation)
     inputs = _of_task(layout, task, "activations") | {"constants": [layout.constants(task, ablation)] if takes else []}
-    folder = f"{method}-{ablation}"
-    return inputs, {
-        "search": layout.circuits(task, f"{folder}/search.safetensors"),
-        "timing": layout.circuits(task, f"{folder}/timing.json"),
+
+    def of(name: str) -> str:
+        return layout.circuits(task, f"{method}-{ablation}/{name}")
+
+    outputs: Named = {
+        "search": of("search.safetensors"),
+        "losses": of("losses.safetensors"),
+        "pareto": of("pareto.csv"),
     }
-
-
-def _circuit_evaluation(layout: Layout, task: str, ablation: str) -> tuple[Named, Named]:
-    settings = layout.config.circuits
-    assert settings is not None
-
-    def each(file: str) -> list[str]:
-        return [layout.circuits(task, f"{method}-{ablation}/{file}") for method in settings.methods]
-
-    inputs = _of_task(layout, task, "activations")
-    inputs |= {"searches": each("search.safetensors"), "timings": each("timing.json")}
-    outputs: Named = {"losses": each("losses.safetensors"), "paretos": each("pareto.csv")}
-    return inputs, outputs | {"circuits": _circuits(layout, task, ablation)}
-
-
-def _circuits(layout: Layout, task: str, ablation: str) -> list[str]:
-    """The circuit files of one ablation type."""
-    settings = layout.config.circuits
-    assert settings is not None
-    return [
-        layout.circuits(task, f"{method}-{ablation}/{circuit_file(knob, seed)}")
-        for method in settings.methods
-        for knob in settings.knobs(method)
-        for seed in settings.seeds
-    ]
+    circuits = [of(circuit_file(knob, seed)) for knob in settings.knobs(method) for seed in settings.seeds]
+    return inputs, outputs | {"circuits": circuits}
 
 
 def _circuit_figures(layout: Layout, task: str) -> tuple[Named, Named]:
     settings = layout.config.circuits
     assert settings is not None
-    ablations = settings.ablations
-    judged = [files_of(layout, "circuit_evaluation", task=task, ablation=name)[1].named() for name in ablations]
+    judged = [
+        files_of(layout, "circuits", task=task, method=method, ablation=ablation)[1]
+        for ablation in settings.ablations
+        for method in settings.methods
+    ]
     inputs: Named = _of_task(layout, task)
-    inputs |= {name: [path for files in judged for path in files[name]] for name in ("losses", "paretos", "circuits")}
+    for name, of_each in {"losses": "losses", "paretos": "pareto", "circuits": "circuits"}.items():
+        inputs[name] = [str(path) for files in judged for path in files.all(of_each)]
     tables = ("pareto", "fronts", "stability", "edge_frequency")
     outputs: Named = {name: layout.circuits(task, f"{name}.csv") for name in tables}
     outputs |= {"figures": _drawn(layout.circuits(task, "figures/"), settings.figures())}
-    return inputs, outputs | {"drawings": [layout.circuits(task, f"figures/circuit_{name}.svg") for name in ablations]}
+    return inputs, outputs | {
+        "drawings": [layout.circuits(task, f"figures/circuit_{name}.svg") for name in settings.ablations]
+    }
 
 
 def _tracing_fit(layout: Layout) -> tuple[Named, Named]:
@@ -331,7 +317,7 @@ def _report(layout: Layout) -> tuple[Named, Named]:
 
 _FILES: dict[str, Callable[..., tuple[Named, Named]]] = {
     "demo": _demo, "model": _model, "prompts": _prompts, "activations": _activations, "optimal": _optimal,
-    "gaps": _gaps, "figures": _figures, "circuit_search": _circuit_search, "circuit_evaluation": _circuit_evaluation,
+    "gaps": _gaps, "figures": _figures, "circuits": _circuits,
     "circuit_figures": _circuit_figures, "tracing_fit": _tracing_fit, "tracing": _tracing,
     "tracing_figures": _tracing_figures, "lens_activations": _lens_activations, "lens_fit": _lens_fit,
     "lens_evaluation": _lens_evaluation, "lens_faithfulness": _lens_faithfulness,

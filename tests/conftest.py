@@ -176,6 +176,11 @@ def own_copy(tiny_run, tmp_path):
     return config.model_copy(update={"cache_dir": tmp_path, "results_dir": tmp_path / "results"})
 
 
+def stage_of(rule):
+    """The stage that a rule runs: each circuit method has a rule of its own."""
+    return "circuits" if rule.startswith("circuits_") else rule
+
+
 def snakemake_dag(values, path, *, forced=False):
     """Snakemake's plan for a config, which is written to `path`, without a process: dozens of questions a minute."""
     import io

@@ -34,7 +34,7 @@ from oacore.config.circuits import (
 from oacore.errors import UserError
 from oacore.fits.resume import NOT_KEPT, Resumable
 from oacore.models.graph import Graph
-from oacore.store.artefacts import read_tensors, write_tensors
+from oacore.store.artefacts import write_tensors
 from oacore.store.items import Item, Items
 from oacore.store.provenance import Provenance
 
@@ -138,17 +138,6 @@ class Search:
         tensors = {"masks": self.masks, "scores": self.scores.float()}
         tensors |= {f"curves/{name}": value for name, value in self.curves.items()}
         write_tensors(path, tensors, provenance.noting(knobs=self.knobs, seeds=self.seeds))
-
-    @classmethod
-    def load(cls, path: str | Path, provenance: Provenance) -> "Search":
-        """Read search.safetensors.
-
-        Raises:
-            UserError: the file is damaged, or of another model or other prompts.
-        """
-        facts, tensors = read_tensors(path, provenance)
-        curves = {name.removeprefix("curves/"): value for name, value in tensors.items() if name.startswith("curves/")}
-        return cls(tensors["masks"], tensors["scores"], facts["knobs"], facts["seeds"], curves)
 
 
 def find(request: SearchRequest, items: Items) -> tuple[Search, list[dict[str, Any]]]:

@@ -27,7 +27,6 @@ class SearchMethod(Row):
         objective: the one loss that it can look at; empty for a method that takes `circuits.objective`.
         takes_constants: it judges edges without training constants, so that under a fitted edge ablation it takes the
             constants that were fitted for each component alone.
-        quick: it takes a few passes over a few prompts, or none, and its job minutes.
         baseline: it looks at no loss, so that any other method must beat it.
         scattered: its circuits are drawn as points without a front.
         only_task, only_model: the one task and model whose circuit it knows; empty for a method that searches.
@@ -46,7 +45,6 @@ class SearchMethod(Row):
     ranks: bool = False
     objective: Literal["", "kl", "logit_diff"] = ""
     takes_constants: bool = False
-    quick: bool = False
     baseline: bool = False
     scattered: bool = False
     only_task: str = ""
@@ -101,7 +99,6 @@ CIRCUIT_METHODS = registry(
             keys=("n_prompts",),
             objective="logit_diff",
             takes_constants=True,
-            quick=True,
             cost=f"{_COST}:gradient_scores",
         ),
         SearchMethod(
@@ -112,7 +109,6 @@ CIRCUIT_METHODS = registry(
             ranks=True,
             keys=("n_prompts", "ig_steps"),
             takes_constants=True,
-            quick=True,
             cost=f"{_COST}:gradient_scores",
             gradient_passes="ig_steps",
             contrast=True,
@@ -150,7 +146,6 @@ CIRCUIT_METHODS = registry(
             "The published circuit that people found by hand.",
             Look(INK, "*"),
             knob="",
-            quick=True,
             baseline=True,
             only_task="ioi",
             only_model="GPT-2-small",
@@ -160,7 +155,6 @@ CIRCUIT_METHODS = registry(
             "oacore.circuits.random:search",
             "Edges drawn at random, as many as the other circuits have: what no method may fall short of.",
             Look(PALE, "."),
-            quick=True,
             baseline=True,
             scattered=True,
         ),

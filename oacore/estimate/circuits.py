@@ -28,8 +28,8 @@ from oacore.estimate.passes import descent_bytes, fit_flop
 from oacore.estimate.sizes import FP32
 
 
-class SearchCost(NamedTuple):
-    """What a search needs beside what all searches hold."""
+class CircuitCost(NamedTuple):
+    """What finding circuits, or judging them, needs beside what is held all along."""
 
     parts: Parts
     flop: float
@@ -55,20 +55,27 @@ def replacement_bytes(case: Case, n: int, t: int, ablation: EdgeAblationType, fi
     return constants * (3 if ablation.fitted else 1), 0.0
 
 
-def circuit_search(case: Case, task: str, method: CircuitMethod, ablation: EdgeAblation) -> Need:
-    """The method's own moment, beside what all searches hold."""
+def circuits(case: Case, task: str, method: CircuitMethod, ablation: EdgeAblation) -> Need:
+    """The search, then the judgement of what it found; one is over before the other begins."""
+    found, judged = search(case, task, method, ablation), judgement(case, task, method, ablation)
+    parts = held(case, task) | fullest(found.parts, judged.parts)
+    flop = found.flop + judged.flop
+    return Need("circuits", f"{task} {method} {ablation}", parts, flop, "limits.memory_gb", found.refusal)
+
+
+def search(case: Case, task: str, method: CircuitMethod, ablation: EdgeAblation) -> CircuitCost:
+    """By the method's own formula."""
     row = CIRCUIT_METHODS[method]
-    search: SearchCost = resolve(row.cost)(case, task, row, EDGE_ABLATIONS[ablation])
-    parts = held(case, task) | search.parts
-    return Need("circuit_search", f"{task} {method} {ablation}", parts, search.flop, "limits.memory_gb", search.refusal)
+    cost: CircuitCost = resolve(row.cost)(case, task, row, EDGE_ABLATIONS[ablation])
+    return cost
 
 
-def nothing(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> SearchCost:
+def nothing(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> CircuitCost:
     """A circuit that is known without a pass."""
-    return SearchCost({}, 0.0)
+    return CircuitCost({}, 0.0)
 
 
-def mask_learning(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> SearchCost:
+def mask_learning(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> CircuitCost:
     """F R masks: 4 J S of each five times (masks, gradients, rescaled, two of backward), 2 E of noise and alpha; Adam's
     5 F E, for each parameter of an edge.
     """
@@ -83,10 +90,10 @@ def mask_learning(case: Case, task: str, method: SearchMethod, ablation: EdgeAbl
     step = masked_pass(case, t, n_masks, F, gradient=True)
     moment = fullest(step | {"masks": masks}, {"masks": masks / 2, "making replacements": making})
     flop = fit.steps * masked_pass_flop(s, n_masks, t, gradient=True)
-    return SearchCost(moment | {"optimiser": parameters, "replacements": replacement}, flop)
+    return CircuitCost(moment | {"optimiser": parameters, "replacements": replacement}, flop)
 
 
-def gradient_scores(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> SearchCost:
+def gradient_scores(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> CircuitCost:
     """One gradient pass of n prompts, or as many as a key of the config says; with a contrast, every source's output
     beside it.
     """
@@ -103,10 +110,10 @@ def gradient_scores(case: Case, task: str, method: SearchMethod, ablation: EdgeA
         parts["contrast of rows"] = 2 * rows * contrast / n
     moment = fullest(parts, {"making replacements": making})
     flop = len(circuits.seeds) * n_passes * masked_pass_flop(s, n, t, gradient=True)
-    return SearchCost(moment | {"replacements": replacement + contrast, "masks": 6 * mask_bytes(s)}, flop)
+    return CircuitCost(moment | {"replacements": replacement + contrast, "masks": 6 * mask_bytes(s)}, flop)
 
 
-def edge_by_edge(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> SearchCost:
+def edge_by_edge(case: Case, task: str, method: SearchMethod, ablation: EdgeAblationType) -> CircuitCost:
     """A pass without gradients of n prompts for every edge, and for every knob where each goes its own way; masks of
     those that are judged side by side thrice.
     """
@@ -119,23 +126,23 @@ def edge_by_edge(case: Case, task: str, method: SearchMethod, ablation: EdgeAbla
     moment = fullest(masked_pass(case, t, n * M, M, gradient=False), {"making replacements": making})
     parts = moment | {"replacements": replacement, "masks": 3 * M * mask_bytes(s)}
     if method.most_passes and E * n > method.most_passes:
-        return SearchCost(parts, 0.0, f"{method.name} refuses more than {method.most_passes:,} passes: {E * n:,} here")
-    return SearchCost(parts, E * len(circuits.seeds) * n_sweeps * masked_pass_flop(s, n, t, gradient=False))
+        return CircuitCost(parts, 0.0, f"{method.name} refuses more than {method.most_passes:,} passes: {E * n:,} here")
+    return CircuitCost(parts, E * len(circuits.seeds) * n_sweeps * masked_pass_flop(s, n, t, gradient=False))
 
 
-def circuit_evaluation(case: Case, task: str, ablation: EdgeAblation) -> Need:
+def judgement(case: Case, task: str, method: CircuitMethod, ablation: EdgeAblation) -> CircuitCost:
     """C circuits: their masks thrice in fp32; where constants are fitted, 15 values each in a step, and their writes 3
     C S Q d.
     """
     s, circuits, row = case.sizes, case.config.circuits, EDGE_ABLATIONS[ablation]
     assert circuits is not None
     t, (n_train, n_validation, n_test) = case.prompt_tokens(task) - 1, case.n_prompts(task)
-    C, fit = sum(case.n_circuits(method) for method in circuits.methods), circuits.refit
+    C, fit = case.n_circuits(method), circuits.refit
     n_most, n_held_out = max(n_validation, n_test), n_validation + n_test
     moment = masked_pass(case, t, C * n_most, C, gradient=False)
     flop = masked_pass_flop(s, C * n_held_out, t, gradient=False)
     replacement, making = replacement_bytes(case, min(REPLACED_AT_ONCE, n_most), t, row, fits=C)
-    parts = held(case, task) | {"masks": 3 * C * mask_bytes(s), "replacements": replacement}
+    parts: Parts = {"masks": 3 * C * mask_bytes(s), "replacements": replacement}
     if row.fitted:
         B, Q = min(fit.batch_size, n_train), t if row.positional else 1
         parts["optimiser"] = descent_bytes(C * Q * (s.d_model + s.n_layers * (s.z + s.d_model)))
@@ -145,5 +152,4 @@ def circuit_evaluation(case: Case, task: str, ablation: EdgeAblation) -> Need:
             step=lambda: masked_pass_flop(s, C * B, t, gradient=True),
             test=lambda: masked_pass_flop(s, C * n_validation, t, gradient=False),
         )
-    parts |= fullest(moment, {"making replacements": making})
-    return Need("circuit_evaluation", f"{task} {ablation}", parts, flop, "limits.memory_gb")
+    return CircuitCost(parts | fullest(moment, {"making replacements": making}), flop)

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_fits.py --config config/demo.yaml --task ioi --kind refit --every 6
 
-Needs a run of the config up to `circuit_evaluation` (refit), `activations` (optimal) or `lens_activations` (oca). Every
+Needs a run of the config up to `circuits` (refit), `activations` (optimal) or `lens_activations` (oca). Every
 `--every`-th fit is made twice from the same start: by the config's settings, and with `--times` their cap on steps and
 a fifth of their tolerance. Prints for each its steps and validation loss, what it says is left, and how far above the
 long fit it is.
@@ -15,7 +15,6 @@ import torch
 from oacore.ablation.components import components_of
 from oacore.ablation.optimal import fit_constants, starting_means
 from oacore.circuits.evaluate import refit_constants
-from oacore.circuits.search import Search
 from oacore.circuits.task import CircuitTask
 from oacore.config.base import OptimalFit
 from oacore.config.lenses import LENSES
@@ -28,6 +27,7 @@ from oacore.inputs import gated_model, read_splits
 from oacore.jobs import files_of
 from oacore.lenses.fit import fit_lens, fits_of
 from oacore.lenses.task import LensTask
+from oacore.store.artefacts import read_tensors
 from oacore.store.layout import Layout
 
 ABLATION = "optimal"
@@ -37,15 +37,15 @@ def refit(config: Config, task: str, every: int) -> tuple[OptimalFit, list[str],
     """The constants of every n-th circuit that the methods found."""
     layout, settings = Layout(config), config.circuits
     searched = {
-        method: files_of(layout, "circuit_search", task=task, method=method, ablation=ABLATION)
-        for method in settings.methods
+        method: files_of(layout, "circuits", task=task, method=method, ablation=ABLATION) for method in settings.methods
     }
     opened = CircuitTask.open(config, next(iter(searched.values()))[0], task)
     names, masks = [], []
     for method, (_, outputs) in searched.items():
-        search = Search.load(outputs.every()[0], opened.provenance.requiring(method=method, ablation=ABLATION))
-        names += [f"{method} {int(mask.sum())}" for mask in search.masks]
-        masks += list(search.masks)
+        provenance = opened.provenance.requiring(method=method, ablation=ABLATION)
+        _, tensors = read_tensors(outputs["search"], provenance)
+        names += [f"{method} {int(mask.sum())}" for mask in tensors["masks"]]
+        masks += list(tensors["masks"])
     chosen = torch.stack(masks[::every]).float()
 
     def fit(settings: OptimalFit) -> Descent:

@@ -35,9 +35,9 @@ from oacore.engine.activations import read_final, read_statistics, write_activat
 from oacore.engine.clean import Batch, clean_pass
 from oacore.engine.masked import Engine
 from oacore.engine.statistics import Statistics
-from oacore.estimate import table
+from oacore.estimate import circuits, table
 from oacore.estimate.case import Case
-from oacore.estimate.need import Need
+from oacore.estimate.need import Parts
 from oacore.estimate.sizes import Sizes, number_bytes
 from oacore.lenses.fit import fit_lens
 from oacore.lenses.lens import LensSources
@@ -203,8 +203,11 @@ class Stages:
         train = passes["train"].examples
         start = starting_constants(ablation, TrainingPrompts(engine, statistics, train.batch, train.counterfactual))
         scales, graph = constant_scales(self.model, statistics), engine.graph
-        if method == "evaluation":
-            masks = torch.rand(4, graph.n_destinations, graph.n_sources).gt(0.5) & torch.from_numpy(graph.valid.copy())
+        if method == "judgement":
+            n_circuits = self.case.n_circuits("ugs")
+            masks = torch.rand(n_circuits, graph.n_destinations, graph.n_sources).gt(0.5) & torch.from_numpy(
+                graph.valid.copy()
+            )
             masks = graph.prune(masks).float()
             names = [str(index) for index in range(len(masks))]
             constants, _ = refit_constants(
@@ -252,26 +255,25 @@ class Stages:
         sources = LensSources(self.model, cache, self.batch("train"), settings, self.config.seed, self.budget)
         fit_lens(LENSES[lens], init, sources, getattr(settings, LENSES[lens].fit))
 
-    def cases(self) -> list[tuple[str, Callable[[], None], Need]]:
+    def cases(self) -> list[tuple[str, Callable[[], None], Parts]]:
         case, need = self.case, table.RULES
         found = [
-            ("activations", self.activations, need["activations"](case, "ioi")),
-            ("optimal", self.optimal, need["optimal"](case, "ioi", "optimal")),
-            ("gaps", self.gaps, need["gaps"](case, "ioi")),
+            ("activations", self.activations, need["activations"](case, "ioi").parts),
+            ("optimal", self.optimal, need["optimal"](case, "ioi", "optimal").parts),
+            ("gaps", self.gaps, need["gaps"](case, "ioi").parts),
         ]
         for method, ablation in (("ugs", "optimal"), ("ugs", "counterfactual"), ("eap_ig", "counterfactual")):
             run = lambda method=method, ablation=ablation: self.circuits(method, ablation)  # noqa: E731
-            found.append((f"{method} {ablation}", run, need["circuit_search"](case, "ioi", method, ablation)))
-        found.append(
-            (
-                "evaluation",
-                lambda: self.circuits("evaluation", "optimal"),
-                need["circuit_evaluation"](case, "ioi", "optimal"),
-            )
-        )
-        found.append(("tracing_fit", self.tracing_fit, need["tracing_fit"](case)))
+            cost = circuits.search(case, "ioi", method, ablation)
+            found.append((f"{method} {ablation}", run, circuits.held(case, "ioi") | cost.parts))
+        cost = circuits.judgement(case, "ioi", "ugs", "optimal")
+        run = lambda: self.circuits("judgement", "optimal")  # noqa: E731
+        found.append(("judgement", run, circuits.held(case, "ioi") | cost.parts))
+        found.append(("tracing_fit", self.tracing_fit, need["tracing_fit"](case).parts))
         for name in ("oca", "tuned-random"):
-            found.append((f"lens {name}", lambda name=name: self.lens_fit(name), need["lens_fit"](case, "ioi", name)))
+            found.append(
+                (f"lens {name}", lambda name=name: self.lens_fit(name), need["lens_fit"](case, "ioi", name).parts)
+            )
         return found
 
 
@@ -286,12 +288,12 @@ def main(dtype: str) -> None:
         gc.collect()
         libc.malloc_trim(0)
         base = status("VmRSS")
-        for name, run, need in Stages(dtype, Path(folder)).cases():
+        for name, run, parts in Stages(dtype, Path(folder)).cases():
             gc.collect()
             libc.malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             run()
-            print(json.dumps({"case": name, "measured": status("VmHWM") - base, "parts": need.parts}), flush=True)
+            print(json.dumps({"case": name, "measured": status("VmHWM") - base, "parts": parts}), flush=True)
 
 
 if __name__ == "__main__":

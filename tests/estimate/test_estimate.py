@@ -185,7 +185,7 @@ def test_twice_the_layers_take_twice_the_blocks_and_their_activations(sizes):
 
 def test_bf16_halves_weights_but_not_masks_and_constants(sizes):
     one, half = needs_of(sizes), needs_of(replace(sizes, number_bytes=2))
-    job = ("circuit_search", "ioi ugs optimal")
+    job = ("circuits", "ioi ugs optimal")
     for part in ("weights", "folded weights", "cache rows"):
         assert half[job].parts[part] == one[job].parts[part] / 2
     for part in ("masks", "optimiser", "replacements", "constants"):
@@ -195,7 +195,7 @@ def test_bf16_halves_weights_but_not_masks_and_constants(sizes):
 def test_the_named_key_lowers_the_memory(sizes):
     for limits, rules in (
         ({"tokens_per_batch": 168}, ("activations", "optimal", "gaps", "tracing_fit")),
-        ({"memory_gb": 0.05}, ("circuit_search",)),
+        ({"memory_gb": 0.05}, ("circuits",)),
     ):
         before, after = needs_of(sizes), needs_of(sizes, **limits)
         assert all(after[job].peak_bytes < before[job].peak_bytes for job in before if job[0] in rules)
@@ -224,21 +224,21 @@ def test_a_method_is_costed_by_the_formula_of_its_row(sizes, monkeypatch):
     case = Case(parse_config(CONFIG), sizes, gpu=True)
     row = SimpleNamespace(**vars(CIRCUIT_METHODS["ugs"]) | {"cost": f"{__name__}:toy_formula"})
     monkeypatch.setattr(circuits, "CIRCUIT_METHODS", {"ugs": row})
-    need = circuits.circuit_search(case, "ioi", "ugs", "mean")
-    assert need.parts["toy"] == 7 and need.flop == 11 and need.job == "ioi ugs mean"
+    need, judged = circuits.circuits(case, "ioi", "ugs", "mean"), circuits.judgement(case, "ioi", "ugs", "mean")
+    assert need.parts["toy"] == 7e12 and need.flop == 11 + judged.flop and need.job == "ioi ugs mean"
 
 
 def toy_formula(case, task, method, ablation):
     assert method.name == "ugs" and not ablation.per_prompt
-    return circuits.SearchCost({"toy": 7}, 11)
+    return circuits.CircuitCost({"toy": 7e12}, 11)
 
 
 def test_a_search_that_refuses_a_model_says_so(sizes):
     case = Case(parse_config(CONFIG), replace(sizes, n_layers=32, n_heads=32), gpu=True)
-    need = circuits.circuit_search(case, "ioi", "exact", "mean")
+    need = circuits.circuits(case, "ioi", "exact", "mean")
     E = case.sizes.graph.n_edges
-    assert need.refusal == f"exact refuses more than 500,000 passes: {16 * E:,} here" and need.flop == 0
-    assert f"! circuit_search ioi exact mean: {need.refusal}" in table.table(
+    assert need.refusal == f"exact refuses more than 500,000 passes: {16 * E:,} here"
+    assert f"! circuits ioi exact mean: {need.refusal}" in table.table(
         [need], device="GPU", memory_bytes=0, flop_per_second=None
     )
 

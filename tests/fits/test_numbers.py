@@ -161,7 +161,7 @@ MEASURED = {
     "lens_evaluation": {"task": "text"},
     "lens_faithfulness": {"task": "text"},
     "lens_truthfulness": {"task": "text"},
-    "circuit_evaluation": {"task": "ioi", "ablation": "counterfactual"},
+    "circuits": {"task": "ioi", "method": "hcgs", "ablation": "counterfactual"},
 }
 VARIES = ("fit_seconds", "peak_mb")  # from run to run
 

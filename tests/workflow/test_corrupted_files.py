@@ -85,7 +85,6 @@ READERS = {
     "constants.safetensors": (lambda layout: layout.constants("ioi", "optimal"), read_tensors),
     "search.safetensors": (lambda layout: layout.circuits("ioi", "ugs-optimal/search.safetensors"), read_tensors),
     "circuit.json": (lambda layout: layout.circuits("ioi", f"eap-optimal/{circuit_file(40, 0)}"), read_circuit),
-    "timing.json": (lambda layout: layout.circuits("ioi", "eap-optimal/timing.json"), read_json),
     "gaps.csv": (lambda layout: layout.ablation("ioi", "gaps.csv"), read_table),
     "seal": (lambda layout: layout.ablation("ioi", ".gaps.csv.seal"), read_sealed),
     "figure.svg": (lambda layout: layout.ablation("ioi", "gap_distributions.svg"), read_svg),
@@ -172,30 +171,20 @@ READ_BY = {
     "activations": (lambda layout: layout.activations("ioi"), "gaps", {"task": "ioi"}),
     "activations of circuits": (
         lambda layout: layout.activations("ioi"),
-        "circuit_evaluation",
-        {"task": "ioi", "ablation": "optimal"},
+        "circuits",
+        {"task": "ioi", "method": "random", "ablation": "optimal"},
     ),
     "activations of lenses": (lambda layout: layout.activations("text"), "lens_fit", {"task": "text", "lens": "oca"}),
     "constants": (lambda layout: layout.constants("ioi", "optimal"), "gaps", {"task": "ioi"}),
     "constants of circuits": (
         lambda layout: layout.constants("ioi", "optimal"),
-        "circuit_search",
+        "circuits",
         {"task": "ioi", "method": "eap", "ablation": "optimal"},
     ),
     "curves": (lambda layout: layout.constants("ioi", "optimal_positional"), "figures", {"task": "ioi"}),
     "gaps": (lambda layout: layout.ablation("ioi", "gaps.csv"), "figures", {"task": "ioi"}),
     "summary": (lambda layout: layout.ablation("ioi", "summary.csv"), "report", {}),
     "figure": (lambda layout: layout.ablation("ioi", "convergence_curves.svg"), "report", {}),
-    "search": (
-        lambda layout: layout.circuits("ioi", "hcgs-counterfactual/search.safetensors"),
-        "circuit_evaluation",
-        {"task": "ioi", "ablation": "counterfactual"},
-    ),
-    "timing": (
-        lambda layout: layout.circuits("ioi", "hcgs-counterfactual/timing.json"),
-        "circuit_evaluation",
-        {"task": "ioi", "ablation": "counterfactual"},
-    ),
     "pareto of a method": (
         lambda layout: layout.circuits("ioi", "ugs-optimal/pareto.csv"),
         "circuit_figures",
@@ -242,7 +231,7 @@ def of_another_model(path):
         case ".safetensors":
             facts, tensors = read_tensors(path)
             write_tensors(path, tensors, of_other(facts))
-        case ".json" if "circuits" in str(path) and path.name != "timing.json":
+        case ".json" if "circuits" in str(path):
             ours = mib_file.load_circuit(path)
             facts = ours.facts | {"model_hash": OTHER}
             mib_file.save_circuit(path, circuit.Circuit(**{**vars(ours), "facts": facts}))

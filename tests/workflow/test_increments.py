@@ -76,7 +76,7 @@ def run(own_copy, monkeypatch):
 def tables(layout):
     """Every file of a run by name, but for pictures, and for what says how long something took."""
     root = Path(layout.results_dir)
-    timed = ("timing.json", "pareto.csv", ".pareto.csv.seal", ".lock", ".jobs.lock", "report.html")
+    timed = ("pareto.csv", ".pareto.csv.seal", ".lock", ".jobs.lock", "report.html")
     files = (path for path in root.rglob("*") if path.is_file() and path.suffix not in (".png", ".svg"))
     return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name not in timed}
 

@@ -26,7 +26,8 @@ N_KILLS = int(os.environ.get("OA_KILLS", "1"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LONG = {"first_round": 5, "tolerance": 1e-6}
 
-# stage: (what it is run for, changes that make it long, its outputs, its checkpoint, steps between two checkpoints)
+# stage, and which part of it: (what it is run for, changes that make it long, its outputs, its checkpoint, steps
+# between two checkpoints)
 STAGES = {
     "optimal": (
         {"task": "ioi", "method": "optimal"},
@@ -35,20 +36,20 @@ STAGES = {
         lambda layout: layout.ablation("ioi", ".constants-optimal-checkpoint-fit.safetensors"),
         5,
     ),
-    "circuit_search": (
+    "circuits, found": (
         {"task": "ioi", "method": "ugs", "ablation": "optimal"},
         {"circuits": {"masks": {"n_steps": 20, "record_every": 2}}},
         lambda layout: [layout.circuits("ioi", "ugs-optimal/search.safetensors")],
         lambda layout: layout.circuits("ioi", "ugs-optimal/.search-checkpoint-search.safetensors"),
         2,
     ),
-    "circuit_evaluation": (
-        {"task": "ioi", "ablation": "optimal"},
+    "circuits, judged": (
+        {"task": "ioi", "method": "acdc", "ablation": "optimal"},
         {"circuits": {"methods": ["acdc"], "refit": LONG | {"first_round": 3, "max_steps": 93}}},
         lambda layout: [
             layout.circuits("ioi", f"acdc-optimal/{name}") for name in ("constants.safetensors", "pareto.csv")
         ],
-        lambda layout: layout.circuits("ioi", ".refit-optimal-checkpoint-fit.safetensors"),
+        lambda layout: layout.circuits("ioi", "acdc-optimal/.search-checkpoint-fit.safetensors"),
         3,
     ),
     "tracing_fit": (
@@ -84,9 +85,9 @@ def items(layout):
     return set((Path(layout.model_dir) / FOLDER).rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_a_random_moment(own_copy, tmp_path, capfd, stage):
-    what, changes, outputs, checkpoint, interval = STAGES[stage]
+@pytest.mark.parametrize("case", STAGES)
+def test_killed_at_a_random_moment(own_copy, tmp_path, capfd, case):
+    (what, changes, outputs, checkpoint, interval), stage = STAGES[case], case.partition(",")[0]
     config = parse_config(merged(own_copy.model_dump(mode="json"), changes))
     layout = Layout(config)
     kept, written = Path(checkpoint(layout)), [Path(path) for path in outputs(layout)]
@@ -115,7 +116,7 @@ def test_killed_at_a_random_moment(own_copy, tmp_path, capfd, stage):
         "env": os.environ | {"OMP_NUM_THREADS": "1"},
     }
     for number in range(N_KILLS):
-        dice = random.Random(f"{stage} {number}")
+        dice = random.Random(f"{case} {number}")
         for file in (*written, *(items(layout) - before)):
             file.unlink()
         process = subprocess.Popen(command, **options)
@@ -125,7 +126,7 @@ def test_killed_at_a_random_moment(own_copy, tmp_path, capfd, stage):
             if kept.exists() and (now := kept.stat().st_mtime_ns) != last:
                 seen, last = seen + 1, now
         time.sleep(dice.random() * 0.1)
-        process.send_signal(SIGNALS[(number + list(STAGES).index(stage)) % len(SIGNALS)])
+        process.send_signal(SIGNALS[(number + list(STAGES).index(case)) % len(SIGNALS)])
         errors = process.communicate()[1].decode()
         assert process.returncode != 0, "it was over before the kill"
         assert "Traceback" not in errors, errors

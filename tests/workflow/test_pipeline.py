@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from conftest import stage_of
 from safetensors.torch import load_file
 
 from oacore.config.model import SHIPPED_DEMO
@@ -91,7 +93,7 @@ def test_outputs_are_exactly_those_promised(finished):
     for method in circuits.methods:
         for ablation in circuits.ablations:
             files = {circuit_file(knob, seed) for knob in circuits.knobs(method) for seed in circuits.seeds}
-            files |= {"search.safetensors", "timing.json", "pareto.csv", "losses.safetensors"} | (
+            files |= {"search.safetensors", "pareto.csv", "losses.safetensors"} | (
                 {"constants.safetensors"} if ablation == "optimal" else set()
             )
             assert names_in(layout.circuits("ioi", f"{method}-{ablation}")) == files
@@ -554,11 +556,10 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
         path = tmp_path / "changed.yaml"
         path.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | change))
         output = snakemake("-n", "--configfile", path, *where).stdout
-        return {
-            name: int(count)
-            for name, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.M)
-            if name not in ("total", "all")
-        }
+        counts = Counter()
+        for name, count in re.findall(r"^(\w+)\s+(\d+)$", output, re.M):
+            counts[stage_of(name)] += int(count)
+        return counts - Counter({"total": counts["total"], "all": counts["all"]})
 
     tiny = yaml.safe_load(TINY.read_text())
     assert stale({"limits": {"threads": 2}, "device": "auto"}) == {}
@@ -569,17 +570,16 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
     }
     fit_again = stale({"ablation": tiny["ablation"] | {"optimal": tiny["ablation"]["optimal"] | {"tolerance": 0.02}}})
     # Methods that judge edges without training constants take the components'.
-    judged = {"circuit_search": 4, "circuit_evaluation": 1, "circuit_figures": 1}
+    judged = {"circuits": 4, "circuit_figures": 1}
     assert fit_again == {"optimal": 4, "gaps": 2, "figures": 2, "report": 1} | judged
     circuits = tiny["circuits"]
     assert stale({"circuits": circuits | {"refit": circuits["refit"] | {"max_steps": 11}}}) == {
-        "circuit_evaluation": 1,
+        "circuits": 8,
         "circuit_figures": 1,
         "report": 1,
     }
     assert stale({"circuits": circuits | {"thresholds": [0.06]}}) == {
-        "circuit_search": 2,
-        "circuit_evaluation": 2,
+        "circuits": 2,
         "circuit_figures": 1,
         "report": 1,
     }
@@ -612,7 +612,7 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
         "report": 1,
     }
     other_task = stale({"tasks": tiny["tasks"] | {"ioi": tiny["tasks"]["ioi"] | {"n_train": 65}}})
-    every_circuit = {"circuit_search": 16, "circuit_evaluation": 2, "circuit_figures": 1}
+    every_circuit = {"circuits": 16, "circuit_figures": 1}
     assert (
         other_task
         == {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "report": 1} | every_circuit
@@ -656,7 +656,7 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
     for method in config.circuits.methods:
         for ablation in config.circuits.ablations:
             for path in Path(layout.circuits("ioi", f"{method}-{ablation}")).iterdir():
-                if path.name not in ("timing.json", "pareto.csv", ".pareto.csv.seal"):  # which hold how long it took
+                if path.name not in ("pareto.csv", ".pareto.csv.seal"):  # which hold how long it took
                     same = Path(again.circuits("ioi", f"{method}-{ablation}/{path.name}"))
                     assert same.read_bytes() == path.read_bytes(), path
 
@@ -843,7 +843,7 @@ def test_command_line_lists_its_stages():
         "optimal",
         "gaps",
         "figures",
-        "circuit_search",
+        "circuit_figures",
         "tracing",
         "report",
     } < set(rules)

@@ -22,9 +22,9 @@ LOST = {
     "constants": (lambda layout: layout.constants("ioi", "optimal"), {"optimal"}),
     "summary": (lambda layout: layout.ablation("ioi", "summary.csv"), {"gaps"}),
     "figure": (lambda layout: layout.ablation("facts", "layer_head_heatmap.png"), {"figures"}),
-    "circuit": (lambda layout: layout.circuits("ioi", "acdc-optimal/0.05-s1.json"), {"circuit_evaluation"}),
+    "circuit": (lambda layout: layout.circuits("ioi", "acdc-optimal/0.05-s1.json"), {"circuits_acdc"}),
     "pareto": (lambda layout: layout.circuits("ioi", "pareto.csv"), {"circuit_figures"}),
-    "search": (lambda layout: layout.circuits("ioi", "ugs-optimal/search.safetensors"), {"circuit_search"}),
+    "search": (lambda layout: layout.circuits("ioi", "ugs-optimal/search.safetensors"), {"circuits_ugs"}),
     "facts": (lambda layout: layout.tracing("facts.json"), {"tracing"}),
     "lens": (lambda layout: layout.lens("text", "grad.safetensors"), {"lens_fit"}),
     "drawing": (lambda layout: layout.lens("text", "figures/prompt_0.svg"), {"lens_figures"}),
@@ -53,7 +53,7 @@ def test_a_circuit_of_a_knob_that_is_gone_goes(own_copy):
     folder = Path(layout.circuits("ioi", "ugs-optimal"))
     before = {path: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"}
     shutil.copy(folder / "0.1-s0.json", folder / "0.7-s0.json")
-    run_stage("circuit_evaluation", own_copy, task="ioi", ablation="optimal")
+    run_stage("circuits", own_copy, task="ioi", method="ugs", ablation="optimal")
     assert {path: path.read_bytes() for path in folder.iterdir() if path.suffix == ".json"} == before
 
 

@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from conftest import snakemake_dag
+from conftest import snakemake_dag, stage_of
 from pydantic import BaseModel
 
 from oacore.config.model import DEMO_TRAINED, SHIPPED_DEMO, DemoModel
@@ -27,8 +27,8 @@ TINY = yaml.safe_load((ROOT / "tests/configs/tiny.yaml").read_text())
 
 
 def planned(values, path):
-    """Jobs by rule that Snakemake would run for a config."""
-    return Counter(job.rule.name for job in snakemake_dag(values, path).needrun_jobs()) - Counter(["all"])
+    """Jobs by stage that Snakemake would run for a config."""
+    return Counter(stage_of(job.rule.name) for job in snakemake_dag(values, path).needrun_jobs()) - Counter(["all"])
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,10 @@ def with_value(values, path, value):
 
 REPORT = {"report": 1}
 GAPS = {"gaps": 2, "figures": 2} | REPORT
-JUDGED = {"circuit_evaluation": 2, "circuit_figures": 1} | REPORT
-REFIT = JUDGED | {"circuit_evaluation": 1}  # of optimal ablation
+SHOWN = {"circuit_figures": 1} | REPORT
 CONSTANTS = {
     "optimal": 4,
-    "circuit_search": 4,
-    "circuit_evaluation": 1,
+    "circuits": 4,
     "circuit_figures": 1,
 } | GAPS  # EAP, EAP-IG, ACDC, exact take them
 TRACED = {"tracing": 1, "tracing_figures": 1} | REPORT
@@ -65,10 +63,10 @@ OCA = LENSES | {"lens_fit": 3}  # oca, oca_shared, linear_oca
 TUNED = MEASURED | {"lens_fit": 4}  # tuned twice, linear_oca, grad
 FAITHFULNESS = {"lens_faithfulness": 1, "lens_figures": 1} | REPORT
 TRUTHFULNESS = {"lens_truthfulness": 1, "lens_figures": 1} | REPORT
-OF_IOI = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "circuit_search": 16} | JUDGED
+OF_IOI = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "circuits": 16} | SHOWN
 OF_FACTS = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1} | TRACING
 OF_TEXT = {"prompts": 1, "activations": 1} | LENSES
-RESULTS = {"optimal": 4, "circuit_search": 16} | GAPS | JUDGED | TRACING | LENSES
+RESULTS = {"optimal": 4, "circuits": 16} | GAPS | SHOWN | TRACING | LENSES
 PROMPTS = {"prompts": 3, "activations": 3} | RESULTS
 EVERYTHING = {"model": 1} | PROMPTS
 NOTHING: dict[str, int] = {}
@@ -103,26 +101,26 @@ KEYS = {
         f"ablation.optimal.{key}": (7, CONSTANTS) for key in ("learning_rate", "batch_size", "first_round", "max_steps")
     },
     "ablation.optimal.tolerance": (0.5, CONSTANTS),
-    "circuits.methods": (["ugs", "hcgs", "topk", "eap", "eap_ig", "acdc", "exact"], JUDGED),
+    "circuits.methods": (["ugs", "hcgs", "topk", "eap", "eap_ig", "acdc", "exact"], SHOWN),
     "circuits.ablations": (["optimal"], {"circuit_figures": 1} | REPORT),
-    "circuits.objective": ("logit_diff", {"circuit_search": 14} | JUDGED),  # EAP takes it in any case
-    "circuits.seeds": ([0, 2], {"circuit_search": 16} | JUDGED),
-    "circuits.lambdas": ([1e-3, 1e-2], {"circuit_search": 4} | JUDGED),
-    "circuits.thresholds": ([0.06], {"circuit_search": 2} | JUDGED),
-    "circuits.sizes": ([40, 0.3], {"circuit_search": 10} | JUDGED),
-    "circuits.n_prompts": (5, {"circuit_search": 8} | JUDGED),
-    "circuits.ig_steps": (4, {"circuit_search": 2} | JUDGED),
+    "circuits.objective": ("logit_diff", {"circuits": 14} | SHOWN),  # EAP takes it in any case
+    "circuits.seeds": ([0, 2], {"circuits": 16} | SHOWN),
+    "circuits.lambdas": ([1e-3, 1e-2], {"circuits": 4} | SHOWN),
+    "circuits.thresholds": ([0.06], {"circuits": 2} | SHOWN),
+    "circuits.sizes": ([40, 0.3], {"circuits": 10} | SHOWN),
+    "circuits.n_prompts": (5, {"circuits": 8} | SHOWN),
+    "circuits.ig_steps": (4, {"circuits": 2} | SHOWN),
     **{
-        f"circuits.masks.{key}": (7, {"circuit_search": 6} | JUDGED)
+        f"circuits.masks.{key}": (7, {"circuits": 6} | SHOWN)
         for key in ("n_steps", "n_samples", "n_prompts", "learning_rate")
     },
-    **{f"circuits.masks.{key}": (7, {"circuit_search": 6} | JUDGED) for key in ("constants_rate", "record_every")},
-    "circuits.masks.dynamic_window": (True, {"circuit_search": 6} | JUDGED),
+    **{f"circuits.masks.{key}": (7, {"circuits": 6} | SHOWN) for key in ("constants_rate", "record_every")},
+    "circuits.masks.dynamic_window": (True, {"circuits": 6} | SHOWN),
     **{
-        f"circuits.refit.{key}": (7, JUDGED | {"circuit_evaluation": 1})
+        f"circuits.refit.{key}": (7, {"circuits": 8} | SHOWN)
         for key in ("learning_rate", "batch_size", "first_round", "max_steps")
     },
-    "circuits.refit.tolerance": (0.5, JUDGED | {"circuit_evaluation": 1}),
+    "circuits.refit.tolerance": (0.5, {"circuits": 8} | SHOWN),
     "tracing.corruptions": (["gaussian"], TRACED),
     "tracing.noise_scales": ([1, 2], TRACED),
     "tracing.n_draws": (3, TRACED),
@@ -263,7 +261,7 @@ def test_circuits_of_another_task_are_that_task_s(finished):
     values, path, _ = finished
     without_eap = [method for method in TINY["circuits"]["methods"] if method != "eap"]  # which facts refuse
     changed = with_value(with_value(values, "circuits.tasks", ["facts"]), "circuits.methods", without_eap)
-    assert planned(changed, path) == {"circuit_search": 14} | JUDGED
+    assert planned(changed, path) == {"circuits": 14} | SHOWN
 
 
 @pytest.fixture(scope="module")
@@ -328,17 +326,15 @@ def test_comments_docstrings_and_formatting_re_run_nothing(finished, code):
 
 # Which rules take up what a rule makes.
 NEXT = {
-    "model": "prompts activations optimal gaps figures circuit_search circuit_evaluation circuit_figures tracing_fit "
+    "model": "prompts activations optimal gaps figures circuits circuit_figures tracing_fit "
     "tracing tracing_figures lens_fit lens_evaluation lens_faithfulness lens_truthfulness lens_figures report",
-    "prompts": "activations optimal gaps circuit_search circuit_evaluation tracing_fit tracing lens_fit "
+    "prompts": "activations optimal gaps circuits tracing_fit tracing lens_fit "
     "lens_evaluation lens_faithfulness lens_truthfulness report",
-    "activations": "optimal gaps circuit_search circuit_evaluation lens_fit lens_evaluation lens_faithfulness "
-    "lens_truthfulness",
-    "optimal": "gaps figures circuit_search",
+    "activations": "optimal gaps circuits lens_fit lens_evaluation lens_faithfulness lens_truthfulness",
+    "optimal": "gaps figures circuits",
     "gaps": "figures report",
     "figures": "report",
-    "circuit_search": "circuit_evaluation",
-    "circuit_evaluation": "circuit_figures",
+    "circuits": "circuit_figures",
     "circuit_figures": "report",
     "tracing_fit": "tracing",
     "tracing": "tracing_figures report",
@@ -360,16 +356,15 @@ MODULES = {
     "activations": "engine/activations engine/prompts engine/statistics stages/activations",
     "optimal tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch metrics",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
-    "gaps circuit_evaluation tracing lens_evaluation": "fits/convergence",
+    "gaps circuits tracing lens_evaluation": "fits/convergence",
     "gaps": "ablation/gaps ablation/replacements stages/gaps",
     "figures": "ablation/plots ablation/tables fits/curves stages/figures",
     "figures circuit_figures tracing_figures lens_figures": "report/figures report/numbers",
     "figures circuit_figures tracing_figures": "report/series",
-    "circuit_search": "circuits/circuit circuits/constants circuits/numbers circuits/passes circuits/replacements "
-    "circuits/search circuits/task engine/buffers engine/folded engine/masked engine/masked_backward "
-    "engine/masked_blocks engine/masked_pass stages/circuit_search oakernels/constants oakernels/masked_mix "
-    "oakernels/masked_mix_backward oakernels/masked_read oakernels/operands oakernels/projection oakernels/runtime",
-    "circuit_evaluation": "circuits/evaluate circuits/mib_file stages/circuit_evaluation",
+    "circuits": "circuits/circuit circuits/constants circuits/evaluate circuits/judge circuits/mib_file "
+    "circuits/numbers circuits/passes circuits/replacements circuits/search circuits/task engine/buffers "
+    "engine/folded engine/masked engine/masked_backward engine/masked_blocks engine/masked_pass stages/circuits "
+    "oakernels/constants oakernels/masked_mix oakernels/masked_mix_backward oakernels/masked_read oakernels/operands oakernels/projection oakernels/runtime",
     "circuit_figures": "circuits/drawing circuits/fronts circuits/plots circuits/stability stages/circuit_figures",
     "tracing_fit": "stages/tracing_fit tracing/facts tracing/fit tracing/places tracing/recall tracing/restore "
     "tracing/subjects",
@@ -407,15 +402,15 @@ TRAINING += "tasks/greater_than tasks/ioi tasks/prompts"
 
 # What computes some rows of a registry, and what these share: the jobs of these rows alone.
 OF_ROWS = {
-    "circuits/ugs": {"circuit_search": 4} | JUDGED,  # topk learns with its sampler
-    "circuits/hcgs": {"circuit_search": 2} | JUDGED,
-    "circuits/topk": {"circuit_search": 2} | JUDGED,
-    "circuits/learn": {"circuit_search": 6} | JUDGED,
-    "circuits/edges": {"circuit_search": 6} | JUDGED,
-    "circuits/eap": {"circuit_search": 4} | JUDGED,
-    "circuits/exact": {"circuit_search": 2} | JUDGED,
-    "circuits/acdc": {"circuit_search": 2} | JUDGED,
-    "circuits/random": {"circuit_search": 2} | JUDGED,
+    "circuits/ugs": {"circuits": 4} | SHOWN,  # topk learns with its sampler
+    "circuits/hcgs": {"circuits": 2} | SHOWN,
+    "circuits/topk": {"circuits": 2} | SHOWN,
+    "circuits/learn": {"circuits": 6} | SHOWN,
+    "circuits/edges": {"circuits": 6} | SHOWN,
+    "circuits/eap": {"circuits": 4} | SHOWN,
+    "circuits/exact": {"circuits": 2} | SHOWN,
+    "circuits/acdc": {"circuits": 2} | SHOWN,
+    "circuits/random": {"circuits": 2} | SHOWN,
     "lenses/constant": LENSES | {"lens_fit": 3},
     "lenses/affine": {"lens_fit": 4} | MEASURED,
     "tasks/facts": OF_FACTS,
@@ -461,10 +456,10 @@ def planned_with(finished, code, module):
 
 @pytest.mark.parametrize("module", FIRST_OF)
 def test_each_module_re_runs_what_uses_it(finished, code, module):
-    """All jobs of a rule or none, but for searches that take no fitted constants."""
+    """All jobs of a rule or none, but for circuits of methods that take no fitted constants."""
     counts = planned_with(finished, code, module)
     assert set(counts) == and_after(FIRST_OF[module])
-    partly = {"circuit_search", "circuit_evaluation"}  # of fitted constants alone, where only these change
+    partly = {"circuits"}  # of fitted constants alone, where only these change
     assert all(
         count == EVERYTHING[rule] for rule, count in counts.items() if rule not in partly or rule in FIRST_OF[module]
     )

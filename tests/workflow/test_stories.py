@@ -92,7 +92,7 @@ def test_tasks_that_this_model_cannot_do(shared_data, tmp_path, task, parts):
 
 def test_windows_beyond_the_context(shared_data, tmp_path):
     config = config_of(shared_data, tmp_path, tasks={"text": {"n_tokens": 600}})
-    with pytest.raises(UserError, match="tasks.text.n_tokens: 600; allowed: up to 512"):
+    with pytest.raises(UserError, match=r"tasks\.text\.n_tokens: 600; allowed: up to 512"):
         run_stage("model", config)
     assert not list((tmp_path / "cache").rglob("model.json"))
 

@@ -112,32 +112,23 @@ def circuits(name):
     return layout.circuits("{task}", name)
 
 
-def circuit_files(methods):
-    """The circuits of these methods under an ablation type, with {task} and {ablation}."""
+def circuit_files(method, knobs):
+    """A method's circuits under an ablation type, with {task} and {ablation}."""
     return [
         circuits(f"{method}-{{ablation}}/{circuit_file(knob, seed)}")
-        for method in methods
-        for knob in CIRCUITS.knobs(method)
+        for knob in knobs
         for seed in CIRCUITS.seeds
     ]
 
 
 def of_every_ablation(pattern):
     """Files with {task} and {ablation} in their names, for all ablation types of a task."""
+    names = list(pattern)
     return lambda wildcards: [
         name.format(task=wildcards.task, ablation=ablation)
         for ablation in CIRCUITS.ablations
-        for name in pattern
+        for name in names
     ]
-
-
-def search_minutes(wildcards, attempt):
-    """Rankings and random circuits take a few passes over a few prompts, or none.
-
-    They have jobs of their own even so: side by side in one SLURM job, each would add its GPU to the job's request,
-    because the plugin (2.8) does not pass a limit on to it.
-    """
-    return (30 if CIRCUIT_METHODS[wildcards.method].quick else 1440) * attempt
 
 
 def lenses(name):
