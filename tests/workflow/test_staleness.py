@@ -364,7 +364,8 @@ MODULES = {
     "circuits": "circuits/circuit circuits/constants circuits/evaluate circuits/judge circuits/mib_file "
     "circuits/numbers circuits/passes circuits/replacements circuits/search circuits/task engine/buffers "
     "engine/folded engine/masked engine/masked_backward engine/masked_blocks engine/masked_pass stages/circuits "
-    "oakernels/constants oakernels/masked_mix oakernels/masked_mix_backward oakernels/masked_read oakernels/operands oakernels/projection oakernels/runtime",
+    "oakernels/constants oakernels/masked_mix oakernels/masked_mix_backward oakernels/masked_read oakernels/operands "
+    "oakernels/projection oakernels/runtime",
     "circuit_figures": "circuits/drawing circuits/fronts circuits/plots circuits/stability stages/circuit_figures",
     "tracing_fit": "stages/tracing_fit tracing/facts tracing/fit tracing/places tracing/recall tracing/restore "
     "tracing/subjects",
