@@ -33,6 +33,10 @@ try:
     # runs.
     if workflow.is_main_process and workflow.output_settings.dryrun:
         print(estimated(run_config), file=sys.stderr)
+        print(
+            "what of it is in the store already: python -m oacore plan FILE",
+            file=sys.stderr,
+        )
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

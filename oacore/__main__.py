@@ -10,6 +10,7 @@ from oacore.config.run import OPTIONAL_SECTIONS, Config
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
 from oacore.jobs import STAGES, WITHOUT_GPU, jobs
+from oacore.plan import plan, shown
 from oacore.runner import run_missing, run_stage, stop_on_sigterm
 from oacore.store.housekeeping import MB, pieces, remove, table
 from oacore.store.locks import hold_gpu
@@ -20,6 +21,7 @@ TOOLS = {
     "mib-score": "CPR and CMD of a circuit file, as the MIB benchmark defines them",
     "mib-export": "a circuit and its constants in the formats of the MIB benchmark",
     "estimate": "memory and time that every GPU rule of a config takes, before it runs",
+    "plan": "what a run would compute that is not in the store yet, and how long that will take",
     "verify": "the numbers of a finished run beside those that are expected of it",
     "cache": "what the caches of some finished runs hold, and which of it none of them needs; --remove removes that",
 }
@@ -36,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stage", choices=[*STAGES, "all", *TOOLS], metavar="STAGE")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="estimate, verify, cache: YAML files, as --config")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="estimate, plan, verify, cache: YAML files, as --config"
+    )
     parser.add_argument("--remove", action="store_true", help="cache: remove what no FILE's run needs")
     parser.add_argument("--config", default="config/demo.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("--task", help="one task (default: all of the config)")
@@ -58,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="verify: write the expected numbers instead, from folders of finished runs, the reference first",
     )
     given = parser.parse_args(arguments)
-    if given.files and given.stage not in ("estimate", "verify", "cache"):
+    if given.files and given.stage not in ("estimate", "plan", "verify", "cache"):
         parser.error(f"unrecognized argument: {given.files[0]}; allowed: --config {given.files[0]}")
     if len(given.files) > 1 and given.stage != "cache":
         parser.error(f"unrecognized argument: {given.files[1]}; allowed: one file")
@@ -102,6 +106,10 @@ def _run_tool(given: argparse.Namespace) -> int:
         return 0
     if given.stage == "verify":
         return 0 if verify(config, file) else 1
+    if given.stage == "plan":
+        check_files(config.tasks.selected())
+        print(shown(plan(config)))
+        return 0
     if given.stage == "estimate":
         print(
             estimated(

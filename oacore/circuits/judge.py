@@ -45,6 +45,7 @@ class Judge:
 
     Args:
         inputs: with `model`, beside which the store of items lies.
+        what: named in messages and progress.
         settings: of the constants' fit.
     """
 
@@ -53,6 +54,7 @@ class Judge:
     task: CircuitTask
     ablation: EdgeAblation
     settings: OptimalFit
+    what: str = ""
     resumable: Resumable = field(default=NOT_KEPT)
 
     def judge(self, masks: Tensor, names: Sequence[str]) -> Judged:
@@ -83,7 +85,7 @@ class Judge:
     def _fit(self, circuits: "_Circuits") -> tuple[Constants, Sequence[Convergence]]:
         """Constants of every circuit, and how their fits came out."""
         task, start = self.task, self.task.start(self.ablation)
-        what = f"{task.name} {self.ablation} refit"
+        what = f"{self.what} refit"
         items = items_of(
             self.config,
             self.inputs,
@@ -138,7 +140,7 @@ class Judge:
             found = circuit_losses(task.passes[split], circuits.masks[new], replacements, chosen)
             return [Item({"kl": kl, "logit_diff": other}) for kl, other in zip(*found, strict=True)]
 
-        of_circuits = items.get(own, compute, f"{task.name} {self.ablation} losses on the {split} prompts")
+        of_circuits = items.get(own, compute, f"{self.what} losses on the {split} prompts")
         return CircuitLosses(
             *(torch.stack([item.tensors[name] for item in of_circuits]) for name in CircuitLosses._fields)
         )

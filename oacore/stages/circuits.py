@@ -53,9 +53,9 @@ def run(
     with Resumable.beside(outputs["search"], provenance, row.module) as resumable:
         request = SearchRequest.of_all(opened, settings, method, ablation)
         search, took = find(replace(request, resumable=resumable), items)
-        sizes = ", ".join(str(int(n)) for n in search.masks.sum((1, 2)))
-        print(f"{task} {method} {ablation}: {len(search.knobs)} circuits of {sizes} edges", flush=True)
-        judge = Judge(config, inputs, opened, ablation, settings.refit, resumable)
+        sizes, what = ", ".join(str(int(n)) for n in search.masks.sum((1, 2))), f"{task} {method} {ablation}"
+        print(f"{what}: {len(search.knobs)} circuits of {sizes} edges", flush=True)
+        judge = Judge(config, inputs, opened, ablation, settings.refit, what, resumable)
         judged = judge.judge(search.masks, [f"{method} {knob:g}" for knob in search.knobs])
         search.save(outputs["search"], provenance)
         _write(opened, provenance, outputs, search, took, judged)

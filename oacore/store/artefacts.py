@@ -60,6 +60,18 @@ def read_arrays(path: str | Path, provenance: Provenance = ANY) -> "tuple[dict[s
     return _read(path, provenance, "numpy")
 
 
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """The facts of what `write_tensors` wrote, without reading its tensors; {} where they can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["oacore"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return {}
+    return facts
+
+
 def _read(path: str | Path, provenance: Provenance, framework: str) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 

@@ -12,15 +12,17 @@ import hashlib
 import json
 import re
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oacore.errors import UserError
-from oacore.store.artefacts import read_tensors, write_tensors
+from oacore.store.artefacts import read_facts, read_tensors, write_tensors
 from oacore.store.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -40,6 +42,33 @@ def used_items() -> list[Path]:
     paths = sorted(_used)
     _used.clear()
     return paths
+
+
+class NotStoredError(Exception):
+    """Items that a stage would compute now, if it did not only look.
+
+    Args:
+        said: how many of how many are new, and which.
+        seconds: that these will take, by what others like them took; None where there is none.
+    """
+
+    def __init__(self, said: str, n_new: int, seconds: float | None):
+        super().__init__(said)
+        self.said, self.n_new, self.seconds = said, n_new, seconds
+
+
+_only_looks = False
+
+
+@contextmanager
+def only_looking() -> Iterator[None]:
+    """Within, who asks for items that are not in the store gets `NotStoredError` raised, and nothing is computed."""
+    global _only_looks
+    _only_looks = True
+    try:
+        yield
+    finally:
+        _only_looks = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +118,10 @@ class Items:
         _used.update(self.path(own) for own in wanted)
         items = [self._read(own) for own in wanted]
         new = [index for index, item in enumerate(items) if item is None]
+        if new and _only_looks:
+            each = self._seconds_each()
+            said = f"{what or self.kind}: {_counted(wanted, new)}"
+            raise NotStoredError(said, len(new), None if each is None else each * len(new))
         if what:
             print(f"{what}: {_counted(wanted, new)}", flush=True)
         if new:
@@ -124,6 +157,16 @@ class Items:
             print(f"warning: {str(error).partition(';')[0]}; computing it again", file=sys.stderr, flush=True)
             return None
         return Item(tensors, written["facts"], written["noted"])
+
+    def _seconds_each(self) -> float | None:
+        """What an item took, as a median over those in the store that most of what determines these determined, too."""
+        took: dict[int, list[float]] = {}
+        for path in (self.folder / self.kind).rglob("*.safetensors"):
+            facts = read_facts(path)
+            alike = sum(facts.get("of", {}).get(name) == value for name, value in self._of({}).items())
+            if "seconds" in facts.get("noted", {}):
+                took.setdefault(alike, []).append(facts["noted"]["seconds"])
+        return statistics.median(took[max(took)]) if took else None
 
     def _write(self, own: Mapping[str, Any], item: Item, took: Mapping[str, Any]) -> Item:
         """Store a new item; returns it as it would be read."""

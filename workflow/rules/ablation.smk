@@ -14,6 +14,7 @@ rule optimal:
         results("{task}", "logs/optimal-{method}.log"),
     wildcard_constraints:
         method="|".join(run_config.ablation.fitted()) or "none",
+    priority: 1  # gaps and circuits wait for it
     conda:
         "../../environment.yml"
     threads: run_config.limits.threads

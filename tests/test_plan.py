@@ -1,0 +1,112 @@
+"""What a change of a finished run would compute, row by row of the table in docs/cache.md, and that nothing is."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from oacore.config.read import parse_config
+from oacore.plan import plan, shown
+from oacore.store.layout import Layout
+
+# Parts of the tiny run, so that each is looked at in a second or two.
+CIRCUITS = {
+    "ablation": {"tasks": ["ioi"]},
+    "circuits": {"methods": ["ugs", "topk", "eap", "acdc"], "ablations": ["optimal"]},
+    "tracing": None,
+    "lenses": None,
+}
+COMPONENTS = {"circuits": None, "tracing": None, "lenses": None}
+TRACING = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "lenses": None}
+LENSES = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "tracing": None}
+N_CURVES = 3 * 3 * 2  # of the tiny run: sites, positions, windows
+
+# What changes in a part, and the new items by job, as far as they are known before the first of them is computed.
+CHANGES = {
+    "another name, nothing else": ({}, {"run": "other"}, {}),
+    "what costs no item": (
+        CIRCUITS,
+        {"circuits": {"masks": {"record_every": 2}}, "limits": {"threads": 2, "tokens_per_batch": 70}},
+        {},
+    ),
+    "another order, and less": (
+        CIRCUITS,
+        {"circuits": {"methods": ["eap", "ugs"], "seeds": [1], "lambdas": [0.1]}},
+        {},
+    ),
+    "a lambda": (CIRCUITS, {"circuits": {"lambdas": [1e-3, 0.3, 0.1]}}, {"circuits ioi ugs optimal": 2}),
+    "a threshold": (CIRCUITS, {"circuits": {"thresholds": [0.05, 0.1]}}, {"circuits ioi acdc optimal": 2}),
+    "a size": (
+        CIRCUITS,
+        {"circuits": {"sizes": [40, 0.3, 0.2]}},
+        {"circuits ioi topk optimal": 2, "circuits ioi eap optimal": 2},
+    ),
+    "a seed": (
+        CIRCUITS,
+        {"circuits": {"seeds": [0, 1, 2]}},
+        {
+            "circuits ioi ugs optimal": 2,  # lambdas
+            "circuits ioi topk optimal": 2,  # sizes
+            "circuits ioi eap optimal": 1,  # scores, whatever the sizes
+            "circuits ioi acdc optimal": 1,
+        },
+    ),
+    "an edge ablation type": (
+        CIRCUITS,
+        {"circuits": {"ablations": ["optimal", "mean"]}},
+        {
+            "circuits ioi ugs mean": 4,
+            "circuits ioi topk mean": 4,
+            "circuits ioi eap mean": 2,
+            "circuits ioi acdc mean": 2,
+        },
+    ),
+    "how masks are learned": (
+        CIRCUITS,
+        {"circuits": {"masks": {"n_steps": 9}}},
+        {"circuits ioi ugs optimal": 4, "circuits ioi topk optimal": 4},
+    ),
+    "a kind of component": (
+        COMPONENTS,
+        {"ablation": {"components": ["head", "mlp", "attention_layer"]}},
+        {f"optimal {task} {method}": 1 for task in ("ioi", "facts") for method in ("optimal", "optimal_positional")},
+    ),
+    "how constants are fitted": (
+        COMPONENTS,
+        {"ablation": {"tasks": ["ioi"], "optimal": {"max_steps": 59}}},
+        {"optimal ioi optimal": 2, "optimal ioi optimal_positional": 2},
+    ),
+    "a corruption": (TRACING, {"tracing": {"noise_scales": [1, 3, 5]}}, {"tracing": N_CURVES}),
+    "a window": (TRACING, {"tracing": {"windows": [1, 3, 5]}}, {"tracing_fit": N_CURVES // 2}),
+    "a picture of tracing": (TRACING, {"tracing": {"pictures": 3}}, {"tracing": 1}),
+    "a picture of lenses": (LENSES, {"lenses": {"pictures": 2}}, {"lens_evaluation": 7}),
+    "a length": (LENSES, {"lenses": {"lengths": [6, 8]}}, {"lens_evaluation": 9}),
+    "a layer": (LENSES, {"lenses": {"faithfulness": {"layers": [1, 2, 3]}}}, {"lens_faithfulness": 2}),
+    "how a lens is fitted": (
+        LENSES,
+        {"lenses": {"tuned": {"max_steps": 59}}},
+        {"lens_fit text tuned-identity": 4, "lens_fit text tuned-random": 4},
+    ),
+}
+
+
+def merged(values, changes):
+    return values | {
+        key: merged(values[key], value) if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        for key, value in changes.items()
+    }
+
+
+def files_under(root):
+    return {path: path.stat().st_mtime_ns for path in Path(root).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_change_computes(tiny_run, change):
+    config, layout = tiny_run
+    part, changes, new = CHANGES[change]
+    values = merged(merged(config.model_dump(mode="json"), part), changes)
+    before = files_under(layout.model_dir) | files_under(layout.results_dir)
+    steps = plan(parse_config({name: value for name, value in values.items() if value is not None}))
+    assert {step.job: step.n_new for step in steps if step.n_new} == new
+    assert files_under(layout.model_dir) | files_under(layout.results_dir) == before
