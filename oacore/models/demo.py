@@ -25,6 +25,7 @@ import oacore.tasks.greater_than as greater_than
 import oacore.tasks.ioi as ioi
 from oacore.config.model import SHIPPED_DEMO, DemoModel
 from oacore.errors import UserError
+from oacore.fits.resume import NOT_KEPT, Resumable, State
 from oacore.models.architecture import DEMO_ARCHITECTURE
 from oacore.progress import progress
 from oacore.store.artefacts import digest_of_file, write_json
@@ -170,8 +171,8 @@ def loss_of(model: Any, batch: Sentences) -> Tensor:
     return losses[real].mean() + ANSWER_WEIGHT * answer
 
 
-def train_model(settings: DemoModel, tokenizer: Any) -> Any:
-    """A trained Hugging Face GPT-2; the same settings give the same bits on one machine."""
+def train_model(settings: DemoModel, tokenizer: Any, resumable: Resumable = NOT_KEPT) -> Any:
+    """A trained Hugging Face GPT-2; the same settings give the same bits on one machine, interrupted or not."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(settings.seed)
@@ -183,10 +184,17 @@ def train_model(settings: DemoModel, tokenizer: Any) -> Any:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.learning_rate, total_steps=settings.n_steps, pct_start=0.15
     )
-    kinds = training_sentences(settings)
     sizes = [max(1, round(share * settings.batch_size)) for share in SHARES]
-    with progress(range(settings.n_steps), what="demo model", unit="steps") as bar:
-        for _ in bar:
+    done = 0
+    if (state := resumable.load()) is not None:
+        done = int(state["step"])
+        _restore(state, model, optimiser, schedule)
+    kinds = [
+        itertools.islice(kind, done * size, None)
+        for kind, size in zip(training_sentences(settings), sizes, strict=True)
+    ]
+    with progress(what="demo model", unit="steps", total=settings.n_steps, initial=done) as bar:
+        for step in range(done, settings.n_steps):
             # One pass per kind: their lengths differ by three times, so one padded batch would be half padding.
             losses = [
                 loss_of(model, examples(tokenizer, list(itertools.islice(kind, size))))
@@ -198,7 +206,33 @@ def train_model(settings: DemoModel, tokenizer: Any) -> Any:
             optimiser.step()
             schedule.step()
             bar.set_postfix_str(f"loss {sum(loss.item() for loss in losses):.2f}", refresh=False)
+            bar.update()
+            resumable.save_sometimes(_state(step + 1, model, optimiser))
     return model.eval()
+
+
+def _state(done: int, model: Any, optimiser: torch.optim.AdamW) -> State:
+    """Weights and moments after so many steps."""
+    state = {"step": torch.tensor(done)}
+    for name, weight in model.named_parameters():
+        moments = optimiser.state[weight]
+        state |= {f"{name}/value": weight, f"{name}/first": moments["exp_avg"], f"{name}/second": moments["exp_avg_sq"]}
+    return state
+
+
+def _restore(state: State, model: Any, optimiser: torch.optim.AdamW, schedule: Any) -> None:
+    """Go back to a state of `_state`: every rate follows from the step."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(state[f"{name}/value"])
+            optimiser.state[weight] = {
+                "step": state["step"].float(),
+                "exp_avg": state[f"{name}/first"],
+                "exp_avg_sq": state[f"{name}/second"],
+            }
+    done = int(state["step"])
+    schedule.load_state_dict(schedule.state_dict() | {"last_epoch": done - 1, "_step_count": done})
+    schedule.step()
 
 
 @torch.no_grad()
@@ -227,7 +261,7 @@ def measure(model: Any, tokenizer: Any, settings: DemoModel, n: int = 500) -> di
     }
 
 
-def build_demo(directory: str | Path, settings: DemoModel) -> dict[str, float]:
+def build_demo(directory: str | Path, settings: DemoModel, resumable: Resumable = NOT_KEPT) -> dict[str, float]:
     """Train the demo model and write it as a Hugging Face directory with `facts.csv` (all wordings), `labels.csv` (one
     relation as labelled examples), `text.json` (sentences) and `training.json`.
 
@@ -240,7 +274,7 @@ def build_demo(directory: str | Path, settings: DemoModel) -> dict[str, float]:
     torch.set_num_threads(N_THREADS)
     try:
         tokenizer = make_tokenizer()
-        model = train_model(settings, tokenizer)
+        model = train_model(settings, tokenizer, resumable)
         measured = measure(model, tokenizer, settings)
     finally:
         torch.set_num_threads(n_threads)

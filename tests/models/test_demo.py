@@ -10,7 +10,10 @@ import torch
 
 from oacore.config.model import DemoModel
 from oacore.errors import UserError
+from oacore.fits import resume
 from oacore.models import demo
+from oacore.store.artefacts import read_tensors
+from oacore.store.provenance import Provenance
 from oacore.tasks import greater_than, ioi
 from oacore.tasks.facts import Fact, split_facts
 from oacore.tasks.prompts import SPLITS, split_of
@@ -84,6 +87,29 @@ def test_training_is_bit_identical(tokenizer):
     other = demo.train_model(SHORT.model_copy(update={"seed": 1}), tokenizer).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_interrupted_training_goes_on_to_the_same_bits(tokenizer, tmp_path, monkeypatch):
+    settings = SHORT.model_copy(update={"n_steps": 6})
+    whole = demo.train_model(settings, tokenizer).state_dict()
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_SAVES", 0.0)
+    resumable = resume.Resumable.beside(tmp_path / "demo", Provenance(), "oacore.models.demo")
+    calls, loss_of = itertools.count(), demo.loss_of
+
+    def stops(model, batch):
+        if next(calls) == 3 * 4:  # a pass for each kind of sentence
+            raise KeyboardInterrupt
+        return loss_of(model, batch)
+
+    monkeypatch.setattr(demo, "loss_of", stops)
+    with pytest.raises(KeyboardInterrupt):
+        demo.train_model(settings, tokenizer, resumable)
+    assert int(read_tensors(resumable.path)[1]["step"]) == 4
+    steps = []
+    monkeypatch.setattr(demo, "loss_of", lambda model, batch: steps.append(0) or loss_of(model, batch))
+    resumed = demo.train_model(settings, tokenizer, resumable).state_dict()
+    assert len(steps) == 3 * 2
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_a_model_that_learned_too_little_is_refused_and_not_written(tmp_path):

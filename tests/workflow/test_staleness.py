@@ -398,7 +398,7 @@ MODULES = {
 FIRST_OF = {module: rules.split() for rules, modules in MODULES.items() for module in modules.split()}
 
 # What trains a demo model.
-TRAINING = "models/__init__ models/architecture models/demo stages/demo store/artefacts store/provenance "
+TRAINING = "fits/resume models/__init__ models/architecture models/demo stages/demo store/artefacts store/provenance "
 TRAINING += "tasks/greater_than tasks/ioi tasks/prompts"
 
 # What computes some rows of a registry, and what these share: the jobs of these rows alone.
