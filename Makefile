@@ -15,7 +15,7 @@ demo: .venv/.installed ## install, run the whole pipeline on the embedded model,
 	-$(BIN)/python -m oacore verify config/demo.yaml
 
 test: .venv/.installed-dev ## install and run all tests, two files at a time
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-kill: .venv/.installed-dev ## kill every long stage four times, at random moments
 	HF_HUB_OFFLINE=1 OA_KILLS=4 $(BIN)/python -m pytest tests/workflow/test_kill.py

@@ -18,13 +18,18 @@ N_THREADS = int(
 )  # tiny models: a second thread only waits; for `make test-rounding`
 torch.set_num_threads(N_THREADS)
 
-LONGEST = (
+LONGEST = (  # by what they took, the first longest; the tiny run is made in whichever needs it first
     "test_pipeline.py",
     "test_sharing.py",
+    "test_compile.py",
     "test_staleness.py",
-    "test_kill.py",
-    "test_increments.py",
     "test_stories.py",
+    "test_increments.py",
+    "test_kill.py",
+    "test_extending.py",
+    "test_corrupted_files.py",
+    "test_planted_discovery.py",
+    "test_emulated.py",
     "test_poison.py",
 )
 

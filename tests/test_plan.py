@@ -67,23 +67,23 @@ CHANGES = {
     "a kind of component": (
         COMPONENTS,
         {"ablation": {"components": ["head", "mlp", "attention_layer"]}},
-        {f"optimal {task} {method}": 1 for task in ("ioi", "facts") for method in ("optimal", "optimal_positional")},
+        {"optimal ioi optimal": 1, "optimal facts optimal": 1},  # from which optimal_positional starts
     ),
     "how constants are fitted": (
         COMPONENTS,
         {"ablation": {"tasks": ["ioi"], "optimal": {"max_steps": 59}}},
-        {"optimal ioi optimal": 2, "optimal ioi optimal_positional": 2},
+        {"optimal ioi optimal": 2},  # of heads, of MLPs
     ),
     "a corruption": (TRACING, {"tracing": {"noise_scales": [1, 3, 5]}}, {"tracing": N_CURVES}),
     "a window": (TRACING, {"tracing": {"windows": [1, 3, 5]}}, {"tracing_fit": N_CURVES // 2}),
     "a picture of tracing": (TRACING, {"tracing": {"pictures": 3}}, {"tracing": 1}),
-    "a picture of lenses": (LENSES, {"lenses": {"pictures": 2}}, {"lens_evaluation": 7}),
-    "a length": (LENSES, {"lenses": {"lengths": [6, 8]}}, {"lens_evaluation": 9}),
-    "a layer": (LENSES, {"lenses": {"faithfulness": {"layers": [1, 2, 3]}}}, {"lens_faithfulness": 2}),
+    "a picture of lenses": (LENSES, {"lenses": {"pictures": 2}}, {"lens_evaluation text": 3}),
+    "a length": (LENSES, {"lenses": {"lengths": [6, 8]}}, {"lens_evaluation text": 9}),
+    "a layer": (LENSES, {"lenses": {"faithfulness": {"layers": [1, 2, 3]}}}, {"lens_faithfulness text": 2}),
     "how a lens is fitted": (
         LENSES,
         {"lenses": {"tuned": {"max_steps": 59}}},
-        {"lens_fit text tuned-identity": 4, "lens_fit text tuned-random": 4},
+        {f"lens_fit text {lens}": 1 for lens in ("tuned-identity", "tuned-random", "linear_oca", "grad")},
     ),
 }
 

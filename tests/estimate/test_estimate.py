@@ -184,12 +184,15 @@ def test_twice_the_layers_take_twice_the_blocks_and_their_activations(sizes):
 
 
 def test_bf16_halves_weights_but_not_masks_and_constants(sizes):
-    one, half = needs_of(sizes), needs_of(replace(sizes, number_bytes=2))
-    job = ("circuits", "ioi ugs optimal")
+    def parts_of(sizes):
+        case = Case(parse_config(CONFIG), sizes, gpu=True)
+        return circuits.held(case, "ioi") | circuits.search(case, "ioi", "ugs", "optimal").parts
+
+    one, half = parts_of(sizes), parts_of(replace(sizes, number_bytes=2))
     for part in ("weights", "folded weights", "cache rows"):
-        assert half[job].parts[part] == one[job].parts[part] / 2
+        assert half[part] == one[part] / 2
     for part in ("masks", "optimiser", "replacements", "constants"):
-        assert half[job].parts[part] == one[job].parts[part]
+        assert half[part] == one[part]
 
 
 def test_the_named_key_lowers_the_memory(sizes):

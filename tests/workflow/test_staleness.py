@@ -6,7 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import get_args
 
@@ -455,9 +455,29 @@ def planned_with(finished, code, module):
         undo()
 
 
+@pytest.fixture(scope="module")
+def hashed(finished):
+    """Modules by stage: those whose code the jobs of the tiny run hash."""
+    hashed = defaultdict(set)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codehash_module, "codehash", lambda *modules: " ".join(modules))
+        for job in snakemake_dag(*finished[:2], forced=True).jobs:
+            for root in job.params.get("code", "").split():
+                hashed[stage_of(job.rule.name)] |= codehash_module._reachable(root)
+    return hashed
+
+
 @pytest.mark.parametrize("module", FIRST_OF)
-def test_each_module_re_runs_what_uses_it(finished, code, module):
-    """All jobs of a rule or none, but for circuits of methods that take no fitted constants."""
+def test_each_module_is_hashed_by_what_uses_it(hashed, module):
+    name = f"{'' if module.startswith('oakernels') else 'oacore/'}{module.removesuffix('/__init__')}".replace("/", ".")
+    assert and_after({stage for stage, names in hashed.items() if name in names}) == and_after(FIRST_OF[module])
+
+
+@pytest.mark.parametrize("module", [modules.split()[0] for modules in MODULES.values()])
+def test_a_changed_module_re_runs_what_hashes_it(finished, code, module):
+    """One module for each set of rules. All jobs of a rule or none, but for circuits of methods that take no fitted
+    constants.
+    """
     counts = planned_with(finished, code, module)
     assert set(counts) == and_after(FIRST_OF[module])
     partly = {"circuits"}  # of fitted constants alone, where only these change

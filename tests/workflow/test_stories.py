@@ -35,7 +35,7 @@ def config_of(shared_data, tmp_path, **more):
         },
         "ablation": {
             "methods": ["zero", "mean", "resample", "optimal"],
-            "optimal": {"first_round": 10, "max_steps": 40},
+            "optimal": {"first_round": 10, "max_steps": 40, "batch_size": 4},
             "components": ["head", "attention_layer", "mlp"],
         },
     }
@@ -91,7 +91,8 @@ def test_tasks_that_this_model_cannot_do(shared_data, tmp_path, task, parts):
 
 
 def test_windows_beyond_the_context(shared_data, tmp_path):
-    config = config_of(shared_data, tmp_path, tasks={"text": {"n_tokens": 600}})
+    text = {"path": str(shared_data / "text/tinystories_1000.json"), "n_tokens": 600}
+    config = config_of(shared_data, tmp_path, tasks={"text": text})
     with pytest.raises(UserError, match=r"tasks\.text\.n_tokens: 600; allowed: up to 512"):
         run_stage("model", config)
     assert not list((tmp_path / "cache").rglob("model.json"))
