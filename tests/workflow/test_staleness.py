@@ -390,7 +390,7 @@ MODULES = {
     "estimate/circuits estimate/families estimate/inputs estimate/lens_evaluation estimate/lenses "
     "estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
     "estimate/throughput estimate/tracing fits/__init__ lenses/__init__ models/__init__ models/architecture "
-    "models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than "
+    "models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than tasks/pairs "
     "stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint store/housekeeping "
     "store/layout store/locks "
     "tasks/__init__ tracing/__init__ oakernels/__init__",
@@ -415,6 +415,7 @@ OF_ROWS = {
     "lenses/constant": LENSES | {"lens_fit": 3},
     "lenses/affine": {"lens_fit": 4} | MEASURED,
     "tasks/facts": OF_FACTS,
+    "tasks/files": OF_FACTS,  # and pairs, of which the tiny run has none
     "tasks/ioi": OF_IOI,
     "tasks/text": OF_TEXT,
 }

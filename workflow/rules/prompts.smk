@@ -15,7 +15,7 @@ rule prompts:
         mem_mb=mem_mb,
         runtime=minutes(60),
         gpu=lambda wildcards: (
-            GPUS if TASKS[layout.task_of(wildcards.task_dir)].completed else 0
+            GPUS if task_row(layout.task_of(wildcards.task_dir)).completed else 0
         ),
     params:
         stage="prompts",
@@ -23,7 +23,7 @@ rule prompts:
             run_config, layout.task_of(wildcards.task_dir)
         ),
         code=lambda wildcards: code(
-            "prompts", TASKS[layout.task_of(wildcards.task_dir)]
+            "prompts", task_row(layout.task_of(wildcards.task_dir))
         ),
     script:
         "../scripts/stage.py"
