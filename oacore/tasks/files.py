@@ -29,6 +29,9 @@ def rows(path: Path, key: str) -> Iterator[tuple[str, Any]]:
             io.StringIO(text), strict=True
         )  # or a quote that is never closed takes all rows after it
         try:
+            names = [name for name in reader.fieldnames or () if name]
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise UserError(f"{key}: {path} has the column {', '.join(twice)} twice; allowed: once")
             yield from ((f"line {reader.line_num}", row) for row in reader)
         except csv.Error as error:
             raise UserError(f"{key}: {path} is not CSV: line {reader.line_num}: {error}") from None
