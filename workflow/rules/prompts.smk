@@ -19,6 +19,8 @@ rule prompts:
         ),
     params:
         stage="prompts",
+        # Two tasks of the user's own may have one file and the same settings.
+        task=lambda wildcards: layout.task_of(wildcards.task_dir),
         settings=lambda wildcards: task_settings(
             run_config, layout.task_of(wildcards.task_dir)
         ),
