@@ -34,7 +34,7 @@ def rows(path: Path, key: str) -> Iterator[tuple[str, Any]]:
                 raise UserError(f"{key}: {path} has the column {', '.join(twice)} twice; allowed: once")
             yield from ((f"line {reader.line_num}", row) for row in reader)
         except csv.Error as error:
-            raise UserError(f"{key}: {path} is not CSV: line {reader.line_num}: {error}") from None
+            raise UserError(f"{key}: {path} is not CSV: after line {reader.line_num}: {error}") from None
     elif text.lstrip().startswith("["):
         try:
             items = json.loads(text)
