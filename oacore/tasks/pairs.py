@@ -306,14 +306,14 @@ def generate(
     path, key = settings.pairs, f"tasks.{task}.pairs"
     pairs = read_pairs(path, key)
     encoded = encode_pairs(tokenizer, pairs, path, key, settings.align)
-    all_rows = list(zip(encoded, split_pairs(pairs, seed), clusters(pairs), strict=True))
-    aligned = [(row, its_split, cluster) for row, its_split, cluster in all_rows if row.is_aligned]
-    n = counts(settings, task, [its_split for _, its_split, _ in aligned])[split]
-    usable = [(row, cluster) for row, its_split, cluster in aligned if its_split == split]
-    chosen = [usable[i] for i in sorted(stream(seed, split).permutation(len(usable))[:n])]
-    number_of = {cluster: number for number, cluster in enumerate(dict.fromkeys(cluster for _, cluster in chosen))}
-    n_rows = sum(its_split == split for _, its_split, _ in all_rows)
-    found = [row for row, _ in chosen]
+    split_of, cluster = split_pairs(pairs, seed), clusters(pairs)
+    aligned = [i for i, row in enumerate(encoded) if row.is_aligned]
+    n = counts(settings, task, [split_of[i] for i in aligned])[split]
+    usable = [i for i in aligned if split_of[i] == split]
+    chosen = [usable[k] for k in sorted(stream(seed, split).permutation(len(usable))[:n])]
+    found = [encoded[i] for i in chosen]
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(cluster[i] for i in chosen))}
+    n_rows = split_of.count(split)
     return build(
         task,
         split,
@@ -325,5 +325,5 @@ def generate(
         [row.span for row in found],
         {"n_rows": n_rows, "n_unaligned": n_rows - len(usable)},
         [row.continuation for row in found],
-        [number_of[cluster] for _, cluster in chosen],
+        [number_of[cluster[i]] for i in chosen],
     )

@@ -116,7 +116,7 @@ def test_csv_json_lines_and_a_json_list_say_the_same(tmp_path):
             ["line 3: its clean prompt is in test, too, at line 2"],
         ),
         ("clean,corrupt,right,subject\na b,b,x,c\n", ["line 2: the clean prompt 'a b' does not contain", "'c'"]),
-        (NINE.replace("y", ""), ["n_test 7 wanted"]),
+        (NINE, ["n_test 7 wanted;", "has 5 train, 2 validation, 2 test rows; allowed"]),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_before_any_job(write, text, parts):

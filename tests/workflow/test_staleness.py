@@ -257,6 +257,13 @@ def test_each_training_key_trains_anew(trained, key, tmp_path):
     assert changed["demo"] == changed["model"] == 1
 
 
+def test_a_task_from_a_file_leaves_the_others_as_they_are(finished, tmp_path):
+    values, path, _ = finished
+    (tmp_path / "mine.csv").write_text("clean,corrupt,right\n" + "".join(f"{i} a,{i} b,x\n" for i in range(20)))
+    changed = with_value(values, "tasks.mine", {"pairs": str(tmp_path / "mine.csv"), "n_train": 0.8})
+    assert planned(changed, path) == {"prompts": 1} | REPORT
+
+
 def test_circuits_of_another_task_are_that_task_s(finished):
     values, path, _ = finished
     without_eap = [method for method in TINY["circuits"]["methods"] if method != "eap"]  # which facts refuse
