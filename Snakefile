@@ -28,7 +28,7 @@ try:
         for file in workflow.config_settings.configfiles or ():
             read_yaml(file)
     run_config = parse_config(config)
-    check_files(run_config.tasks.selected())
+    check_files(run_config)
     # What a run would need, before it starts; nothing of this in jobs, which are processes of their own, nor in real
     # runs.
     if workflow.is_main_process and workflow.output_settings.dryrun:

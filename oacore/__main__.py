@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.stage in TOOLS:
             return _run_tool(given)
         config = load_config(given.config)
-        check_files(config.tasks.selected())
+        check_files(config)
         if given.stage not in WITHOUT_GPU:
             hold_gpu(config.device)
         _run(given.stage, config, {name: getattr(given, name) for name in ("task", "method", "ablation", "lens")})

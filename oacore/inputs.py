@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from oacore.config.model import SHIPPED_DEMO
 from oacore.config.run import Config
-from oacore.config.tasks import TASKS
+from oacore.config.tasks import task_row
 from oacore.errors import UserError
 from oacore.jobs import Files
 from oacore.store.artefacts import digest_of_file, read_json
@@ -44,12 +44,11 @@ def model_source(config: Config, model_json: Path) -> str:
 
 def settings_with_file(config: Config, model_json: Path, task: str) -> Any:
     """A task's settings with the path of its file, if it has one; the demo model comes with files of its own."""
-    row, settings = TASKS[task], config.tasks.selected()[task]
-    if not row.file:
+    row, settings = task_row(task), config.tasks.selected()[task]
+    if not row.file or getattr(settings, row.file_key) is not None:
         return settings
-    path = getattr(settings, "path", None)
     demo_file = Path(model_source(config, model_json)) / row.demo_file
-    return settings.model_copy(update={"path": demo_file if path is None else path})
+    return settings.model_copy(update={row.file_key: demo_file})
 
 
 def gated_model(config: Config, model_json: Path) -> "Loaded":

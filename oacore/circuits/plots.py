@@ -49,7 +49,7 @@ def circuit_figures(pareto: pd.DataFrame, n_edges_total: int) -> dict[str, Figur
     by_ablation = pareto.groupby("method")["ablation"].nunique()
     several = [method for method in methods_in_order(pareto) if by_ablation[method] > 1]
     if several:
-        figures[f"ablation_types_{several[0]}"] = ablation_types(pareto, several[0], n_edges_total)
+        figures[f"ablation_types_{base_name(several[0])}"] = ablation_types(pareto, several[0], n_edges_total)
     return figures
 
 

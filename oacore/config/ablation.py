@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from oacore.config.base import OptimalFit, Settings
 from oacore.config.colors import ACCENT, BLUE, GOLD
 from oacore.config.rows import Row, registry
-from oacore.config.tasks import TaskName
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ ComponentKind = Literal["head", "mlp", "attention_layer"]
 class Ablation(Settings):
     """Single-component ablation."""
 
-    tasks: tuple[TaskName, ...] | None = Field(
+    tasks: tuple[str, ...] | None = Field(
         None, description="tasks to ablate components on; none means all of the config"
     )
     methods: tuple[Method, ...] = Field(tuple(ABLATION_TYPES), min_length=1, description="ablation types to compare")

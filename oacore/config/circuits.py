@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from oacore.config.base import OptimalFit, Settings
 from oacore.config.colors import ACCENT, BLUE, GOLD, GREEN, INK, PALE, PINK, PURPLE, SLATE, TEAL
 from oacore.config.rows import Look, Row, registry
-from oacore.config.tasks import TaskName
 
 Objective = Literal["kl", "logit_diff"]
 
@@ -302,7 +301,7 @@ class Circuits(Settings):
     it.
     """
 
-    tasks: tuple[TaskName, ...] | None = Field(
+    tasks: tuple[str, ...] | None = Field(
         None, min_length=1, description="tasks to find circuits for; none means all of the config"
     )
     methods: tuple[CircuitMethod, ...] = Field(

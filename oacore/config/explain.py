@@ -12,7 +12,7 @@ from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
 from oacore.config.lenses import LENSES
 from oacore.config.rows import Row
 from oacore.config.run import Config
-from oacore.config.tasks import TASKS
+from oacore.config.tasks import PAIRS, TASKS, Pairs, Tasks
 from oacore.config.tracing import CORRUPTIONS
 
 
@@ -23,9 +23,10 @@ def describe_error(error: ErrorDetails) -> str:
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         allowed = _fields_at(location[:-1])
+        own = ", or a task of your own with `pairs`" if _model_at(location[:-1]) is Tasks else ""
         return (
             f"{path}: unknown key (value {_short(value)}); allowed: "
-            f"{', '.join(allowed)}{nearest(location[-1], allowed)}"
+            f"{', '.join(allowed)}{own}{nearest(location[-1], allowed)}"
         )
     if kind == "missing":
         return f"{path}: missing; allowed: {_description_at(location) or 'a value'}"
@@ -45,6 +46,9 @@ def _model_at(location: list[Any]) -> type[BaseModel] | None:
     model: type[BaseModel] | None = Config
     for part in location:
         field = model.model_fields.get(part) if model and isinstance(part, str) else None
+        if field is None and model is Tasks:  # a name of the user's own
+            model = Pairs
+            continue
         if field is None:
             return None
         candidates = (field.annotation, *get_args(field.annotation))
@@ -81,6 +85,8 @@ def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[t
         )
         if inner is not None:
             rows += describe_fields(inner, f"{prefix}{name}.")
+            if inner is Tasks:
+                rows += describe_fields(Pairs, f"{prefix}{name}.{PAIRS.name}.")
             continue
         default = "required" if field.is_required() else _default(field.default)
         rows.append((f"{prefix}{name}", default, field.description or ""))
@@ -90,7 +96,7 @@ def describe_fields(model: type[BaseModel] = Config, prefix: str = "") -> list[t
 def describe_names() -> list[tuple[str, str, str]]:
     """(key, name, note) of every registry row, for config/README.md."""
     registries: dict[str, Mapping[str, Row]] = {
-        "tasks": TASKS,
+        "tasks": {**TASKS, PAIRS.name: PAIRS},
         "ablation.methods": ABLATION_TYPES,
         "circuits.methods": CIRCUIT_METHODS,
         "circuits.ablations": EDGE_ABLATIONS,

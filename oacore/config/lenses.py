@@ -9,7 +9,6 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from oacore.config.base import LocalPath, OptimalFit, Settings
 from oacore.config.colors import ACCENT, BLUE, GOLD, GREEN, INK, PINK, PURPLE, SLATE, TEAL
 from oacore.config.rows import Look, Row, registry
-from oacore.config.tasks import TaskName
 
 LENS_SECTIONS = ("faithfulness", "truthfulness")  # of `lenses:`
 _VALUES = "oacore.estimate.lenses:values_"
@@ -217,7 +216,7 @@ class Truthfulness(Settings):
 class Lenses(Settings):
     """Latent prediction: what each layer already knows. The section's presence asks for it."""
 
-    tasks: tuple[TaskName, ...] | None = Field(
+    tasks: tuple[str, ...] | None = Field(
         None, min_length=1, description="tasks to fit lenses on; none means text, or else all"
     )
     lenses: tuple[LensName, ...] = Field(

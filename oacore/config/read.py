@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from oacore.config.explain import describe_error
 from oacore.config.model import check_architecture, is_directory_name
 from oacore.config.run import Config
-from oacore.config.tasks import TASKS
+from oacore.config.tasks import task_row
 from oacore.config.yaml_file import read_yaml
 from oacore.errors import UserError
 
@@ -53,10 +53,11 @@ def _check_model(config: Config) -> None:
     if config.is_demo:
         return
     for name, task in config.tasks.selected().items():
-        if TASKS[name].file and getattr(task, "path", None) is None:
+        row = task_row(name)
+        if row.file and getattr(task, row.file_key) is None:
             raise UserError(
-                f"config is not valid\n  tasks.{name}.path: missing; only the demo model has {name} of its own; "
-                f"allowed: {TASKS[name].file}"
+                f"config is not valid\n  tasks.{name}.{row.file_key}: missing; only the demo model has {name} of its "
+                f"own; allowed: {row.file}"
             )
     if not is_directory_name(config.model):
         return
@@ -78,7 +79,11 @@ def _check_paths(config: Config) -> None:
 
 def input_files(config: Config) -> list[tuple[str, Path]]:
     """The user's files that a config names, with their keys."""
-    tasks = [(f"tasks.{name}.path", getattr(task, "path", None)) for name, task in config.tasks.selected().items()]
+    tasks = [
+        (f"tasks.{name}.{key}", getattr(task, key, None))
+        for name, task in config.tasks.selected().items()
+        for key in [task_row(name).file_key]
+    ]
     truth = config.lenses.truthfulness if config.lenses is not None else None
     datasets = [("lenses.truthfulness.datasets", path) for path in (truth.datasets or () if truth is not None else ())]
     return [(key, path) for key, path in [*tasks, *datasets] if path is not None]

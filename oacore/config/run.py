@@ -4,17 +4,18 @@ Imported by the Snakefile at every start, so it must stay free of torch and tran
 misspelled key that silently keeps its default is the costliest bug a pipeline can have.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from oacore.config.ablation import Ablation
-from oacore.config.base import LocalPath, Settings
+from oacore.config.base import LocalPath, Settings, nearest
 from oacore.config.circuits import CIRCUIT_METHODS, Circuits
 from oacore.config.lenses import Lenses
 from oacore.config.model import DEMO, DEMO_TRAINED, DemoModel
-from oacore.config.tasks import TASKS, Tasks
+from oacore.config.tasks import TASKS, Tasks, task_row
 from oacore.config.tracing import Tracing
 
 LOGIT_DIFFERENCE = "takes the logit difference, since KL has no gradient at the clean run"
@@ -123,17 +124,22 @@ class Config(Settings):
             )
         return self
 
+    def _check_tasks(self, key: str, tasks: Iterable[str]) -> None:
+        """ValueError where `key` lists a task that the config has not."""
+        selected = self.tasks.selected()
+        if missing := [task for task in tasks if task not in selected]:
+            raise ValueError(
+                f"{key}: {', '.join(missing)}; allowed: the config's tasks: {', '.join(selected)}"
+                f"{nearest(missing[0], selected)}"
+            )
+
     def ablation_tasks(self) -> tuple[str, ...]:
         """The tasks to ablate single components on."""
         return tuple(self.tasks.selected()) if self.ablation.tasks is None else self.ablation.tasks
 
     @model_validator(mode="after")
     def _ablation_has_its_tasks(self) -> "Config":
-        selected = self.tasks.selected()
-        if missing := [task for task in self.ablation_tasks() if task not in selected]:
-            raise ValueError(
-                f"ablation.tasks: {', '.join(missing)}; allowed: the config's tasks: {', '.join(selected)}"
-            )
+        self._check_tasks("ablation.tasks", self.ablation_tasks())
         return self
 
     def circuit_tasks(self) -> tuple[str, ...]:
@@ -142,34 +148,37 @@ class Config(Settings):
             return ()
         return self.circuits.tasks or tuple(self.tasks.selected())
 
+    def comparing_answers(self) -> tuple[str, ...]:
+        """The circuit settings that compare right answers with wrong ones, which all of their tasks need then."""
+        circuits = self.circuits
+        if circuits is None:
+            return ()
+        methods = [method for method in circuits.methods if CIRCUIT_METHODS[method].objective == "logit_diff"]
+        objective = "circuits.objective: 'logit_diff' compares right and wrong answers"
+        return (
+            *(f"circuits.methods: {name!r} {LOGIT_DIFFERENCE}" for name in methods),
+            *((objective,) if circuits.objective == "logit_diff" else ()),
+        )
+
     @model_validator(mode="after")
     def _circuits_make_sense(self) -> "Config":
         circuits = self.circuits
         if circuits is None:
             return self
-        selected = self.tasks.selected()
-        if missing := [task for task in circuits.tasks or () if task not in selected]:
-            raise ValueError(
-                f"circuits.tasks: {', '.join(missing)}; allowed: the config's tasks: {', '.join(selected)}"
-            )
         tasks = self.circuit_tasks()
+        self._check_tasks("circuits.tasks", tasks)
         for row in (CIRCUIT_METHODS[method] for method in circuits.methods):
             if row.only_task and (tasks != (row.only_task,) or self.is_demo):
                 raise ValueError(
                     f"circuits.methods: {row.name!r} is the published IOI circuit of {row.only_model}: it needs that "
                     f"model and circuits.tasks: [{row.only_task}]"
                 )
-        without_answers = [task for task in tasks if not TASKS[task].wrong_answers]
-        compare = [method for method in circuits.methods if CIRCUIT_METHODS[method].objective == "logit_diff"]
-        for asked, why in (
-            *((True, f"circuits.methods: {name!r} {LOGIT_DIFFERENCE}") for name in compare),
-            (circuits.objective == "logit_diff", "circuits.objective: 'logit_diff' compares right and wrong answers"),
-        ):
-            if asked and without_answers:
-                raise ValueError(
-                    f"{why}; {', '.join(without_answers)} has no wrong answers: list other circuits.tasks, or leave it "
-                    "out"
-                )
+        without_answers = [task for task in tasks if not task_row(task).wrong_answers]
+        if without_answers and (comparing := self.comparing_answers()):
+            raise ValueError(
+                f"{comparing[0]}; {', '.join(without_answers)} has no wrong answers: list other circuits.tasks, or "
+                "leave it out"
+            )
         for ablation in circuits.ablations:
             if judged := [method for method in circuits.methods if circuits.takes_constants(method, ablation)]:
                 fitted = ablation in self.ablation.methods and {"head", "mlp"} <= set(self.ablation.components)
@@ -204,9 +213,7 @@ class Config(Settings):
     def _lenses_make_sense(self) -> "Config":
         if self.lenses is None:
             return self
-        selected = self.tasks.selected()
-        if missing := [task for task in self.lenses.tasks or () if task not in selected]:
-            raise ValueError(f"lenses.tasks: {', '.join(missing)}; allowed: the config's tasks: {', '.join(selected)}")
+        self._check_tasks("lenses.tasks", self.lenses.tasks or ())
         if self.lenses.lengths and "text" not in self.lens_tasks():
             raise ValueError(
                 f"lenses.lengths: {', '.join(map(str, self.lenses.lengths))}; allowed: with the task text, which has "
@@ -223,5 +230,5 @@ class Config(Settings):
     @model_validator(mode="after")
     def _needs_a_task(self) -> "Config":
         if not self.tasks.selected():
-            raise ValueError(f"tasks: none given; allowed: {', '.join(TASKS)}")
+            raise ValueError(f"tasks: none given; allowed: {', '.join(TASKS)}, or one of your own with `pairs`")
         return self

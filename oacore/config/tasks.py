@@ -1,9 +1,19 @@
 """`tasks:` what the model is asked to do, and the registry of tasks."""
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
 from oacore.config.base import LocalPath, Settings
 from oacore.config.rows import Row, registry
@@ -42,6 +52,32 @@ class Text(Task):
     n_tokens: int = Field(25, ge=3, description="window length, BOS included")
 
 
+def _count(value: Any) -> Any:
+    is_count = isinstance(value, int) and value >= 2
+    if value == "all" or is_count or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError(f"{value!r}; allowed: a whole number of at least 2, a share between 0 and 1, or all")
+
+
+Count = Annotated[int | float | Literal["all"], BeforeValidator(_count)]  # of what a file has for a split
+
+
+class Pairs(Settings):
+    """Pairs of clean and corrupt prompts from a file, docs/tasks.md."""
+
+    pairs: LocalPath = Field(
+        description="CSV or JSON lines file with clean, corrupt, right and, optionally, wrong, split, group, subject"
+    )
+    n_train: Count = Field(
+        "all", description="rows that constants are fitted on and means are taken over: a number, a share, or all"
+    )
+    n_validation: Count = Field("all", description="rows that decide when a fit has converged, likewise")
+    n_test: Count = Field("all", description="rows that every reported number is measured on, likewise")
+    align: Literal["refuse", "drop"] = Field(
+        "refuse", description="a row whose prompts have different numbers of tokens: refuse the file, or drop the row"
+    )
+
+
 @dataclass(frozen=True)
 class TaskRow(Row):
     """A task; `code` is its function `generate`, see docs/extending.md.
@@ -52,16 +88,19 @@ class TaskRow(Row):
             `n_tokens` goes before it.
         wrong_answers: prompts have wrong answers, which logit differences compare the right ones with.
         completed: only prompts that the model completes rightly are kept, so that the model runs to make them.
-        file: what the setting `path` wants; empty for a task that reads no file of the user's.
+        file: what the setting `file_key` wants; empty for a task that reads no file of the user's.
+        file_key: the setting that names the file.
         demo_file: the demo model's own file in place of it.
-        check: `package.module:name` of what reads the file before any work; empty if a tokenizer is needed for that.
+        check: `package.module:name` of what is called with the config and the task's name before any work, and reads
+            the file; empty if a tokenizer is needed for that.
     """
 
-    settings: type[Task] = Task
+    settings: type[Settings] = Task
     prompt_tokens: int = 16
     wrong_answers: bool = True
     completed: bool = False
     file: str = ""
+    file_key: str = "path"
     demo_file: str = ""
     check: str = ""
 
@@ -84,7 +123,7 @@ TASKS = registry(
             completed=True,
             file="a CSV or JSON lines file",
             demo_file="facts.csv",
-            check="oacore.tasks.facts:read_facts_file",
+            check="oacore.tasks.facts:check",
         ),
         TaskRow(
             "text",
@@ -98,10 +137,24 @@ TASKS = registry(
     )
 )
 
-if TYPE_CHECKING:
-    TaskName = str
-else:
-    TaskName = Literal[tuple(TASKS)]
+# The row of every task of the user's own, whatever its name. Its `generate` is told the name.
+PAIRS = TaskRow(
+    "<name>",
+    "oacore.tasks.pairs:generate",
+    "pairs of prompts from a file of your own, under a name of your own",
+    settings=Pairs,
+    file="a CSV or JSON lines file",
+    file_key="pairs",
+    check="oacore.tasks.pairs:check",
+)
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+RESERVED = ("logs",)  # beside the tasks' folders in a run's results
+
+
+def task_row(name: str) -> TaskRow:
+    """The row of a task that a config selects."""
+    return TASKS.get(name, PAIRS)
+
 
 # One optional field for each row.
 _sections: dict[str, Any] = {
@@ -110,8 +163,19 @@ _sections: dict[str, Any] = {
 _Sections: Any = create_model("_Sections", __base__=Settings, **_sections)
 
 
+def _names_a_file(value: Any) -> Any:
+    if isinstance(value, Pairs) or (isinstance(value, dict) and "pairs" in value):
+        return value
+    raise PydanticKnownError("extra_forbidden")  # a misspelled name
+
+
 class Tasks(_Sections):
-    """The tasks that are asked for: an empty section takes the defaults, a missing one is not asked for."""
+    """The tasks that are asked for: an empty section takes the defaults, a missing one is not asked for. Any other name
+    whose section has `pairs` is a task of the user's own.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[Pairs, BeforeValidator(_names_a_file)]]
 
     @model_validator(mode="before")
     @classmethod
@@ -125,6 +189,17 @@ class Tasks(_Sections):
         # A task that is not selected must not come back as an empty section, which selects it.
         return {name: task for name, task in serialise(self).items() if task is not None}
 
-    def selected(self) -> dict[str, Task]:
-        """The tasks that the config names, in the order of the registry."""
-        return {name: task for name in TASKS if (task := getattr(self, name)) is not None}
+    @model_validator(mode="after")
+    def _names_make_folders(self) -> "Tasks":
+        for name in self.__pydantic_extra__:
+            if not NAME.fullmatch(name) or name in RESERVED:
+                raise ValueError(
+                    f"{name!r} is no name for a task; allowed: lower-case letters, digits and _, a letter first, and "
+                    f"not {', '.join(RESERVED)}"
+                )
+        return self
+
+    def selected(self) -> dict[str, Settings]:
+        """The tasks that the config names: the built-in ones in the order of the registry, then the user's own."""
+        built_in = {name: task for name in TASKS if (task := getattr(self, name)) is not None}
+        return built_in | self.__pydantic_extra__

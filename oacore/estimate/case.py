@@ -1,13 +1,16 @@
 """One config before one model: what all formulas start from."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from oacore.config.circuits import CircuitMethod
 from oacore.config.run import Config
-from oacore.config.tasks import TASKS
+from oacore.config.tasks import Pairs, task_row
 from oacore.estimate.need import Parts
 from oacore.estimate.passes import statistics_bytes
 from oacore.estimate.sizes import Sizes
+from oacore.tasks import pairs
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,21 @@ class Case:
         """The most tokens of one batch."""
         return self.config.limits.tokens_per_batch
 
+    @cached_property
+    def _files(self) -> dict[str, pairs.Sizes]:
+        """What the files of the user's own tasks have."""
+        selected, seed = self.config.tasks.selected(), self.config.seed
+        return {name: pairs.sizes(task, name, seed) for name, task in selected.items() if isinstance(task, Pairs)}
+
     def prompt_tokens(self, task: str) -> int:
-        """T of a task's longest prompt, as its settings or else its row says."""
-        return int(getattr(self.config.tasks.selected()[task], "n_tokens", TASKS[task].prompt_tokens))
+        """T of a task's longest prompt, as its settings, its file or else its row says."""
+        if task in self._files:
+            return self._files[task].longest
+        return int(getattr(self.config.tasks.selected()[task], "n_tokens", task_row(task).prompt_tokens))
 
     def n_prompts(self, task: str) -> tuple[int, int, int]:
         """Train, validation, test; of a file of facts, which may have fewer, at most."""
-        settings = self.config.tasks.selected()[task]
+        settings: Any = self._files.get(task, self.config.tasks.selected()[task])
         return settings.n_train, settings.n_validation, settings.n_test
 
     def at_once(self, n: int, T: int) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from oacore.config.run import Config
-from oacore.config.tasks import TASKS
+from oacore.config.tasks import task_row
 from oacore.estimate.ablation import gaps, optimal
 from oacore.estimate.case import Case
 from oacore.estimate.circuits import circuits
@@ -37,7 +37,7 @@ RULES: dict[str, Callable[..., Need]] = {
 def needs(case: Case, jobs: Iterable[tuple[str, dict[str, str], str]]) -> Iterator[Need]:
     """Of every job that may use a GPU, from `oacore.jobs.jobs`."""
     for rule, wildcards, _ in jobs:
-        runs_model = rule != "prompts" or TASKS[wildcards["task"]].completed
+        runs_model = rule != "prompts" or task_row(wildcards["task"]).completed
         if rule in RULES and runs_model:
             yield RULES[rule](case, **wildcards)
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from oacore.config.run import Config
-from oacore.config.tasks import TASKS
+from oacore.config.tasks import task_row
 from oacore.engine.clean import Batch
 from oacore.engine.forward import embed, last_residual_from, logits_of
 from oacore.errors import UserError
@@ -24,7 +24,7 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write prompts.h5: all splits. Only a task of what the model completes rightly runs the model."""
     settings, facts = settings_with_file(config, inputs["model"], task), read_json(inputs["model"])
     complete: Complete | None = None
-    if TASKS[task].completed:
+    if task_row(task).completed:
         loaded = gated_model(config, inputs["model"])
         tokenizer, complete = loaded.tokenizer, argmax_of(loaded.model, config.limits.tokens_per_batch)
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from oacore.config.base import Settings
 from oacore.config.model import SHIPPED_DEMO, is_directory_name
 from oacore.config.run import Config
+from oacore.config.tasks import task_row
 from oacore.store.fingerprint import fingerprint
 
 SPLITS = ("train", "validation", "test")
@@ -42,9 +43,9 @@ def _model_files(config: Config) -> dict[str, object]:
 def task_settings(config: Config, task: str) -> dict[str, object]:
     """What determines a task's prompts, for a given model."""
     settings: Settings = config.tasks.selected()[task]
-    values = settings.model_dump()
-    if values.get("path") is not None:
-        values["path"] = fingerprint(values["path"])
+    values, key = settings.model_dump(), task_row(task).file_key
+    if values.get(key) is not None:
+        values[key] = fingerprint(values[key])
     return {"seed": config.seed, **values}
 
 

@@ -4,29 +4,16 @@ Three layouts are read: CSV with a header, JSON lines, and ROME's known_1000 (a 
 (contains the subject), answer (or attribute, or object) and, optionally, relation (or relation_id); others are ignored.
 """
 
-import csv
-import io
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from oacore.config.run import Config
+from oacore.config.tasks import Facts
 from oacore.errors import UserError
-from oacore.tasks.prompts import (
-    SPLITS,
-    Complete,
-    Prompts,
-    build,
-    encode,
-    following,
-    ids_and_offsets,
-    limit,
-    pad,
-    read_text,
-    stream,
-)
+from oacore.tasks.files import bad_rows, deal, rows, subject_span
+from oacore.tasks.prompts import SPLITS, Complete, Prompts, build, encode, following, limit, pad, stream
 
 KEY = "tasks.facts.path"
 ALIASES = {
@@ -55,47 +42,11 @@ class Encoded(NamedTuple):
     answer: list[int]
 
 
-def rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place in the file, row) of every row in any of the layouts; a row that is not an object is None."""
-    text = read_text(path, KEY)
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        try:
-            yield from ((f"line {reader.line_num}", row) for row in reader)
-        except csv.Error as error:
-            raise UserError(f"{KEY}: {path} is not CSV: line {reader.line_num}: {error}") from None
-    elif text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{KEY}: {path} is not JSON: {error}") from None
-        yield from ((f"item {i}", item) for i, item in enumerate(items, 1))
-    elif text.lstrip().startswith("{") and _is_json(text):
-        raise UserError(
-            f"{KEY}: {path} is one JSON object over several lines; allowed: a JSON list, or one object on each line"
-        )
-    else:
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except json.JSONDecodeError:
-                    yield f"line {number}", None
-
-
-def _is_json(text: str) -> bool:
-    """Whether it is one object as a whole, on more than one line."""
-    try:
-        return "\n" in text.strip() and isinstance(json.loads(text), dict)
-    except json.JSONDecodeError:
-        return False
-
-
 def read_facts_file(path: Path) -> list[Fact]:
     """The facts of a file, the first of those with the same prompt; raises UserError listing up to ten bad rows."""
     facts: dict[str, Fact] = {}
     bad = []
-    for place, row in rows(path):
+    for place, row in rows(path, KEY):
         if not isinstance(row, dict):
             bad.append(f"{place}: not a JSON object")
             continue
@@ -112,10 +63,16 @@ def read_facts_file(path: Path) -> list[Fact]:
         else:
             facts.setdefault(fact.prompt, fact)
     if bad:
-        raise UserError(
-            f"{KEY}: {path} has {len(bad)} bad rows (needed are subject, prompt, answer): {'; '.join(bad[:10])}"
-        )
+        raise bad_rows(KEY, path, bad, "needed are subject, prompt, answer")
     return list(facts.values())
+
+
+def check(config: Config, task: str) -> None:
+    """UserError for a file of the user's with bad rows."""
+    facts = config.tasks.selected()[task]
+    assert isinstance(facts, Facts)
+    if facts.path is not None:
+        read_facts_file(facts.path)
 
 
 def split_facts(facts: list[Fact], seed: int, unseen: str) -> list[str]:
@@ -129,7 +86,7 @@ def split_facts(facts: list[Fact], seed: int, unseen: str) -> list[str]:
     relations: dict[str, set[str]] = {}
     for fact in facts:
         relations.setdefault(fact.subject, set()).add(fact.relation)
-    of_subject = _deal({subject: tuple(sorted(names)) for subject, names in relations.items()}, seed)
+    of_subject = deal({subject: tuple(sorted(names)) for subject, names in relations.items()}, seed)
     if unseen == "subjects":
         return [of_subject[fact.subject] for fact in facts]
     names = {fact.relation for fact in facts}
@@ -139,35 +96,20 @@ def split_facts(facts: list[Fact], seed: int, unseen: str) -> list[str]:
             f"relations{' and facts without one' if '' in names else ''}; allowed: subjects, or at least {len(SPLITS)} "
             "relations, one for each fact"
         )
-    of_relation = _deal(dict.fromkeys(sorted(names), ()), seed)
+    of_relation = deal(dict.fromkeys(sorted(names), ()), seed)
     return [split if (split := of_subject[fact.subject]) == of_relation[fact.relation] else "" for fact in facts]
 
 
-def _deal(strata: dict[str, tuple[str, ...]], seed: int) -> dict[str, str]:
-    """Keys to splits, 60/20/20 in random order, stratum by stratum."""
-    keys = list(strata)
-    shuffled = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
-    train, validation, test = SPLITS
-    hand = (train, test, validation, train, train)  # three keys are enough for all splits
-    return {key: hand[i % len(hand)] for i, key in enumerate(sorted(shuffled, key=strata.__getitem__))}
-
-
 def encode_fact(tokenizer: Any, fact: Fact) -> Encoded:
-    """Tokens of a fact; the subject's span holds every token that covers one of the characters of its first
-    occurrence.
-    """
+    """Tokens of a fact."""
     ids = encode(tokenizer, fact.prompt)
-    start = fact.prompt.index(fact.subject)
-    end = start + len(fact.subject)
-    # Overlap, not equality: the first token also covers the space before it. Positions are one higher for BOS.
-    inside = [i for i, (a, b) in enumerate(ids_and_offsets(tokenizer, fact.prompt)[1], 1) if a < end and b > start]
     answer = following(tokenizer, fact.prompt, f" {fact.answer}")
     if not answer:
         raise UserError(
             f"{KEY}: the tokenizer has no token for the answer '{fact.answer}' after '{fact.prompt}'; every word must "
             "be known"
         )
-    return Encoded(fact, ids, (inside[0], inside[-1] + 1), answer)
+    return Encoded(fact, ids, subject_span(tokenizer, fact.prompt, fact.subject), answer)
 
 
 def find_counterfactual(tokenizer: Any, encoded: Encoded, others: list[Encoded]) -> tuple[list[int], Encoded] | None:

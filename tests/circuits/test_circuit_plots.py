@@ -80,6 +80,8 @@ def test_figures_are_one_per_ablation_type_and_their_comparison():
     ]
     assert list(circuit_plots.circuit_figures(fabricate(ablations=("optimal",)), 500)) == ["pareto_optimal"]
     assert "ablation_types_hcgs" in circuit_plots.circuit_figures(fabricate(("acdc", "hcgs")), 500)
+    other = fabricate(("ugs",)).assign(objective="logit_diff")
+    assert "ablation_types_ugs" in circuit_plots.circuit_figures(other, 500), "the file's name is the method's"
 
 
 def test_pareto_figure_draws_each_front_as_stairs_and_every_circuit():

@@ -86,8 +86,9 @@ def test_files_that_are_no_config(tmp_path):
         load_config(tmp_path / "binary.yaml")
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-full", "gpt2"])
-def test_shipped_configs_are_valid(name):
+@pytest.mark.parametrize("name", ["demo", "demo-full", "gpt2", "pairs"])
+def test_shipped_configs_are_valid(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
     config = load_config(ROOT / f"config/{name}.yaml")
     assert config.run == name
 

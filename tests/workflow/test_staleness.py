@@ -257,6 +257,13 @@ def test_each_training_key_trains_anew(trained, key, tmp_path):
     assert changed["demo"] == changed["model"] == 1
 
 
+def test_a_task_from_a_file_leaves_the_others_as_they_are(finished, tmp_path):
+    values, path, _ = finished
+    (tmp_path / "mine.csv").write_text("clean,corrupt,right\n" + "".join(f"{i} a,{i} b,x\n" for i in range(20)))
+    changed = with_value(values, "tasks.mine", {"pairs": str(tmp_path / "mine.csv"), "n_train": 0.8})
+    assert planned(changed, path) == {"prompts": 1} | REPORT
+
+
 def test_circuits_of_another_task_are_that_task_s(finished):
     values, path, _ = finished
     without_eap = [method for method in TINY["circuits"]["methods"] if method != "eap"]  # which facts refuse
@@ -390,7 +397,7 @@ MODULES = {
     "estimate/circuits estimate/families estimate/inputs estimate/lens_evaluation estimate/lenses "
     "estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
     "estimate/throughput estimate/tracing fits/__init__ lenses/__init__ models/__init__ models/architecture "
-    "models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than "
+    "models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than tasks/pairs "
     "stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint store/housekeeping "
     "store/layout store/locks "
     "tasks/__init__ tracing/__init__ oakernels/__init__",
@@ -415,6 +422,7 @@ OF_ROWS = {
     "lenses/constant": LENSES | {"lens_fit": 3},
     "lenses/affine": {"lens_fit": 4} | MEASURED,
     "tasks/facts": OF_FACTS,
+    "tasks/files": OF_FACTS,  # and pairs, of which the tiny run has none
     "tasks/ioi": OF_IOI,
     "tasks/text": OF_TEXT,
 }

@@ -16,7 +16,7 @@ from oacore.config.ablation import ABLATION_TYPES
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
 from oacore.config.lenses import LENS_SECTIONS, LENSES, lens_and_init
 from oacore.config.rows import computed, shown
-from oacore.config.tasks import TASKS
+from oacore.config.tasks import task_row
 from oacore.config.tracing import CORRUPTIONS
 from oacore.estimate.sizes import known_sizes
 

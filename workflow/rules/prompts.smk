@@ -15,15 +15,17 @@ rule prompts:
         mem_mb=mem_mb,
         runtime=minutes(60),
         gpu=lambda wildcards: (
-            GPUS if TASKS[layout.task_of(wildcards.task_dir)].completed else 0
+            GPUS if task_row(layout.task_of(wildcards.task_dir)).completed else 0
         ),
     params:
         stage="prompts",
+        # Two tasks of the user's own may have one file and the same settings.
+        task=lambda wildcards: layout.task_of(wildcards.task_dir),
         settings=lambda wildcards: task_settings(
             run_config, layout.task_of(wildcards.task_dir)
         ),
         code=lambda wildcards: code(
-            "prompts", TASKS[layout.task_of(wildcards.task_dir)]
+            "prompts", task_row(layout.task_of(wildcards.task_dir))
         ),
     script:
         "../scripts/stage.py"
