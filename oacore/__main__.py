@@ -107,7 +107,7 @@ def _run_tool(given: argparse.Namespace) -> int:
     if given.stage == "verify":
         return 0 if verify(config, file) else 1
     if given.stage == "plan":
-        check_files(config.tasks.selected())
+        check_files(config)
         print(shown(plan(config)))
         return 0
     if given.stage == "estimate":
