@@ -1,6 +1,6 @@
 """Measure lenses on held-out prompts: KL per layer, other context lengths, and what they predict token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,9 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     items = _items(config, inputs, opened, positions=settings.positions)
     own = [opened.determined_by(lens) for lens in lenses.values()]
 
-    def compute(new: list[int]) -> list[Item]:
+    def compute(new: list[int]) -> Iterator[Item]:
         rows, every = opened.sources.cache.read("test"), list(lenses.values())
-        return [_item(every[index], rows) for index in progress(new, what=f"{task} lenses", unit="lenses")]
+        return (_item(every[index], rows) for index in progress(new, what=f"{task} lenses", unit="lenses"))
 
     lengths = opened.splits["test"].lengths
     clusters = np.repeat(opened.splits["test"].cluster, lengths - 1 if settings.positions == "all" else 1)
@@ -75,9 +75,9 @@ def _pictures(config: Config, inputs: Files, opened: LensTask) -> pd.DataFrame:
     wanted = [(number, lens) for number in range(len(prompts)) for lens in lenses]
     tokens = [prompts.tokens[number : number + 1, : int(prompts.lengths[number])] for number in range(len(prompts))]
 
-    def compute(new: list[int]) -> list[Item]:
-        tops = [top_tokens(model, lens, tokens[number]) for number, lens in (wanted[index] for index in new)]
-        return [Item({"ids": ids, "values": values}) for ids, values in tops]
+    def compute(new: list[int]) -> Iterator[Item]:
+        tops = (top_tokens(model, lens, tokens[number]) for number, lens in (wanted[index] for index in new))
+        return (Item({"ids": ids, "values": values}) for ids, values in tops)
 
     own = [{"picture of prompt": number} | opened.determined_by(lens) for number, lens in wanted]
     tables = [
@@ -108,10 +108,10 @@ def _length_table(config: Config, inputs: Files, opened: LensTask, lenses: Seque
         except UserError as error:
             raise UserError(f"lenses.lengths: {n_tokens}: {error}") from None
 
-        def compute(new: list[int], prompts: Prompts = prompts) -> list[Item]:
+        def compute(new: list[int], prompts: Prompts = prompts) -> Iterator[Item]:
             parts = batch_of(prompts, model.device).split(config.limits.tokens_per_batch)
             rows = LensRows.joined([rows_of(model, part) for part in parts])
-            return [_item(lenses[index], rows) for index in new]
+            return (_item(lenses[index], rows) for index in new)
 
         own = [opened.determined_by(lens) for lens in lenses]
         items = _items(config, inputs, opened, windows=prompts.digest())

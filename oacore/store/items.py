@@ -15,7 +15,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,14 +105,15 @@ class Items:
     def get(
         self,
         wanted: Sequence[Mapping[str, Any]],
-        compute: Callable[[list[int]], Sequence[Item]],
+        compute: Callable[[list[int]], Iterable[Item]],
         what: str = "",
     ) -> list[Item]:
         """An item for each of `wanted`, in its order.
 
         Args:
             wanted: what determines each of them beside `shared`; no two are equal.
-            compute: (which of `wanted` are new) -> these, in order; called once, or not at all.
+            compute: (which of `wanted` are new) -> these, in order; called once, or not at all. What it yields one by
+                one is stored one by one, and is there after a kill.
             what: named in the line that says how many are new; empty says nothing.
         """
         _used.update(self.path(own) for own in wanted)
@@ -125,11 +126,14 @@ class Items:
         if what:
             print(f"{what}: {_counted(wanted, new)}", flush=True)
         if new:
-            start = time.perf_counter()
+            begun = time.perf_counter()
             computed = compute(new)
-            took = {"seconds": (time.perf_counter() - start) / len(new), "peak_mb": peak_mb()}
+            share = (time.perf_counter() - begun) / len(new)  # of a list; what is yielded has not begun
+            begun = time.perf_counter()
             for index, item in zip(new, computed, strict=True):
+                took = {"seconds": share + time.perf_counter() - begun, "peak_mb": peak_mb()}
                 items[index] = self._write(wanted[index], item, took)
+                begun = time.perf_counter()
         return [item for item in items if item is not None]
 
     def identity(self, wanted: Sequence[Mapping[str, Any]]) -> str:

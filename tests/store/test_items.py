@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -90,6 +91,39 @@ def test_what_fails_stores_nothing(items):
     with pytest.raises(ValueError, match="no"):
         items.get([{"number": 1}], compute)
     assert not list(items.folder.rglob("*.safetensors"))
+
+
+def test_what_is_yielded_is_stored_before_the_next_is_computed(items):
+    wanted = [{"number": number} for number in range(3)]
+
+    def compute(new):
+        for index in new:
+            if index == 2:
+                raise KeyboardInterrupt
+            time.sleep(0.01 * (index + 1))
+            yield Item({}, {"number": index})
+
+    with pytest.raises(KeyboardInterrupt):
+        items.get(wanted, compute)
+    asked = []
+    found = items.get(wanted, lambda new: asked.extend(new) or [Item({}, {"number": index}) for index in new])
+    assert asked == [2] and [item.facts["number"] for item in found] == [0, 1, 2]
+    assert 0.01 <= found[0].noted["seconds"] < found[1].noted["seconds"], "each its own"
+
+
+def test_who_only_looks_computes_nothing(items):
+    wanted = [{"number": number} for number in range(4)]
+    items.get(wanted[:2], lambda new: [Item({}) for _ in new])
+    with items_module.only_looking():
+        items.get(wanted[:2], lambda new: pytest.fail("these are there"))
+        with pytest.raises(items_module.NotStoredError, match="numbers: 2 of 4 are new: 2, 3") as caught:
+            items.get(wanted, lambda new: pytest.fail("it only looks"), "numbers")
+    assert caught.value.n_new == 2 and caught.value.seconds == pytest.approx(0, abs=1)
+    other = Items(items.folder, "others", items.shared)
+    with items_module.only_looking(), pytest.raises(items_module.NotStoredError) as caught:
+        other.get(wanted, lambda new: pytest.fail("it only looks"))
+    assert caught.value.seconds is None, "nothing like them is there"
+    assert len(items.get(wanted, lambda new: [Item({}) for _ in new])) == 4
 
 
 def test_the_line_names_what_is_new(items, capsys):
