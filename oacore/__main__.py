@@ -23,6 +23,7 @@ TOOLS = {
     "estimate": "memory and time that every GPU rule of a config takes, before it runs",
     "plan": "what a run would compute that is not in the store yet, and how long that will take",
     "verify": "the numbers of a finished run beside those that are expected of it",
+    "compare": "two finished runs side by side: settings, numbers, fronts, circuits; FILE FILE",
     "cache": "what the caches of some finished runs hold, and which of it none of them needs; --remove removes that",
 }
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("stage", choices=[*STAGES, "all", *TOOLS], metavar="STAGE")
     parser.add_argument(
-        "files", nargs="*", metavar="FILE", help="estimate, plan, verify, cache: YAML files, as --config"
+        "files", nargs="*", metavar="FILE", help="estimate, plan, verify, compare, cache: YAML files, as --config"
     )
     parser.add_argument("--remove", action="store_true", help="cache: remove what no FILE's run needs")
     parser.add_argument("--config", default="config/demo.yaml", help="YAML file (default: %(default)s)")
@@ -62,9 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="verify: write the expected numbers instead, from folders of finished runs, the reference first",
     )
     given = parser.parse_args(arguments)
-    if given.files and given.stage not in ("estimate", "plan", "verify", "cache"):
+    if given.files and given.stage not in ("estimate", "plan", "verify", "compare", "cache"):
         parser.error(f"unrecognized argument: {given.files[0]}; allowed: --config {given.files[0]}")
-    if len(given.files) > 1 and given.stage != "cache":
+    if given.stage == "compare" and len(given.files) != 2:
+        parser.error(f"compare needs two files, not {len(given.files)}")
+    if len(given.files) > 1 and given.stage not in ("compare", "cache"):
         parser.error(f"unrecognized argument: {given.files[1]}; allowed: one file")
     if given.remove and given.stage != "cache":
         parser.error("--remove: only with cache")
@@ -99,6 +102,11 @@ def _run_tool(given: argparse.Namespace) -> int:
         print(table(found))
         if given.remove:
             print(f"removed {remove(found) / MB:.1f} MB")
+        return 0
+    if given.stage == "compare":
+        from oacore.compare import compare
+
+        print(f"page: {compare(*map(load_config, files)).resolve()}")
         return 0
     config = load_config(file)
     if given.stage == "verify" and given.record:

@@ -64,15 +64,20 @@ def save(figure: Figure, path_stem: str | Path, provenance: Provenance = ANY) ->
     the same bytes.
     """
     svg, png = Path(f"{path_stem}.svg"), Path(f"{path_stem}.png")
+    write_svg(svg, svg_of(figure), provenance)
+    with styled(), atomic_path(png) as temporary:
+        figure.savefig(temporary, metadata={"Software": None})
+    return svg, png
+
+
+def svg_of(figure: Figure) -> str:
+    """The figure as an SVG document."""
     with styled():
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once: a second pass would move the axes by a hair
         drawn = StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        write_svg(svg, drawn.getvalue(), provenance)
-        with atomic_path(png) as temporary:
-            figure.savefig(temporary, metadata={"Software": None})
-    return svg, png
+    return drawn.getvalue()
 
 
 def legend_below(figure: Figure, keys: Sequence[Line2D]) -> None:

@@ -1,0 +1,103 @@
+"""Two finished runs side by side: the tiny run, and a copy of it in which something is known to differ."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from oacore.__main__ import main
+from oacore.compare import Runs, circuits_of_both, compare, settings_that_differ
+from oacore.errors import UserError
+from oacore.store.artefacts import read_table, write_table
+from oacore.store.layout import Layout
+from oacore.store.provenance import Provenance
+
+
+@pytest.fixture
+def runs(tiny_run, own_copy):
+    """The tiny run, and its copy with another setting, a gap that is 0.5 nats larger, and one circuit's file in
+    another's place.
+    """
+    optimal = own_copy.ablation.optimal.model_copy(update={"max_steps": 59})
+    second = own_copy.model_copy(
+        update={"run": "tiny", "ablation": own_copy.ablation.model_copy(update={"optimal": optimal})}
+    )
+    layout = Layout(second)
+    path = layout.ablation("ioi", "gaps.csv")
+    gaps = read_table(path)
+    chosen = (gaps["component"] == "a1.h2") & (gaps["method"] == "mean")
+    gaps.loc[chosen, "gap_nats"] += 0.5
+    write_table(path, gaps, Provenance())
+    shutil.copy(layout.circuits("ioi", "eap-optimal/40-s0.json"), layout.circuits("ioi", "eap-optimal/0.2-s0.json"))
+    return tiny_run[0], second
+
+
+def test_settings_that_differ(runs):
+    found = settings_that_differ(*runs)
+    assert found.to_dict("records") == [{"key": "ablation.optimal.max_steps", "first": "60", "second": "59"}]
+
+
+def test_numbers_are_joined_with_their_difference(runs):
+    page = compare(*runs)
+    assert page.name == "compared-with-tiny.html" and page.parent == Path(Layout(runs[1]).results_dir)
+    numbers = pd.read_csv(page.with_suffix(".csv"))
+    gaps, pareto = (
+        pd.read_csv(f"{Layout(runs[0]).results_dir}/{name}")
+        for name in ("ioi/ablation/gaps.csv", "ioi/circuits/pareto.csv")
+    )
+    assert (numbers["table"] == "ioi/ablation/gaps.csv").sum() == len(gaps)
+    assert (numbers["table"] == "ioi/circuits/pareto.csv").sum() == len(pareto)
+    assert {"facts/tracing/aie.csv", "text/lens/loss.csv"} < set(numbers["table"])
+    changed = numbers[numbers["difference"] != 0]
+    assert changed["row"].tolist() == ["a1.h2 mean"]
+    row, own = changed.iloc[0], gaps[(gaps["component"] == "a1.h2") & (gaps["method"] == "mean")].iloc[0]
+    assert row["second"] - row["first"] == pytest.approx(0.5) and row["first"] == own["gap_nats"]
+    assert row["se"] == pytest.approx(np.sqrt(2) * own["se_nats"])
+    assert row["in_se"] == pytest.approx(0.5 / row["se"])
+    assert set(numbers.loc[numbers["table"] == "ioi/circuits/pareto.csv", "row"]) >= {
+        "ugs optimal 0.1 1",
+        "acdc optimal 0.05 0",
+    }
+
+
+def test_circuits_edge_by_edge(runs):
+    found = circuits_of_both(Runs(*map(Layout, runs)), "ioi")
+    other = [edges for edges in found if edges.first != edges.second]
+    assert [edges.circuit for edges in other] == ["ioi/eap-optimal/0.2-s0"]
+    (edges,) = other
+    assert edges.second < edges.first, "the best 40 edges are among the best 96"
+    assert edges.jaccard == pytest.approx(len(edges.second) / len(edges.first))
+    assert all(same.jaccard == 1 for same in found if same is not edges)
+
+
+def test_the_page_says_what_differs(runs):
+    page = compare(*runs).read_text()
+    text = re.sub(r"<[^>]+>", " ", re.sub(r"<svg.*?</svg>", "", page, flags=re.S))
+    assert "1 key differs." in text and "ablation.optimal.max_steps" in text.replace("\u200b", "").replace("_ ", "_")
+    assert page.count("Fronts of both runs under") == 2 and "Edges that one of them alone has" in text
+    assert "only" in text and "a1.h2 mean" in text
+
+
+def test_command(runs, tmp_path, capsys):
+    import yaml
+
+    files = []
+    for number, config in enumerate(runs):
+        files.append(tmp_path / f"{number}.yaml")
+        files[-1].write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert main(["compare", *map(str, files)]) == 0
+    assert re.fullmatch(r"page: .*compared-with-tiny\.html\n", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["compare", str(files[0])])
+    assert "compare needs two files, not 1" in capsys.readouterr().err
+
+
+def test_a_run_with_itself_and_one_that_is_not_finished(runs, tmp_path):
+    with pytest.raises(UserError, match=r"both runs; allowed: two runs"):
+        compare(runs[0], runs[0])
+    unfinished = runs[0].model_copy(update={"results_dir": tmp_path / "nowhere"})
+    with pytest.raises(UserError, match=r"report\.html: missing; allowed: configs of finished runs"):
+        compare(runs[0], unfinished)
