@@ -100,11 +100,18 @@ def random_hf(name: str, scale: float = 0.15):
             scale_attn_by_inverse_layer_idx=variant == "inverse",
         ),
         "neox": lambda: tf.GPTNeoXConfig(
-            **SIZES, intermediate_size=48, rotary_pct=0.25, use_parallel_residual=variant == "parallel"
+            **SIZES,
+            intermediate_size=48,
+            rotary_pct=0.25,
+            use_parallel_residual=variant == "parallel",
+            attention_bias=variant != "unbiased",
         ),
         "llama": lambda: tf.LlamaConfig(
             **GATED, rope_parameters=_rope(variant or "default"), attention_bias=variant == "linear"
         ),
+        "mistral": lambda: tf.MistralConfig(**GATED, sliding_window=5 if variant == "window" else None),
+        # Heads that are wider together than the stream, as in the small ones.
+        "qwen3": lambda: tf.Qwen3Config(**GATED, head_dim=12),
         "qwen2": lambda: tf.Qwen2Config(
             **GATED,
             **(
@@ -134,8 +141,11 @@ FAMILIES = (
     "llama-yarn",
     "llama-llama3",
     "llama-longrope",
+    "mistral",
+    "mistral-window",
     "qwen2",
     "qwen2-window",
+    "qwen3",
     "gemma2",
 )
 

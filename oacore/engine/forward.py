@@ -53,7 +53,7 @@ def heads(model: Model, layer: int, residual: Tensor, last: Tensor | None = None
     block = model.blocks[layer]
     x = normalise(block.attention_norm, residual)
     k, v = _key_value(model, block, x)
-    q = _project(x if last is None else at(x, last), block.W_Q, block.b_Q)  # [B, T or 1, H, k]
+    q = _query(block, x if last is None else at(x, last))  # [B, T or 1, H, k]
     if model.rotary is not None:
         cos, sin = rotary_tables(model, x)
         if last is None:
@@ -76,8 +76,17 @@ def key_value(model: Model, layer: int, residual: Tensor) -> tuple[Tensor, Tenso
     return _key_value(model, block, normalise(block.attention_norm, residual))
 
 
+def head_norm(norm: Norm | None, x: Tensor) -> Tensor:
+    """Queries or keys [..., k] as attention takes them, before any rotation."""
+    return x if norm is None else normalise(norm, x)
+
+
+def _query(block: Block, x: Tensor) -> Tensor:
+    return head_norm(block.query_norm, _project(x, block.W_Q, block.b_Q))
+
+
 def _key_value(model: Model, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    k, v = _project(x, block.W_K, block.b_K), _project(x, block.W_V, block.b_V)
+    k, v = head_norm(block.key_norm, _project(x, block.W_K, block.b_K)), _project(x, block.W_V, block.b_V)
     if model.rotary is not None:
         cos, sin = rotary_tables(model, x)
         k = rotate(k, cos[:, None], sin[:, None])
@@ -180,8 +189,8 @@ def run_block_at(model: Model, layer: int, residual: Tensor, keys: Tensor, value
     """
     block = model.blocks[layer]
     x = normalise(block.attention_norm, residual)
-    projections = ((block.W_Q, block.b_Q), (block.W_K, block.b_K), (block.W_V, block.b_V))
-    q, k, v = (_project(x, weight, bias) for weight, bias in projections)
+    q, k = _query(block, x), head_norm(block.key_norm, _project(x, block.W_K, block.b_K))
+    v = _project(x, block.W_V, block.b_V)
     if model.rotary is not None:
         cos, sin = (table[last][:, None, None] for table in rotary_tables(model, keys.flatten(2)))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oacore.engine.buffers import Buffer
 from oacore.engine.folded import Folded, Layer
-from oacore.engine.forward import rotate
+from oacore.engine.forward import head_norm, rotate
 from oacore.models.weights import ACTIVATIONS, Block, Norm
 
 MATH_ATTENTION = 64
@@ -29,6 +29,7 @@ def attend(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Ten
         Each head's z [H, B, q, k]; for post-norm models what the heads write [H, B, q, d].
     """
     block, prompts = layer.folded.block, buffer.rows.prompts
+    q, k = head_norm(block.query_norm, q), head_norm(block.key_norm, k)
     of_queries = buffer.rotary
     if prompts.rotary is not None and of_queries is not None:
         q, k = rotate(q, *of_queries), rotate(k, *prompts.rotary)

@@ -45,6 +45,10 @@ def _gpt_neox(model_config: dict[str, Any]) -> dict[str, Any]:
     return _llama(model_config) | {"gated": False, "parallel": parallel, "rms": False}
 
 
+def _qwen3(model_config: dict[str, Any]) -> dict[str, Any]:
+    return _llama(model_config) | {"d_head": model_config.get("head_dim") or 128}
+
+
 def _gemma2(model_config: dict[str, Any]) -> dict[str, Any]:
     return _llama(model_config) | {"tied": model_config.get("tie_word_embeddings", True)}
 
@@ -54,6 +58,8 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "llama": _llama,
+    "mistral": _llama,
     "qwen2": _llama,
+    "qwen3": _qwen3,
     "gemma2": _gemma2,
 }

@@ -87,6 +87,7 @@ def canonical(hf: Any) -> Model:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     config = hf.config
+    _fill_up_biases(hf)
     bridge = build_bridge_from_module(hf, type(hf).__name__, hf_config=config, tokenizer=None)
     activation = (
         getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or config.activation_function
@@ -113,6 +114,14 @@ def canonical(hf: Any) -> Model:
         return _map_tensors(model, lambda tensor: tensor.detach().contiguous())
 
 
+def _fill_up_biases(hf: Any) -> None:
+    """Zeros where a GPT-NeoX has no attention bias: the bridge (4.3.0) knows it with biases alone."""
+    for module in hf.modules():
+        joint = getattr(module, "query_key_value", None)
+        if isinstance(joint, torch.nn.Linear) and joint.bias is None:
+            joint.bias = torch.nn.Parameter(joint.weight.new_zeros(joint.out_features))
+
+
 def _block(block: Any) -> Block:
     attention, mlp, hf = block.attn, block.mlp, block.attn.original_component
     weights = {name: getattr(attention, f"W_{name}").transpose(0, 1) for name in ("Q", "K", "V")}
@@ -137,13 +146,22 @@ def _block(block: Any) -> Block:
         b_O=attention.b_O,
         attention_scale=hf.scaling,  # holds GPT-2's inverse-layer factor too
         attention_softcap=getattr(hf, "attn_logit_softcapping", None),
-        window=getattr(hf, "sliding_window", None),
+        # Of a layer in families whose layers differ, else of the model (Mistral).
+        window=getattr(hf, "sliding_window", getattr(hf.config, "sliding_window", None)),
         W_in=mlp.W_in,
         W_gate=mlp.W_gate,
         W_out=mlp.W_out,
         b_in=mlp.b_in,
         b_out=mlp.b_out,
+        query_norm=_head_norm(hf, "q_norm"),
+        key_norm=_head_norm(hf, "k_norm"),
     )
+
+
+def _head_norm(attention: Any, name: str) -> Norm | None:
+    """A norm of queries or keys, head by head, where the family has one."""
+    norm = getattr(attention, name, None)
+    return None if norm is None else _norm(norm)
 
 
 def _rotary(module: Any) -> Rotary:
@@ -161,7 +179,7 @@ def _rotary(module: Any) -> Rotary:
 
 
 def _norm(bridge_norm: Any) -> Norm:
-    norm = bridge_norm.original_component
+    norm = getattr(bridge_norm, "original_component", bridge_norm)
     if isinstance(norm, torch.nn.LayerNorm):
         return Norm(norm.weight, norm.bias, norm.eps, rms=False)
     gemma = type(norm).__name__.startswith("Gemma")

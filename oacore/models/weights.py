@@ -75,6 +75,8 @@ class Block:
     W_out: Tensor  # [f, d]
     b_in: Tensor | None  # [f]
     b_out: Tensor | None  # [d]
+    query_norm: Norm | None = None  # of each head's query, weight [k] (Qwen-3)
+    key_norm: Norm | None = None  # of each key
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,11 @@ def weight_hash(model: Model) -> str:
         model.final_norm.eps,
     )
     per_block = [
-        (block.attention_scale, block.attention_softcap, block.window, block.attention_norm.eps, block.mlp_norm.eps)
+        (
+            *(block.attention_scale, block.attention_softcap, block.window),
+            *(block.attention_norm.eps, block.mlp_norm.eps),
+            *(norm.eps for norm in (block.query_norm, block.key_norm) if norm is not None),
+        )
         for block in model.blocks
     ]
     rotary = None if model.rotary is None else (model.rotary.short_length, model.rotary.scale)

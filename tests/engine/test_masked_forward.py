@@ -78,6 +78,7 @@ def brute_force(model, tokens, length, mask, replacement):
             return torch.stack(rows)  # [n, T, k]
 
         q, k = project(q_at, block.W_Q, block.b_Q), project(k_at, block.W_K, block.b_K)
+        q, k = norm64(block.query_norm, q), norm64(block.key_norm, k)
         v = project(v_at, block.W_V, block.b_V)
         if model.rotary is not None:
             cos, sin = rotary_tables(model, x0[None])

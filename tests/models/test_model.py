@@ -49,6 +49,15 @@ def test_bf16_passes_its_gate_and_has_another_hash(directory):
     assert loaded.weight_hash != load(directory, device="cpu").weight_hash
 
 
+def test_attention_without_biases_where_the_bridge_wants_them():
+    hf = random_hf("neox-unbiased")
+    tokens, lengths = parity_prompts(97, 64)
+    expected = hugging_face_logits(hf, tokens, lengths)
+    model = canonical(hf)
+    assert check_parity(model, tokens, lengths, expected, 1e-3).max_abs_log_prob < 1e-4
+    assert not any(bias.any() for block in model.blocks for bias in (block.b_Q, block.b_K, block.b_V))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "neox-parallel"])
 def test_gate_refuses_a_model_that_we_compute_wrongly(family):
     hf = random_hf(family)
@@ -98,7 +107,7 @@ def test_directory_without_config(tmp_path):
 
 def test_unsupported_architecture(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gptj"}))
-    refused(tmp_path, "architecture 'gptj'", "gpt2, gpt_neox, llama, qwen2, gemma2")
+    refused(tmp_path, "architecture 'gptj'", "gpt2, gpt_neox, llama, mistral, qwen2, qwen3, gemma2")
 
 
 def test_damaged_weights(tmp_path):
