@@ -1,12 +1,13 @@
-"""The pipeline's stages without Snakemake: `python -m oacore STAGE --config FILE`."""
+"""The pipeline's stages without Snakemake, and its tools: `python -m oacore COMMAND`."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from oacore import __version__
 from oacore.config.read import load_config
-from oacore.config.run import OPTIONAL_SECTIONS, Config
+from oacore.config.run import OPTIONAL_SECTIONS
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
 from oacore.jobs import STAGES, WITHOUT_GPU, jobs
@@ -17,143 +18,174 @@ from oacore.store.locks import hold_gpu
 from oacore.tasks.generate import check_files
 from oacore.verify import record, verify
 
-TOOLS = {
-    "mib-score": "CPR and CMD of a circuit file, as the MIB benchmark defines them",
-    "mib-export": "a circuit and its constants in the formats of the MIB benchmark",
-    "estimate": "memory and time that every GPU rule of a config takes, before it runs",
-    "plan": "what a run would compute that is not in the store yet, and how long that will take",
-    "verify": "the numbers of a finished run beside those that are expected of it",
-    "compare": "two finished runs side by side: settings, numbers, fronts, circuits; FILE FILE",
-    "cache": "what the caches of some finished runs hold, and which of it none of them needs; --remove removes that",
+Given = argparse.Namespace
+DEFAULT = Path("config/demo.yaml")
+# What a stage can be run for alone; all of the config by default.
+ONE = {
+    "task": "one task",
+    "method": "one fitted ablation type, or circuit method",
+    "ablation": "one ablation type of edges",
+    "lens": "one lens",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run; returns the exit status."""
-    listing = "\n".join(f"  {name:18} {help}" for name, (help, _) in STAGES.items())
-    tools = "\n".join(f"  {name:18} {help}" for name, help in TOOLS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m oacore",
-        description=f"Optimal ablation {__version__}. Stages, in order:\n{listing}\n  {'all':18} every stage whose "
-        f"output is missing\n\nTools:\n{tools}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("stage", choices=[*STAGES, "all", *TOOLS], metavar="STAGE")
-    parser.add_argument(
-        "files", nargs="*", metavar="FILE", help="estimate, plan, verify, compare, cache: YAML files, as --config"
-    )
-    parser.add_argument("--remove", action="store_true", help="cache: remove what no FILE's run needs")
-    parser.add_argument("--config", default="config/demo.yaml", help="YAML file (default: %(default)s)")
-    parser.add_argument("--task", help="one task (default: all of the config)")
-    parser.add_argument("--method", help="one fitted ablation type, or circuit method (default: all of the config)")
-    parser.add_argument("--lens", help="lens_fit: one lens (default: all of the config)")
-    parser.add_argument("--ablation", help="circuits: one ablation type (default: all of the config)")
-    parser.add_argument("--circuit", type=Path, help="mib-score, mib-export: a circuit file")
-    parser.add_argument("--output", type=Path, help="mib-export: a folder")
-    parser.add_argument(
-        "--model-config", type=Path, help="estimate: a config.json with the sizes, instead of the model's"
-    )
-    parser.add_argument("--tflops", type=float, help="estimate: of the device, instead of a measurement here")
-    parser.add_argument("--memory-gb", type=float, help="estimate: of the device, instead of this machine's")
-    parser.add_argument(
-        "--record",
-        type=Path,
-        nargs="+",
-        metavar="RESULTS_DIR",
-        help="verify: write the expected numbers instead, from folders of finished runs, the reference first",
-    )
-    given = parser.parse_args(arguments)
-    if given.files and given.stage not in ("estimate", "plan", "verify", "compare", "cache"):
-        parser.error(f"unrecognized argument: {given.files[0]}; allowed: --config {given.files[0]}")
-    if given.stage == "compare" and len(given.files) != 2:
-        parser.error(f"compare needs two files, not {len(given.files)}")
-    if len(given.files) > 1 and given.stage not in ("compare", "cache"):
-        parser.error(f"unrecognized argument: {given.files[1]}; allowed: one file")
-    if given.remove and given.stage != "cache":
-        parser.error("--remove: only with cache")
-    if given.stage.startswith("mib-") and (
-        given.circuit is None or (given.stage == "mib-export" and given.output is None)
-    ):
-        parser.error(f"{given.stage} needs --circuit{' and --output' if given.stage == 'mib-export' else ''}")
+    given = _parser().parse_args(arguments)
     stop_on_sigterm()
     try:
-        if given.stage in TOOLS:
-            return _run_tool(given)
-        config = load_config(given.config)
-        check_files(config)
-        if given.stage not in WITHOUT_GPU:
-            hold_gpu(config.device)
-        _run(given.stage, config, {name: getattr(given, name) for name in ("task", "method", "ablation", "lens")})
+        status: int = given.run(given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing half-written remains; run the same command to go on", file=sys.stderr)
         return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Each command with the options that it takes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m oacore",
+        description=f"Optimal ablation {__version__}: the stages of a run, in order, and tools.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28),  # a line for each command
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, says: str, run: Callable[[Given], int]) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=says, description=f"{says[0].upper()}{says[1:]}.")
+        added.set_defaults(run=run, command=name)
+        return added
+
+    for stage, (says, wildcards) in STAGES.items():
+        of_stage = command(stage, says, _stage)
+        _with_config(of_stage)
+        for name in wildcards:
+            of_stage.add_argument(f"--{name}", help=f"{ONE[name]} (default: all of the config)")
+    _with_config(command("all", "run every stage whose output is missing", _all))
+    says = "what a run would compute that is not in the store yet, and how long that will take"
+    _with_file(command("plan", says, _plan))
+    of_estimate = command("estimate", "memory and time of every GPU rule of a config, before it runs", _estimate)
+    _with_file(of_estimate)
+    of_estimate.add_argument("--model-config", type=Path, help="a config.json with the sizes, instead of the model's")
+    of_estimate.add_argument("--tflops", type=float, help="of the device, instead of a measurement here")
+    of_estimate.add_argument("--memory-gb", type=float, help="of the device, instead of this machine's")
+    of_verify = command("verify", "the numbers of a finished run beside those that are expected of it", _verify)
+    _with_file(of_verify)
+    of_verify.add_argument(
+        "--record",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS_DIR",
+        help="write the expected numbers instead, from folders of finished runs, the reference first",
+    )
+    of_compare = command("compare", "two finished runs side by side: settings, numbers, fronts, circuits", _compare)
+    of_compare.add_argument("files", nargs=2, type=Path, metavar="FILE", help="YAML files of finished runs")
+    of_cache = command("cache", "what the caches of finished runs hold, and which of it none of them needs", _cache)
+    of_cache.add_argument("files", nargs="*", type=Path, default=[DEFAULT], metavar="FILE", help="YAML files of runs")
+    of_cache.add_argument("--remove", action="store_true", help="remove what none of them needs")
+    of_score = command("mib-score", "CPR and CMD of a circuit file, as the MIB benchmark defines them", _mib_score)
+    of_export = command("mib-export", "a circuit and its constants in the formats of the MIB benchmark", _mib_export)
+    for of_mib in (of_score, of_export):
+        _with_config(of_mib)
+        of_mib.add_argument("--circuit", type=Path, required=True, help="a circuit file")
+        of_mib.add_argument("--task", help="its task, where the file names none")
+    of_export.add_argument("--output", type=Path, required=True, help="a folder")
+    return parser
+
+
+def _with_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, default=DEFAULT, metavar="FILE", help="YAML file (default: %(default)s)")
+
+
+def _with_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", nargs="?", type=Path, default=DEFAULT, metavar="FILE", help="YAML file (default: %(default)s)"
+    )
+
+
+def _all(given: Given) -> int:
+    config = load_config(given.config)
+    check_files(config)
+    hold_gpu(config.device)
+    run_missing(config)
     return 0
 
 
-def _run_tool(given: argparse.Namespace) -> int:
-    """The exit status; 1 where a number is not as expected."""
-    files = given.files or [given.config]
-    file = files[0]
-    if given.stage == "cache":
-        found = pieces([load_config(path) for path in files])
-        print(table(found))
-        if given.remove:
-            print(f"removed {remove(found) / MB:.1f} MB")
-        return 0
-    if given.stage == "compare":
-        from oacore.compare import compare
-
-        print(f"page: {compare(*map(load_config, files)).resolve()}")
-        return 0
-    config = load_config(file)
-    if given.stage == "verify" and given.record:
-        record(config, file, given.record)
-        return 0
-    if given.stage == "verify":
-        return 0 if verify(config, file) else 1
-    if given.stage == "plan":
-        check_files(config)
-        print(shown(plan(config)))
-        return 0
-    if given.stage == "estimate":
-        print(
-            estimated(
-                config, model_config=given.model_config, tflops=given.tflops, memory_gb=given.memory_gb, fetch=True
-            )
-        )
-        return 0
-    from oacore.circuits.mib_tools import export_circuit, print_score
-
-    if given.stage == "mib-score":
-        print_score(config, given.circuit, given.task)
-    else:
-        export_circuit(config, given.circuit, given.output, given.task)
-    return 0
-
-
-def _run(stage: str, config: Config, given: dict[str, str | None]) -> None:
-    if stage == "all":
-        if narrowed := [f"--{name}" for name, value in given.items() if value is not None]:
-            raise UserError(f"{', '.join(narrowed)}: not with `all`, which runs every stage; allowed: with one stage")
-        run_missing(config)
-        return
+def _stage(given: Given) -> int:
+    """All jobs of a stage, or those of one task, method, ablation type or lens."""
+    config, stage = load_config(given.config), given.command
+    check_files(config)
+    if stage not in WITHOUT_GPU:
+        hold_gpu(config.device)
     all_of_stage = [what for name, what, _ in jobs(config) if name == stage]
     if not all_of_stage:
         section = next((name for name in OPTIONAL_SECTIONS if stage.startswith(name[:4])), None)
         raise UserError(
             f"{stage}: the config has nothing for this stage{f' (no {section}: section)' if section else ''}"
         )
-    for name in STAGES[stage][1]:
-        if (value := given[name]) is not None:
-            allowed = list(dict.fromkeys(what[name] for what in all_of_stage))
-            if value not in allowed:
-                raise UserError(f"--{name}: {value!r}; allowed by the config: {', '.join(allowed)}")
+    wanted = {name: value for name in STAGES[stage][1] if (value := getattr(given, name)) is not None}
+    for name, value in wanted.items():
+        allowed = list(dict.fromkeys(what[name] for what in all_of_stage))
+        if value not in allowed:
+            raise UserError(f"--{name}: {value!r}; allowed by the config: {', '.join(allowed)}")
     for what in all_of_stage:
-        if all(given[name] in (None, value) for name, value in what.items()):
+        if wanted.items() <= what.items():
             run_stage(stage, config, **what)
+    return 0
+
+
+def _plan(given: Given) -> int:
+    config = load_config(given.file)
+    check_files(config)
+    print(shown(plan(config)))
+    return 0
+
+
+def _estimate(given: Given) -> int:
+    sizes, device = given.model_config, {"tflops": given.tflops, "memory_gb": given.memory_gb}
+    print(estimated(load_config(given.file), model_config=sizes, fetch=True, **device))
+    return 0
+
+
+def _verify(given: Given) -> int:
+    """1 where a number is not as expected."""
+    config = load_config(given.file)
+    if given.record:
+        record(config, given.file, given.record)
+        return 0
+    return 0 if verify(config, given.file) else 1
+
+
+def _compare(given: Given) -> int:
+    from oacore.compare import compare  # draws
+
+    page = compare(*map(load_config, given.files))
+    print(f"page: {page.resolve()}")
+    return 0
+
+
+def _cache(given: Given) -> int:
+    found = pieces([load_config(path) for path in given.files])
+    print(table(found))
+    if given.remove:
+        print(f"removed {remove(found) / MB:.1f} MB")
+    return 0
+
+
+def _mib_score(given: Given) -> int:
+    from oacore.circuits.mib_tools import print_score  # imports torch
+
+    print_score(load_config(given.config), given.circuit, given.task)
+    return 0
+
+
+def _mib_export(given: Given) -> int:
+    from oacore.circuits.mib_tools import export_circuit  # imports torch
+
+    export_circuit(load_config(given.config), given.circuit, given.output, given.task)
+    return 0
 
 
 if __name__ == "__main__":

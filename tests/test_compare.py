@@ -92,7 +92,7 @@ def test_command(runs, tmp_path, capsys):
     assert re.fullmatch(r"page: .*compared-with-tiny\.html\n", capsys.readouterr().out)
     with pytest.raises(SystemExit):
         main(["compare", str(files[0])])
-    assert "compare needs two files, not 1" in capsys.readouterr().err
+    assert "the following arguments are required: FILE" in capsys.readouterr().err
 
 
 def test_a_run_with_itself_and_one_that_is_not_finished(runs, tmp_path):

@@ -822,11 +822,23 @@ def test_gpt2_config_dry_runs():
     assert "greater_than" in result.stdout and "constants-optimal_positional.safetensors" in result.stdout
 
 
-def test_all_stages_are_of_all_tasks(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["all", "--task", "ioi"], "unrecognized arguments: --task ioi"),
+        (["tracing", "--task", "facts"], "unrecognized arguments: --task facts"),
+        (["optimal", "--lens", "oca"], "unrecognized arguments: --lens oca"),
+        (["estimate", "a.yaml", "b.yaml"], "unrecognized arguments: b.yaml"),
+        (["mib-export", "--circuit", "c.json"], "the following arguments are required: --output"),
+        (["nope"], "invalid choice: 'nope'"),
+    ],
+)
+def test_an_option_holds_where_it_means_something(arguments, said, capsys):
     from oacore.__main__ import main
 
-    assert main(["all", "--config", str(TINY), "--task", "nope", "--lens", "oca"]) == 2
-    assert capsys.readouterr().err.startswith("error: --task, --lens: not with `all`, which runs every stage")
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_command_line_lists_its_stages():
