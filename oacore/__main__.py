@@ -49,7 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m oacore",
         description=f"Optimal ablation {__version__}: the stages of a run, in order, and tools.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28),  # a line for each command
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
