@@ -21,9 +21,7 @@ class Interactions(Settings):
         description="what an ablated edge carries; components are ranked under the first",
     )
     n_components: int = Field(
-        8,
-        ge=0,
-        description="heads and MLPs whose ablation costs most on validation prompts; every pair of them is ablated",
+        8, ge=0, description="how many heads and MLPs to measure: those whose ablation costs most on validation prompts"
     )
     components: tuple[str, ...] = Field(
         (), description="components to measure in any case, by name: a3.h1, m3, or input"

@@ -17,7 +17,7 @@ from matplotlib.patches import FancyArrowPatch
 
 from oacore.config.circuits import EDGE_ABLATIONS
 from oacore.config.colors import ACCENT, BLUE, INK, PALE, SLATE
-from oacore.report.figures import HEIGHT, WIDTH, legend_below, styled
+from oacore.report.figures import HEIGHT, WIDTH, decades, legend_below, styled
 from oacore.report.numbers import FLOOR, SIGNIFICANT, Z95, three_digits
 from oacore.report.series import in_order
 
@@ -70,8 +70,11 @@ def direct_against_total(effects: pd.DataFrame) -> Figure:
             ax.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=SLATE)
         ax.set(xscale="log", yscale="log", xlim=limits, ylim=limits, aspect="equal")
         ax.set_title(method, fontsize=10, color=look.color)
-    for ax in panels[len(methods) :]:
+        for axis in (ax.xaxis, ax.yaxis):
+            decades(axis)
+    for below, ax in enumerate(panels[len(methods) :], len(methods) - columns):
         ax.set_axis_off()
+        panels[below].tick_params(labelbottom=True)
     figure.supxlabel("total effect (nats)", fontsize=10)
     figure.supylabel("direct effect (nats)", fontsize=10)
     return figure
@@ -178,5 +181,5 @@ def _places(names: list[str]) -> dict[str, _Place]:
         elif part[3]:
             places[name] = _Place(widest + 1.2, int(part[3]) + 0.5)
         else:
-            places[name] = _Place((widest + 1) / 2, int(part[4]) + 0.25)
+            places[name] = _Place((widest + 1) / 2, int(part[4]) + 0.5)
     return places

@@ -15,7 +15,7 @@ from measured_peaks import CONFIG, SHAPE
 
 from oacore.__main__ import main
 from oacore.circuits.numbers import PASS_BYTES_ON_CPU, PASS_SHARE
-from oacore.config.circuits import CIRCUIT_METHODS
+from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
 from oacore.config.lenses import LENSES
 from oacore.config.model import ARCHITECTURES
 from oacore.config.read import load_config, parse_config
@@ -224,7 +224,8 @@ def test_a_method_is_costed_by_the_formula_of_its_row(sizes, monkeypatch):
     case = Case(parse_config(CONFIG), sizes, gpu=True)
     row = SimpleNamespace(**vars(CIRCUIT_METHODS["ugs"]) | {"cost": f"{__name__}:toy_formula"})
     monkeypatch.setattr(circuits, "CIRCUIT_METHODS", {"ugs": row})
-    need, judged = circuits.circuits(case, "ioi", "ugs", "mean"), circuits.judgement(case, "ioi", "ugs", "mean")
+    need, refit = circuits.circuits(case, "ioi", "ugs", "mean"), case.config.circuits.refit
+    judged = circuits.judgement(case, "ioi", case.n_circuits("ugs"), refit, EDGE_ABLATIONS["mean"])
     assert need.parts["toy"] == 7e12 and need.flop == 11 + judged.flop and need.job == "ioi ugs mean"
 
 

@@ -164,3 +164,37 @@ def test_zero_takes_redundancy_for_cooperation(ablation, tmp_path):
     everything, alone = kl(12, 0), {"optimal": 0, "zero": kl(12, 0)}[ablation]
     assert effects["total_nats"].tolist() == pytest.approx([alone, alone], abs=0.02)
     assert pairs.item() == pytest.approx(everything - 2 * alone, abs=0.04)
+
+
+def test_different_facts_that_are_both_needed_cooperate(tmp_path):
+    """Two bits, of which both together speak for one word: what is lost with either bit makes the other worth less. The
+    truth by a grid over all constants.
+    """
+    bits = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3)))  # [W, 3], the last without a meaning
+    words = torch.nn.functional.pad(bits[:, :2], (0, WORDS - 2))
+    first, second, both = torch.zeros(3, WORDS, WORDS)
+    first[0, 0] = second[1, 1] = both[0, 0] = both[1, 0] = 1
+    heads = {"a0.h0": linear((WORD, first, MESSAGE)), "a0.h1": linear((WORD, second, MESSAGE))}
+    model = planted(heads, {"m1": Neurons.of((MESSAGE, both), bias=-0.9, size=12)}, words)
+    effects, _, pairs = tables(model, "optimal", ["a0.h0", "a0.h1"], tmp_path, "layer", LONG)
+
+    def logit(of_bits):
+        return 12 * np.maximum(of_bits - 0.9, 0)
+
+    def lost(logits):
+        """Mean nats [...] if the word that both bits speak for has these logits [..., W]."""
+        clean, found = answers_of(logit(bits[:, :2].numpy().sum(1))), answers_of(logits)
+        return (np.exp(clean) * (clean - found)).sum(-1).mean(-1)
+
+    # A constant says something of the bit, and speaks for the word by itself.
+    said, itself = np.linspace(-1, 2, 301)[:, None, None], np.linspace(-3, 9, 601)[None, :, None]
+    alone = lost(logit(said + bits[:, 1].numpy()) + itself).min()
+    together = lost(itself + np.zeros(WORDS)).min()
+    assert effects["total_nats"].tolist() == pytest.approx([alone, alone], rel=0.01)
+    assert pairs.item() == pytest.approx(together - 2 * alone, abs=0.003) and pairs.item() < -0.05
+
+
+def answers_of(logits):
+    """Log-probabilities [..., W] if one word has these logits [...], and all others 0."""
+    wide = np.concatenate([logits[..., None], np.zeros((*logits.shape, WORDS - 1))], -1)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))

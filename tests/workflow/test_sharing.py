@@ -35,7 +35,7 @@ def place(tmp_path):
             "results_dir": str(results_dir),
         }
         values["ablation"]["tasks"] = ["ioi"]
-        del values["circuits"], values["tracing"], values["lenses"]  # of other tasks
+        del values["circuits"], values["interactions"], values["tracing"], values["lenses"]  # of other tasks
         path = folder / f"{run}.yaml"
         path.write_text(yaml.safe_dump(values))
         return path, Layout(load_config(path))
