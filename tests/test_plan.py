@@ -1,13 +1,11 @@
 """What a change of a finished run would compute, row by row of the table in docs/cache.md, and that nothing is."""
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from oacore.config.read import parse_config
-from oacore.plan import plan, shown
-from oacore.store.layout import Layout
+from oacore.plan import plan
 
 # Parts of the tiny run, so that each is looked at in a second or two.
 CIRCUITS = {

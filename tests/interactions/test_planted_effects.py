@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from planted.effects import (
@@ -118,6 +119,18 @@ def test_direct_and_mediated_effects_have_their_planted_sizes(ablation, tmp_path
     sizes = {"m0": 0, "a1.h0": 0, "a1.h1": 2, "m1": 4, "logits": 3}
     assert paths["a0.h0"].to_dict() == pytest.approx({m: losing(n) for m, n in sizes.items()}, rel=2e-3, abs=EXACT)
     assert pairs.item() == pytest.approx(-losing(4), rel=3e-3), "what the MLP does is a part of what the head does"
+    of_mlp = effects.loc["m1"]  # which only the logits read
+    assert of_mlp["total_nats"] == of_mlp["direct_nats"] and of_mlp["indirect_nats"] == of_mlp["self_repair_nats"] == 0
+
+
+@pytest.mark.parametrize("ablation", ["optimal", "resample"])
+def test_the_order_of_a_pair_does_not_matter_and_same_seeds_give_same_bits(ablation, tmp_path):
+    model = planted({"a0.h0": copies(5), "a0.h1": copies(4), "a1.h0": copies(3)}, {})
+    names = ["a0.h0", "a0.h1", "a1.h0"]
+    effects, _, pairs = tables(model, ablation, names, tmp_path / "one", "layer")
+    other, _, turned = tables(model, ablation, names[::-1], tmp_path / "other", "layer")
+    assert {(j, i): value for (i, j), value in pairs.items()} == turned.to_dict()
+    pd.testing.assert_frame_equal(effects, other.loc[effects.index])
 
 
 @pytest.mark.parametrize("ablation", ALL)
