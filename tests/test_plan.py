@@ -80,7 +80,7 @@ CHANGES = {
     "an ablation type of effects": (
         INTERACTIONS,
         {"interactions": {"ablations": ["optimal", "mean", "zero"]}},
-        {"interactions ioi zero": 1},
+        {"interactions ioi zero": 23},
     ),
     "a corruption": (TRACING, {"tracing": {"noise_scales": [1, 3, 5]}}, {"tracing": N_CURVES}),
     "a window": (TRACING, {"tracing": {"windows": [1, 3, 5]}}, {"tracing_fit": N_CURVES // 2}),

@@ -89,7 +89,7 @@ def _losses(judge: Judge, sets: Mapping[Key, np.ndarray]) -> dict[Key, _Loss]:
     some = [key for key, edges in sets.items() if edges.any()]
     kept = torch.stack([torch.from_numpy(graph.valid & ~sets[key]) for key in some])  # [C, J, S]
     judged = judge.judge(kept, [" ".join(key) for key in some])
-    kl = judged.losses["test"].kl
+    kl = judged.losses["test"].kl.double()  # for differences
     losses = {key: _Loss(kl[row], (judged.fits[row],)) for row, key in enumerate(some)}
     return {key: losses.get(key, _Loss(torch.zeros_like(kl[0]), ())) for key in sets}
 
