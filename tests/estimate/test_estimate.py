@@ -229,6 +229,18 @@ def test_a_method_is_costed_by_the_formula_of_its_row(sizes, monkeypatch):
     assert need.parts["toy"] == 7e12 and need.flop == 11 + judged.flop and need.job == "ioi ugs mean"
 
 
+def test_effects_are_costed_by_their_sets_of_edges(sizes):
+    section = {"ablations": ["mean"], "n_components": 3, "components": ["m0"], "mediators": "layer"}
+    case = Case(parse_config(CONFIG | {"interactions": section}), sizes, gpu=True)
+    refit, k = case.config.interactions.refit, 4
+    for job, n_sets in (
+        (("interactions", "ioi", "mean"), k * (k - 1) // 2 + k * (3 + sizes.n_layers)),
+        (("interaction_ranking", "ioi"), sizes.n_layers * (sizes.n_heads + 1)),
+    ):
+        judged = circuits.judgement(case, "ioi", n_sets, refit, EDGE_ABLATIONS["mean"])
+        assert table.RULES[job[0]](case, *job[1:]).flop == judged.flop > 0
+
+
 def toy_formula(case, task, method, ablation):
     assert method.name == "ugs" and not ablation.per_prompt
     return circuits.CircuitCost({"toy": 7e12}, 11)
