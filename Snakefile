@@ -1,4 +1,4 @@
-"""Optimal ablation: model -> prompts -> activations -> constants, gaps, circuits, tracing, lenses -> report."""
+"""Optimal ablation: model -> prompts -> activations -> constants, gaps, circuits, interactions, tracing, lenses -> report."""
 
 import sys
 
@@ -10,7 +10,7 @@ from oacore.config.read import parse_config
 from oacore.config.yaml_file import read_yaml
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
-from oacore.jobs import data_sets, files_of, promised
+from oacore.jobs import INTERACTION_TABLES, data_sets, files_of, promised
 from oacore.store.codehash import codehash
 from oacore.store.layout import Layout, circuit_file, model_settings, task_settings
 from oacore.store.locks import hold_for_pipeline, mark_cache_complete
@@ -86,6 +86,7 @@ include: "workflow/rules/prompts.smk"
 include: "workflow/rules/activations.smk"
 include: "workflow/rules/ablation.smk"
 include: "workflow/rules/circuits.smk"
+include: "workflow/rules/interactions.smk"
 include: "workflow/rules/tracing.smk"
 include: "workflow/rules/lenses.smk"
 include: "workflow/rules/report.smk"

@@ -22,6 +22,9 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "figures": ("draw the figures", ("task",)),
     "circuits": ("find a method's circuits and judge them on held-out prompts", ("task", "method", "ablation")),
     "circuit_figures": ("draw the circuits and their Pareto fronts", ("task",)),
+    "interaction_ranking": ("rank components by what ablating each alone costs", ("task",)),
+    "interactions": ("measure direct and indirect effects, and what pairs cost", ("task", "ablation")),
+    "interaction_figures": ("draw effects, paths and interactions", ("task",)),
     "tracing_fit": ("fit optimal constants for causal tracing", ()),
     "tracing": ("trace facts", ()),
     "tracing_figures": ("draw where facts are recalled", ()),
@@ -33,7 +36,9 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "lens_figures": ("draw the lenses' figures", ("task",)),
     "report": ("write the HTML report", ()),
 }
-WITHOUT_GPU = ("demo", "figures", "circuit_figures", "tracing_figures", "lens_figures", "report")
+WITHOUT_GPU = (
+    "demo", "figures", "circuit_figures", "interaction_figures", "tracing_figures", "lens_figures", "report",
+)  # fmt: skip
 
 Named = dict[str, str | list[str]]
 
@@ -93,6 +98,12 @@ def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
             for method in config.circuits.methods:
                 yield "circuits", {"task": task, "method": method, "ablation": ablation}
         yield "circuit_figures", {"task": task}
+    for task in config.interaction_tasks():
+        assert config.interactions is not None
+        yield "interaction_ranking", {"task": task}
+        for ablation in config.interactions.ablations:
+            yield "interactions", {"task": task, "ablation": ablation}
+        yield "interaction_figures", {"task": task}
     if config.tracing is not None:
         if config.tracing.fitted:
             yield "tracing_fit", {}
@@ -215,6 +226,28 @@ def _circuit_figures(layout: Layout, task: str) -> tuple[Named, Named]:
     }
 
 
+INTERACTION_TABLES = ("effects", "paths", "interactions")
+
+
+def _interaction_ranking(layout: Layout, task: str) -> tuple[Named, Named]:
+    return _of_task(layout, task, "activations"), {"ranking": layout.interactions(task, "ranking.csv")}
+
+
+def _interactions(layout: Layout, task: str, ablation: str) -> tuple[Named, Named]:
+    inputs = _of_task(layout, task, "activations") | {"ranking": layout.interactions(task, "ranking.csv")}
+    return inputs, {name: layout.interactions(task, f"{ablation}/{name}.csv") for name in INTERACTION_TABLES}
+
+
+def _interaction_figures(layout: Layout, task: str) -> tuple[Named, Named]:
+    settings = layout.config.interactions
+    assert settings is not None
+    inputs: Named = {"model": layout.model_json}
+    for name in INTERACTION_TABLES:
+        inputs[name] = [layout.interactions(task, f"{ablation}/{name}.csv") for ablation in settings.ablations]
+    outputs: Named = {name: layout.interactions(task, f"{name}.csv") for name in INTERACTION_TABLES}
+    return inputs, outputs | {"figures": _drawn(layout.interactions(task, "figures/"), settings.figures())}
+
+
 def _tracing_fit(layout: Layout) -> tuple[Named, Named]:
     return _of_task(layout, "facts"), {"constants": layout.tracing("constants.safetensors")}
 
@@ -303,6 +336,7 @@ def _report(layout: Layout) -> tuple[Named, Named]:
         ("figures", task) for task in config.ablation_tasks()
     ]
     stages += [("circuit_figures", task) for task in config.circuit_tasks()]
+    stages += [("interaction_figures", task) for task in config.interaction_tasks()]
     stages += [(name, "facts") for name in ("tracing", "tracing_figures") if config.tracing is not None]
     for task in config.lens_tasks():
         assert config.lenses is not None
@@ -318,7 +352,9 @@ def _report(layout: Layout) -> tuple[Named, Named]:
 _FILES: dict[str, Callable[..., tuple[Named, Named]]] = {
     "demo": _demo, "model": _model, "prompts": _prompts, "activations": _activations, "optimal": _optimal,
     "gaps": _gaps, "figures": _figures, "circuits": _circuits,
-    "circuit_figures": _circuit_figures, "tracing_fit": _tracing_fit, "tracing": _tracing,
+    "circuit_figures": _circuit_figures, "interaction_ranking": _interaction_ranking,
+    "interactions": _interactions, "interaction_figures": _interaction_figures,
+    "tracing_fit": _tracing_fit, "tracing": _tracing,
     "tracing_figures": _tracing_figures, "lens_activations": _lens_activations, "lens_fit": _lens_fit,
     "lens_evaluation": _lens_evaluation, "lens_faithfulness": _lens_faithfulness,
     "lens_truthfulness": _lens_truthfulness, "lens_figures": _lens_figures, "report": _report,

@@ -23,8 +23,8 @@ from oacore.store.layout import Layout
 BEFORE_ITEMS = ("demo", "model", "prompts", "activations", "lens_activations")
 # What reads the store first and then computes.
 WITH_ITEMS = (
-    "optimal", "gaps", "circuits", "tracing_fit", "tracing", "lens_fit", "lens_evaluation", "lens_faithfulness",
-    "lens_truthfulness",
+    "optimal", "gaps", "circuits", "interaction_ranking", "interactions", "tracing_fit", "tracing", "lens_fit",
+    "lens_evaluation", "lens_faithfulness", "lens_truthfulness",
 )  # fmt: skip
 
 

@@ -11,12 +11,14 @@ from oacore.plan import plan
 CIRCUITS = {
     "ablation": {"tasks": ["ioi"]},
     "circuits": {"methods": ["ugs", "topk", "eap", "acdc"], "ablations": ["optimal"]},
+    "interactions": None,
     "tracing": None,
     "lenses": None,
 }
-COMPONENTS = {"circuits": None, "tracing": None, "lenses": None}
-TRACING = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "lenses": None}
-LENSES = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "tracing": None}
+COMPONENTS = {"circuits": None, "interactions": None, "tracing": None, "lenses": None}
+INTERACTIONS = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "tracing": None, "lenses": None}
+TRACING = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "lenses": None}
+LENSES = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "tracing": None}
 N_CURVES = 3 * 3 * 2  # of the tiny run: sites, positions, windows
 
 # What changes in a part, and the new items by job, as far as they are known before the first of them is computed.
@@ -73,6 +75,12 @@ CHANGES = {
         COMPONENTS,
         {"ablation": {"tasks": ["ioi"], "optimal": {"max_steps": 59}}},
         {"optimal ioi optimal": 2},  # of heads, of MLPs
+    ),
+    "a smaller share of components": (INTERACTIONS, {"interactions": {"n_components": 2}}, {}),
+    "an ablation type of effects": (
+        INTERACTIONS,
+        {"interactions": {"ablations": ["optimal", "mean", "zero"]}},
+        {"interactions ioi zero": 23},
     ),
     "a corruption": (TRACING, {"tracing": {"noise_scales": [1, 3, 5]}}, {"tracing": N_CURVES}),
     "a window": (TRACING, {"tracing": {"windows": [1, 3, 5]}}, {"tracing_fit": N_CURVES // 2}),

@@ -25,6 +25,8 @@ FLOORS = (
     ("engine",),
     ("inputs",),
     ("ablation", "circuits", "tracing", "lenses"),
+    # Interactions are judged as circuits are.
+    ("interactions",),
     # The estimate shares the numbers of the experiments (how much they do at a time), so that it stands above them; it
     # asks no stage, and a stage that asked it would be stale whenever a formula changes.
     ("stages", "estimate"),

@@ -13,13 +13,14 @@ from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, mode
 from oacore.config.ablation import Ablation
 from oacore.config.base import LocalPath, Settings, nearest
 from oacore.config.circuits import CIRCUIT_METHODS, Circuits
+from oacore.config.interactions import Interactions
 from oacore.config.lenses import Lenses
 from oacore.config.model import DEMO, DEMO_TRAINED, DemoModel
 from oacore.config.tasks import TASKS, Tasks, task_row
 from oacore.config.tracing import Tracing
 
 LOGIT_DIFFERENCE = "takes the logit difference, since KL has no gradient at the clean run"
-OPTIONAL_SECTIONS = ("circuits", "tracing", "lenses")  # whose presence asks for an experiment
+OPTIONAL_SECTIONS = ("circuits", "interactions", "tracing", "lenses")  # whose presence asks for an experiment
 
 
 class Limits(Settings):
@@ -86,6 +87,7 @@ class Config(Settings):
     tasks: Tasks = Field(description="what the model is asked to do; an empty section takes the defaults")
     ablation: Ablation = Ablation()
     circuits: Circuits | None = None
+    interactions: Interactions | None = None
     tracing: Tracing | None = None
     lenses: Lenses | None = None
 
@@ -190,6 +192,17 @@ class Config(Settings):
                     )
         return self
 
+    def interaction_tasks(self) -> tuple[str, ...]:
+        """The tasks to measure effects and interactions on."""
+        if self.interactions is None:
+            return ()
+        return self.interactions.tasks or tuple(self.tasks.selected())
+
+    @model_validator(mode="after")
+    def _interactions_have_their_tasks(self) -> "Config":
+        self._check_tasks("interactions.tasks", self.interaction_tasks())
+        return self
+
     @model_validator(mode="after")
     def _tracing_needs_facts(self) -> "Config":
         if self.tracing is not None and "facts" not in self.tasks.selected():
@@ -207,7 +220,9 @@ class Config(Settings):
     def cached_tasks(self) -> tuple[str, ...]:
         """The tasks of which an experiment reads clean activations at the last position."""
         of_lenses = self.lens_tasks() if self.lenses is not None and self.lenses.positions == "last" else ()
-        return tuple(dict.fromkeys((*self.ablation_tasks(), *self.circuit_tasks(), *of_lenses)))
+        return tuple(
+            dict.fromkeys((*self.ablation_tasks(), *self.circuit_tasks(), *self.interaction_tasks(), *of_lenses))
+        )
 
     @model_validator(mode="after")
     def _lenses_make_sense(self) -> "Config":

@@ -5,6 +5,7 @@ which is called with the case, the task and the rows of the method and of the ed
 from typing import NamedTuple
 
 from oacore.circuits.numbers import REPLACED_AT_ONCE
+from oacore.config.base import OptimalFit
 from oacore.config.circuits import (
     CIRCUIT_METHODS,
     EDGE_ABLATIONS,
@@ -57,7 +58,9 @@ def replacement_bytes(case: Case, n: int, t: int, ablation: EdgeAblationType, fi
 
 def circuits(case: Case, task: str, method: CircuitMethod, ablation: EdgeAblation) -> Need:
     """The search, then the judgement of what it found; one is over before the other begins."""
-    found, judged = search(case, task, method, ablation), judgement(case, task, method, ablation)
+    assert case.config.circuits is not None
+    found = search(case, task, method, ablation)
+    judged = judgement(case, task, case.n_circuits(method), case.config.circuits.refit, EDGE_ABLATIONS[ablation])
     parts = held(case, task) | fullest(found.parts, judged.parts)
     flop = found.flop + judged.flop
     return Need("circuits", f"{task} {method} {ablation}", parts, flop, "limits.memory_gb", found.refusal)
@@ -130,14 +133,11 @@ def edge_by_edge(case: Case, task: str, method: SearchMethod, ablation: EdgeAbla
     return CircuitCost(parts, E * len(circuits.seeds) * n_sweeps * masked_pass_flop(s, n, t, gradient=False))
 
 
-def judgement(case: Case, task: str, method: CircuitMethod, ablation: EdgeAblation) -> CircuitCost:
+def judgement(case: Case, task: str, C: int, fit: OptimalFit, row: EdgeAblationType) -> CircuitCost:
     """C circuits: their masks thrice in fp32; where constants are fitted, 15 values each in a step, and their writes 3
     C S Q d.
     """
-    s, circuits, row = case.sizes, case.config.circuits, EDGE_ABLATIONS[ablation]
-    assert circuits is not None
-    t, (n_train, n_validation, n_test) = case.prompt_tokens(task) - 1, case.n_prompts(task)
-    C, fit = case.n_circuits(method), circuits.refit
+    s, t, (n_train, n_validation, n_test) = case.sizes, case.prompt_tokens(task) - 1, case.n_prompts(task)
     n_most, n_held_out = max(n_validation, n_test), n_validation + n_test
     moment = masked_pass(case, t, C * n_most, C, gradient=False)
     flop = masked_pass_flop(s, C * n_held_out, t, gradient=False)

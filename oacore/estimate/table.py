@@ -20,6 +20,7 @@ from oacore.estimate.ablation import gaps, optimal
 from oacore.estimate.case import Case
 from oacore.estimate.circuits import circuits
 from oacore.estimate.inputs import activations, model, prompts
+from oacore.estimate.interactions import interaction_ranking, interactions
 from oacore.estimate.lens_evaluation import lens_evaluation, lens_faithfulness, lens_truthfulness
 from oacore.estimate.lenses import lens_activations, lens_fit
 from oacore.estimate.need import Need
@@ -28,7 +29,8 @@ from oacore.estimate.tracing import tracing, tracing_fit
 RULES: dict[str, Callable[..., Need]] = {
     stage.__name__: stage
     for stage in (
-        model, prompts, activations, optimal, gaps, circuits, tracing_fit, tracing,
+        model, prompts, activations, optimal, gaps, circuits, interaction_ranking, interactions,
+        tracing_fit, tracing,
         lens_activations, lens_fit, lens_evaluation, lens_faithfulness, lens_truthfulness,
     )
 }  # fmt: skip

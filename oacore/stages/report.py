@@ -6,7 +6,8 @@ from oacore.ablation.report import ablation_section, methods_section
 from oacore.circuits.report import circuit_methods_section, circuit_section
 from oacore.config.run import Config
 from oacore.inputs import provenance_of
-from oacore.jobs import Files
+from oacore.interactions.report import interaction_methods_section, interaction_section
+from oacore.jobs import INTERACTION_TABLES, Files
 from oacore.lenses.report import lens_methods_section, lens_section
 from oacore.report.page import provenance_section, write
 from oacore.report.parts import Section
@@ -28,6 +29,8 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
             sections.append(_ablation(inputs, task, provenance, of_prompts["example"]))
         if task in config.circuit_tasks():
             sections.append(_circuits(config, inputs, task, provenance))
+        if task in config.interaction_tasks():
+            sections.append(_interactions(inputs, task, provenance))
         if task == "facts" and config.tracing is not None:
             sections.append(_tracing(config, inputs, provenance))
         if task in config.lens_tasks():
@@ -35,6 +38,8 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     appendix = [methods_section(config.ablation.methods)] if config.ablation_tasks() else []
     if config.circuits is not None:
         appendix.append(circuit_methods_section(config.circuits.methods, config.circuits.ablations))
+    if config.interactions is not None:
+        appendix.append(interaction_methods_section(config.interactions.ablations))
     if config.tracing is not None:
         appendix.append(tracing_methods_section(config.tracing.corruption_names()))
     if config.lenses is not None:
@@ -87,6 +92,11 @@ def _circuits(config: Config, inputs: Files, task: str, provenance: Provenance) 
     }
     figures = _svgs(inputs, f"circuit_figures_figures_{task}", provenance)
     return circuit_section(task, pareto, fronts, figures, captioned, stability if len(stability) else None)
+
+
+def _interactions(inputs: Files, task: str, provenance: Provenance) -> Section:
+    tables = {name: read_table(inputs[f"interaction_figures_{name}_{task}"], provenance) for name in INTERACTION_TABLES}
+    return interaction_section(task, **tables, figures=_svgs(inputs, f"interaction_figures_figures_{task}", provenance))
 
 
 def _tracing(config: Config, inputs: Files, provenance: Provenance) -> Section:

@@ -122,6 +122,10 @@ class Layout:
         """A file of a task's circuits."""
         return f"{self.results_dir}/{task}/circuits/{file}"
 
+    def interactions(self, task: str, file: str) -> str:
+        """A file of a task's effects and interactions."""
+        return f"{self.results_dir}/{task}/interactions/{file}"
+
     def lens(self, task: str, file: str) -> str:
         """A file of a task's lenses."""
         return f"{self.results_dir}/{task}/lens/{file}"

@@ -172,6 +172,10 @@ CIRCUITS = {"tasks": {"ioi": None}}
     ("change", "parts"),
     [
         ({"circuits": {"methods": ["ugz"]}}, ["circuits.methods[0]", "'ugz'", "did you mean 'ugs'"]),
+        ({"interactions": {"ablations": ["optimum"]}}, ["interactions.ablations[0]", "did you mean 'optimal'"]),
+        ({"interactions": {"tasks": ["facts"]}}, ["interactions.tasks", "facts", "ioi"]),
+        ({"interactions": {"n_components": 0}}, ["interactions.n_components: 0", "allowed"]),
+        ({"interactions": {"components": ["m1", "m1"]}}, ["interactions.components", "repeats"]),
         ({"circuits": {"tasks": ["facts"]}}, ["circuits.tasks", "facts", "ioi"]),
         ({"circuits": {"methods": ["manual"]}}, ["'manual'", "GPT-2-small"]),
         ({"circuits": {"lambdas": [0.001, 0.001]}}, ["lambdas", "repeats"]),

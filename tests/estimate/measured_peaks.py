@@ -29,6 +29,7 @@ from oacore.circuits.replacements import Replacements, TrainingPrompts, starting
 from oacore.circuits.search import Knob
 from oacore.circuits.ugs import UniformSampler
 from oacore.config.ablation import Method
+from oacore.config.circuits import EDGE_ABLATIONS
 from oacore.config.lenses import LENSES, lens_and_init
 from oacore.config.read import parse_config
 from oacore.engine.activations import read_final, read_statistics, write_activations
@@ -266,7 +267,8 @@ class Stages:
             run = lambda method=method, ablation=ablation: self.circuits(method, ablation)  # noqa: E731
             cost = circuits.search(case, "ioi", method, ablation)
             found.append((f"{method} {ablation}", run, circuits.held(case, "ioi") | cost.parts))
-        cost = circuits.judgement(case, "ioi", "ugs", "optimal")
+        refit = case.config.circuits.refit
+        cost = circuits.judgement(case, "ioi", case.n_circuits("ugs"), refit, EDGE_ABLATIONS["optimal"])
         run = lambda: self.circuits("judgement", "optimal")  # noqa: E731
         found.append(("judgement", run, circuits.held(case, "ioi") | cost.parts))
         found.append(("tracing_fit", self.tracing_fit, need["tracing_fit"](case).parts))

@@ -15,7 +15,7 @@ from measured_peaks import CONFIG, SHAPE
 
 from oacore.__main__ import main
 from oacore.circuits.numbers import PASS_BYTES_ON_CPU, PASS_SHARE
-from oacore.config.circuits import CIRCUIT_METHODS
+from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
 from oacore.config.lenses import LENSES
 from oacore.config.model import ARCHITECTURES
 from oacore.config.read import load_config, parse_config
@@ -227,8 +227,21 @@ def test_a_method_is_costed_by_the_formula_of_its_row(sizes, monkeypatch):
     case = Case(parse_config(CONFIG), sizes, gpu=True)
     row = SimpleNamespace(**vars(CIRCUIT_METHODS["ugs"]) | {"cost": f"{__name__}:toy_formula"})
     monkeypatch.setattr(circuits, "CIRCUIT_METHODS", {"ugs": row})
-    need, judged = circuits.circuits(case, "ioi", "ugs", "mean"), circuits.judgement(case, "ioi", "ugs", "mean")
+    need, refit = circuits.circuits(case, "ioi", "ugs", "mean"), case.config.circuits.refit
+    judged = circuits.judgement(case, "ioi", case.n_circuits("ugs"), refit, EDGE_ABLATIONS["mean"])
     assert need.parts["toy"] == 7e12 and need.flop == 11 + judged.flop and need.job == "ioi ugs mean"
+
+
+def test_effects_are_costed_by_their_sets_of_edges(sizes):
+    section = {"ablations": ["mean"], "n_components": 3, "components": ["m0"], "mediators": "layer"}
+    case = Case(parse_config(CONFIG | {"interactions": section}), sizes, gpu=True)
+    refit, k = case.config.interactions.refit, 4
+    for job, n_sets in (
+        (("interactions", "ioi", "mean"), k * (k - 1) // 2 + k * (3 + sizes.n_layers)),
+        (("interaction_ranking", "ioi"), sizes.n_layers * (sizes.n_heads + 1)),
+    ):
+        judged = circuits.judgement(case, "ioi", n_sets, refit, EDGE_ABLATIONS["mean"])
+        assert table.RULES[job[0]](case, *job[1:]).flop == judged.flop > 0
 
 
 def toy_formula(case, task, method, ablation):

@@ -203,6 +203,18 @@ READ_BY = {
     "pareto": (lambda layout: layout.circuits("ioi", "pareto.csv"), "report", {}),
     "fronts": (lambda layout: layout.circuits("ioi", "fronts.csv"), "report", {}),
     "drawing": (lambda layout: layout.circuits("ioi", "figures/circuit_optimal.svg"), "report", {}),
+    "ranking": (
+        lambda layout: layout.interactions("ioi", "ranking.csv"),
+        "interactions",
+        {"task": "ioi", "ablation": "mean"},
+    ),
+    "effects of an ablation type": (
+        lambda layout: layout.interactions("ioi", "optimal/effects.csv"),
+        "interaction_figures",
+        {"task": "ioi"},
+    ),
+    "interactions": (lambda layout: layout.interactions("ioi", "interactions.csv"), "report", {}),
+    "paths drawn": (lambda layout: layout.interactions("ioi", "figures/paths_mean.svg"), "report", {}),
     "tracing constants": (lambda layout: layout.tracing("constants.safetensors"), "tracing", {}),
     "aie": (lambda layout: layout.tracing("aie.csv"), "tracing_figures", {}),
     "pictures": (lambda layout: layout.tracing("pictures.csv"), "tracing_figures", {}),

@@ -108,6 +108,72 @@ def test_outputs_are_exactly_those_promised(finished):
     assert {path.name for path in Path(layout.tracing("figures")).iterdir()} == names
 
 
+def test_effects_are_complete(finished):
+    config, layout, _ = finished
+    settings, folder = config.interactions, Path(layout.interactions("ioi", ""))
+    tables = {"effects.csv", "paths.csv", "interactions.csv"}
+    assert names_in(folder) == tables | {"ranking.csv", "figures", *settings.ablations}
+    assert all(names_in(folder / ablation) == tables for ablation in settings.ablations)
+    figures = {f"{name}.{kind}" for name in settings.figures() for kind in ("svg", "png")}
+    assert {path.name for path in (folder / "figures").iterdir()} == figures
+    ranking = pd.read_csv(folder / "ranking.csv")
+    assert len(ranking) == 20 and ranking["validation_nats"].is_monotonic_decreasing
+    most = set(ranking["component"][: settings.n_components])
+    effects, paths, pairs = (pd.read_csv(folder / f"{name}.csv") for name in ("effects", "paths", "interactions"))
+    fit = ["converged", "steps", "left_nats"]
+    of_effects = [f"{name}{se}_nats" for name in ("total", "direct", "indirect", "self_repair") for se in ("", "_se")]
+    assert list(effects.columns) == ["component", "method", *of_effects, "n_prompts", *fit]
+    assert list(paths.columns) == ["component", "mediator", "method", "nats", "se_nats", "n_prompts", *fit]
+    assert list(pairs.columns) == ["first", "second", "method", "interaction_nats", "se_nats", "n_prompts", *fit]
+    for table, each in ((effects, 3), (pairs, 3)):
+        assert (table["method"].value_counts() == each).all() and set(table["method"]) == set(settings.ablations)
+        assert (table["n_prompts"] == 48).all()
+        assert (table[fit].notna().all(axis=1) == (table["method"] == "optimal")).all()
+    assert set(effects["component"]) == most == set(pairs["first"]) | set(pairs["second"])
+    # The direct effect is the path to the logits.
+    direct = paths[paths["mediator"] == "logits"].set_index(["component", "method"])["nats"]
+    assert (effects.set_index(["component", "method"])["direct_nats"] == direct).all()
+    repair = effects["direct_nats"] - effects["total_nats"] - effects["self_repair_nats"]
+    assert repair.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("effect", ["total", "direct", "pair"])
+def test_an_effect_by_the_brute_force(finished, effect):
+    """A number of the mean again: every destination gathered edge by edge, the means from the cache of activations."""
+    from test_masked_forward import brute_force
+
+    from oacore.metrics import kl_divergence
+
+    _, layout, _ = finished
+    model = load(SHIPPED_DEMO, device="cpu").model
+    batch = batch_of(read_prompts(layout.prompts("ioi"), "test"))
+    statistics = read_statistics(layout.activations("ioi"))
+    means = [statistics.mean["input"][None]]
+    for layer, block in enumerate(model.blocks):
+        written = torch.einsum("hk,hkd->hd", statistics.mean["head"][layer], block.W_O)
+        means += [written, statistics.mean["mlp"][layer][None]]
+    replacements = torch.cat(means)[:, None].expand(-1, batch.tokens.shape[1], -1)
+    tables = (pd.read_csv(layout.interactions("ioi", f"{name}.csv")) for name in ("effects", "interactions"))
+    effects, pairs = (table[table["method"] == "mean"] for table in tables)
+    pair = pairs.iloc[0]
+    effects = effects.set_index("component").loc[[pair["first"], pair["second"]]]
+    components = list(effects.index) if effect == "pair" else [pair["first"]]
+    mask = torch.from_numpy(model.graph.valid.copy()).float()
+    sources = [model.graph.source_index(name) for name in components]
+    mask[-1 if effect == "direct" else slice(None), sources] = 0
+    target = read_clean_log_probs(layout.activations("ioi"), model, "test", slice(0, len(batch)))
+    losses = [
+        kl_divergence(target[n], brute_force(model, batch.tokens[n], int(batch.lengths[n]), mask, replacements))
+        for n in range(len(batch))
+    ]
+    found = (
+        pair["interaction_nats"] + effects["total_nats"].sum()
+        if effect == "pair"
+        else effects[f"{effect}_nats"].iloc[0]
+    )
+    assert found == pytest.approx(float(torch.stack(losses).mean()), rel=1e-3, abs=1e-5)
+
+
 def test_aie_table_is_complete(finished):
     config, layout, _ = finished
     table, tracing = pd.read_csv(layout.tracing("aie.csv")), config.tracing
@@ -536,7 +602,8 @@ def test_report_is_one_offline_page_with_everything(finished):
     of_tracing = len(config.tracing.figures())
     of_lenses = len(config.lenses.figures()) + config.lenses.pictures
     of_ablation = len(config.ablation_tasks()) * len(config.ablation.figures())
-    assert page.tags.count("figure") == of_ablation + of_circuits + of_tracing + of_lenses
+    of_interactions = len(config.interactions.figures())
+    assert page.tags.count("figure") == of_ablation + of_circuits + of_interactions + of_tracing + of_lenses
     for word in (
         "ioi",
         "facts",
@@ -614,12 +681,19 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
     }
     other_task = stale({"tasks": tiny["tasks"] | {"ioi": tiny["tasks"]["ioi"] | {"n_train": 65}}})
     every_circuit = {"circuits": 16, "circuit_figures": 1}
+    every_effect = {"interaction_ranking": 1, "interactions": 2, "interaction_figures": 1}
     assert (
         other_task
-        == {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "report": 1} | every_circuit
+        == {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "report": 1}
+        | every_circuit
+        | every_effect
     )
     other_run = stale({"run": "other"})
-    assert other_run == {"optimal": 4, "gaps": 2, "figures": 2} | every_circuit | every_trace | of_oca | {"lens_fit": 6}
+    assert other_run == {
+        "optimal": 4,
+        "gaps": 2,
+        "figures": 2,
+    } | every_circuit | every_effect | every_trace | of_oca | {"lens_fit": 6}
     assert stale({"dtype": "bf16"})["model"] == 1
 
 
@@ -649,7 +723,12 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
             assert Path(again.ablation(task, name)).read_bytes() == Path(layout.ablation(task, name)).read_bytes(), (
                 f"{task} {name}"
             )
-    for folder in (layout.tracing(""), layout.lens("text", "")):
+    for folder in (
+        layout.tracing(""),
+        layout.lens("text", ""),
+        layout.interactions("ioi", ""),
+        layout.interactions("ioi", "optimal"),
+    ):
         for path in Path(folder).iterdir():
             if path.is_file():
                 same = Path(str(path).replace(layout.results_dir, again.results_dir))
@@ -777,7 +856,7 @@ def test_bad_facts_stop_before_any_job(tmp_path):
     (tmp_path / "facts.csv").write_text("subject,prompt,answer\nParis,Paris is in,France\nRome,It is in,Italy\n")
     path = tmp_path / "bad.yaml"
     values = yaml.safe_load(TINY.read_text()) | {"tasks": {"facts": {"path": str(tmp_path / "facts.csv")}}}
-    del values["circuits"], values["lenses"], values["ablation"]["tasks"]  # of other tasks
+    del values["circuits"], values["interactions"], values["lenses"], values["ablation"]["tasks"]  # of other tasks
     path.write_text(yaml.safe_dump(values))
     result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
     assert result.returncode != 0 and "Traceback" not in result.stderr
@@ -792,7 +871,7 @@ def test_bad_input_in_a_job_gives_one_error(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     path = tmp_path / "bad.yaml"
     text = yaml.safe_load(TINY.read_text()) | {"tasks": {"text": {"path": str(tmp_path / "empty.txt")}}}
-    del text["circuits"], text["tracing"], text["ablation"]["tasks"]  # of other tasks
+    del text["circuits"], text["interactions"], text["tracing"], text["ablation"]["tasks"]  # of other tasks
     path.write_text(yaml.safe_dump(text))
     config = load_config(path).model_copy(update={"cache_dir": tmp_path / "cache"})
     assert isinstance(config, Config)

@@ -55,6 +55,9 @@ CONSTANTS = {
     "circuits": 4,
     "circuit_figures": 1,
 } | GAPS  # EAP, EAP-IG, ACDC, exact take them
+DRAWN = {"interaction_figures": 1} | REPORT
+INTERACTIONS = {"interactions": 2} | DRAWN
+RANKED = {"interaction_ranking": 1} | INTERACTIONS
 TRACED = {"tracing": 1, "tracing_figures": 1} | REPORT
 TRACING = {"tracing_fit": 1} | TRACED
 MEASURED = {"lens_evaluation": 1, "lens_figures": 1} | REPORT
@@ -63,10 +66,10 @@ OCA = LENSES | {"lens_fit": 3}  # oca, oca_shared, linear_oca
 TUNED = MEASURED | {"lens_fit": 4}  # tuned twice, linear_oca, grad
 FAITHFULNESS = {"lens_faithfulness": 1, "lens_figures": 1} | REPORT
 TRUTHFULNESS = {"lens_truthfulness": 1, "lens_figures": 1} | REPORT
-OF_IOI = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "circuits": 16} | SHOWN
+OF_IOI = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "circuits": 16} | SHOWN | RANKED
 OF_FACTS = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1} | TRACING
 OF_TEXT = {"prompts": 1, "activations": 1} | LENSES
-RESULTS = {"optimal": 4, "circuits": 16} | GAPS | SHOWN | TRACING | LENSES
+RESULTS = {"optimal": 4, "circuits": 16} | GAPS | SHOWN | RANKED | TRACING | LENSES
 PROMPTS = {"prompts": 3, "activations": 3} | RESULTS
 EVERYTHING = {"model": 1} | PROMPTS
 NOTHING: dict[str, int] = {}
@@ -121,6 +124,13 @@ KEYS = {
         for key in ("learning_rate", "batch_size", "first_round", "max_steps")
     },
     "circuits.refit.tolerance": (0.5, {"circuits": 8} | SHOWN),
+    "interactions.tasks": (["facts"], RANKED),
+    "interactions.ablations": (["optimal"], DRAWN),
+    "interactions.n_components": (2, INTERACTIONS),
+    "interactions.components": (["a1.h1"], INTERACTIONS),
+    "interactions.mediators": ("component", INTERACTIONS),
+    **{f"interactions.refit.{key}": (7, RANKED) for key in ("learning_rate", "batch_size", "first_round", "max_steps")},
+    "interactions.refit.tolerance": (0.5, RANKED),
     "tracing.corruptions": (["gaussian"], TRACED),
     "tracing.noise_scales": ([1, 2], TRACED),
     "tracing.n_draws": (3, TRACED),
@@ -333,16 +343,21 @@ def test_comments_docstrings_and_formatting_re_run_nothing(finished, code):
 
 # Which rules take up what a rule makes.
 NEXT = {
-    "model": "prompts activations optimal gaps figures circuits circuit_figures tracing_fit "
-    "tracing tracing_figures lens_fit lens_evaluation lens_faithfulness lens_truthfulness lens_figures report",
-    "prompts": "activations optimal gaps circuits tracing_fit tracing lens_fit "
+    "model": "prompts activations optimal gaps figures circuits circuit_figures interaction_ranking interactions "
+    "interaction_figures tracing_fit tracing tracing_figures lens_fit lens_evaluation lens_faithfulness "
+    "lens_truthfulness lens_figures report",
+    "prompts": "activations optimal gaps circuits interaction_ranking interactions tracing_fit tracing lens_fit "
     "lens_evaluation lens_faithfulness lens_truthfulness report",
-    "activations": "optimal gaps circuits lens_fit lens_evaluation lens_faithfulness lens_truthfulness",
+    "activations": "optimal gaps circuits interaction_ranking interactions lens_fit lens_evaluation lens_faithfulness "
+    "lens_truthfulness",
     "optimal": "gaps figures circuits",
     "gaps": "figures report",
     "figures": "report",
     "circuits": "circuit_figures",
     "circuit_figures": "report",
+    "interaction_ranking": "interactions",
+    "interactions": "interaction_figures",
+    "interaction_figures": "report",
     "tracing_fit": "tracing",
     "tracing": "tracing_figures report",
     "tracing_figures": "report",
@@ -361,19 +376,23 @@ MODULES = {
     "store/reader store/writer tasks/prompts tasks/stored",
     "prompts": "draws engine/clean stages/prompts tasks/generate",
     "activations": "engine/activations engine/prompts engine/statistics stages/activations",
-    "optimal tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch metrics",
+    "optimal interaction_ranking tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch metrics",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
-    "gaps circuits tracing lens_evaluation": "fits/convergence",
+    "gaps circuits interaction_ranking tracing lens_evaluation": "fits/convergence",
     "gaps": "ablation/gaps ablation/replacements stages/gaps",
     "figures": "ablation/plots ablation/tables fits/curves stages/figures",
-    "figures circuit_figures tracing_figures lens_figures": "report/figures report/numbers",
-    "figures circuit_figures tracing_figures": "report/series",
-    "circuits": "circuits/circuit circuits/constants circuits/evaluate circuits/judge circuits/mib_file "
-    "circuits/numbers circuits/passes circuits/replacements circuits/search circuits/task engine/buffers "
-    "engine/folded engine/masked engine/masked_backward engine/masked_blocks engine/masked_pass stages/circuits "
+    "figures circuit_figures interaction_figures tracing_figures lens_figures": "report/figures report/numbers",
+    "figures circuit_figures interaction_figures tracing_figures": "report/series",
+    "circuits": "circuits/circuit circuits/mib_file circuits/search stages/circuits",
+    "circuits interaction_ranking": "circuits/constants circuits/evaluate circuits/judge circuits/numbers "
+    "circuits/passes circuits/replacements circuits/task engine/buffers engine/folded engine/masked "
+    "engine/masked_backward engine/masked_blocks engine/masked_pass "
     "oakernels/constants oakernels/masked_mix oakernels/masked_mix_backward oakernels/masked_read oakernels/operands "
     "oakernels/projection oakernels/runtime",
     "circuit_figures": "circuits/drawing circuits/fronts circuits/plots circuits/stability stages/circuit_figures",
+    "interaction_ranking": "interactions/edges interactions/ranking stages/interaction_ranking",
+    "interactions": "interactions/effects stages/interactions",
+    "interaction_figures": "interactions/plots stages/interaction_figures",
     "tracing_fit": "stages/tracing_fit tracing/facts tracing/fit tracing/places tracing/recall tracing/restore "
     "tracing/subjects",
     "tracing": "stages/tracing tracing/corruptions tracing/effects tracing/pictures tracing/tables tracing/trace",
@@ -384,20 +403,20 @@ MODULES = {
     "lens_faithfulness": "lenses/faithfulness stages/lens_faithfulness",
     "lens_truthfulness": "lenses/labelled lenses/truthfulness stages/lens_truthfulness",
     "lens_figures": "lenses/drawing lenses/plots lenses/tables stages/lens_figures",
-    "report": "ablation/report circuits/report lenses/report report/cells report/convergence report/page report/parts "
-    "report/svg stages/report tracing/peaks tracing/report",
+    "report": "ablation/report circuits/report interactions/report lenses/report report/cells report/convergence "
+    "report/page report/parts report/svg stages/report tracing/peaks tracing/report",
     # Settings and rows reach rules as parameters; messages, paths and locks are no results; tools and estimates are in
     # no rule, and what no row of the tiny run names is in none of its jobs.
     # Training is in a table of its own.
     "": "__init__ __main__ compare errors jobs plan progress runner verify ablation/__init__ circuits/__init__ "
     "circuits/manual circuits/mib circuits/mib_tools config/__init__ config/__main__ config/ablation config/base "
-    "config/circuits config/colors config/explain config/lenses config/model config/read config/rows "
-    "config/run config/tasks config/tracing config/yaml_file "
+    "config/circuits config/colors config/explain config/interactions config/lenses config/model config/read "
+    "config/rows config/run config/tasks config/tracing config/yaml_file "
     "engine/__init__ estimate/__init__ estimate/ablation estimate/case "
-    "estimate/circuits estimate/families estimate/inputs estimate/lens_evaluation estimate/lenses "
-    "estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
-    "estimate/throughput estimate/tracing fits/__init__ lenses/__init__ models/__init__ models/architecture "
-    "models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than tasks/pairs "
+    "estimate/circuits estimate/families estimate/inputs estimate/interactions estimate/lens_evaluation "
+    "estimate/lenses estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
+    "estimate/throughput estimate/tracing fits/__init__ interactions/__init__ lenses/__init__ models/__init__ "
+    "models/architecture models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than tasks/pairs "
     "stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint store/housekeeping "
     "store/layout store/locks "
     "tasks/__init__ tracing/__init__ oakernels/__init__",

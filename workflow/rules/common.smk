@@ -95,6 +95,7 @@ def inputs_of(stage):
 # Files of the experiments.
 
 CIRCUITS = run_config.circuits
+INTERACTIONS = run_config.interactions
 TRACING = run_config.tracing
 LENS_SETTINGS = run_config.lenses
 
@@ -129,6 +130,11 @@ def of_every_ablation(pattern):
         for ablation in CIRCUITS.ablations
         for name in names
     ]
+
+
+def interactions(name):
+    """A file of a task's effects and interactions; "{task}" and others make it a pattern."""
+    return layout.interactions("{task}", name)
 
 
 def lenses(name):
@@ -188,10 +194,10 @@ def hush(handlers):
 
 def results_shown(layout):
     """The report, and the tables by folder."""
-    folders = {}
-    for path in map(Path, sorted(promised(layout))):
-        # Folders of one method have parts of the tables above.
-        if path.suffix == ".csv" and "-" not in path.parent.name:
+    folders, files = {}, sorted(map(Path, promised(layout)))
+    for path in files:
+        # Folders of one method, or of one ablation type, have parts of the tables above.
+        if path.suffix == ".csv" and path.parents[1] / path.name not in files:
             folders.setdefault(path.parent, []).append(path.name)
     lines = [f"{folder}: {', '.join(names)}" for folder, names in folders.items()]
     return "\n".join([*lines, f"report: {layout.report}"])
