@@ -331,18 +331,18 @@ def test_the_edits_bring_the_task_into_the_pipeline(my_model, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, tmp_path / "kernels")))}
 
     def run(*arguments):
-        command = [sys.executable, "-m", "oacore", *arguments, "--config", "my.yaml"]
+        command = [sys.executable, "-m", "oacore", *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    result = run("all")
+    result = run("all", "--config", "my.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "agreement" in (tmp_path / "results/demo/report.html").read_text()
     assert (tmp_path / "results/demo/agreement/ablation/gaps.csv").read_text().count("\n") == 1 + 3 * 15
     assert len(list(tmp_path.glob("cache/my--model-*/agreement-*/prompts.h5"))) == 1
-    result = run("estimate")
+    result = run("estimate", "my.yaml")
     assert result.returncode == 0 and "agreement" in result.stdout, result.stdout + result.stderr
     (tmp_path / "my.yaml").write_text("tasks: {agreement: {n_trian: 3}}")
-    assert "tasks.agreement.n_trian: unknown key" in run("model").stderr
+    assert "tasks.agreement.n_trian: unknown key" in run("model", "--config", "my.yaml").stderr
 
 
 @pytest.mark.parametrize(
