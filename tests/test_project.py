@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from oacore import __version__
 from oacore.store import codehash as codehash_module
 from oacore.store.codehash import codehash
 
@@ -166,3 +167,9 @@ def test_code_hash_of_stages_covers_what_they_compute_with():
         "a change of the fit must not re-run the cache"
     )
     assert "oacore.ablation.plots" not in reachable("oacore.stages.gaps")
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__ and citation["license"] == "MIT"
+    assert citation["preferred-citation"]["title"] == citation["references"][0]["title"]
