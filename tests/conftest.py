@@ -110,6 +110,14 @@ def random_hf(name: str, scale: float = 0.15):
             **GATED, rope_parameters=_rope(variant or "default"), attention_bias=variant == "linear"
         ),
         "mistral": lambda: tf.MistralConfig(**GATED, sliding_window=5 if variant == "window" else None),
+        "phi3": lambda: tf.Phi3Config(
+            **GATED,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            rope_parameters=_rope("longrope" if variant == "long" else "default"),
+            original_max_position_embeddings=16,
+        ),
         # Heads that are wider together than the stream, as in the small ones.
         "qwen3": lambda: tf.Qwen3Config(**GATED, head_dim=12),
         "qwen2": lambda: tf.Qwen2Config(
@@ -143,6 +151,8 @@ FAMILIES = (
     "llama-longrope",
     "mistral",
     "mistral-window",
+    "phi3",
+    "phi3-long",
     "qwen2",
     "qwen2-window",
     "qwen3",

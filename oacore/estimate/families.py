@@ -59,6 +59,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gpt_neox": _gpt_neox,
     "llama": _llama,
     "mistral": _llama,
+    "phi3": _llama,
     "qwen2": _llama,
     "qwen3": _qwen3,
     "gemma2": _gemma2,

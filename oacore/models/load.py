@@ -82,8 +82,19 @@ def canonical(hf: Any) -> Model:
     Building a bridge rewires `hf` in place: compute whatever needs the plain model first.
 
     Raises:
-        UserError: the activation function or the positions are of a kind that `oacore.engine.forward` does not compute.
+        UserError: the activation function, the positions or a part of a block are of a kind that
+            `oacore.engine.forward` does not compute.
     """
+    try:
+        return _canonical(hf)
+    except (AttributeError, AssertionError) as error:
+        raise UserError(
+            f"model: a {hf.config.model_type} of another form than is read here ({error or 'TransformerBridge'}); "
+            "allowed: the form that its family usually has"
+        ) from error
+
+
+def _canonical(hf: Any) -> Model:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     config = hf.config

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_hf
+from conftest import GATED, random_hf
 
 from oacore.config.read import parse_config
 from oacore.engine.clean import Batch
@@ -47,6 +47,14 @@ def test_bf16_passes_its_gate_and_has_another_hash(directory):
     assert loaded.model.dtype == torch.bfloat16
     assert parity.max_abs_log_prob < 0.1
     assert loaded.weight_hash != load(directory, device="cpu").weight_hash
+
+
+def test_a_block_of_another_form_is_refused():
+    import transformers as tf
+
+    hf = tf.AutoModelForCausalLM.from_config(tf.Olmo2Config(**GATED))
+    with pytest.raises(UserError, match=r"a olmo2 of another form than is read here \(.*no attribute 'ln1'\)"):
+        canonical(hf)
 
 
 def test_attention_without_biases_where_the_bridge_wants_them():
@@ -107,7 +115,7 @@ def test_directory_without_config(tmp_path):
 
 def test_unsupported_architecture(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gptj"}))
-    refused(tmp_path, "architecture 'gptj'", "gpt2, gpt_neox, llama, mistral, qwen2, qwen3, gemma2")
+    refused(tmp_path, "architecture 'gptj'", "gpt2, gpt_neox, llama, mistral, phi3, qwen2, qwen3, gemma2")
 
 
 def test_damaged_weights(tmp_path):
