@@ -147,10 +147,10 @@ def path_diagram(paths: pd.DataFrame, ablation: str) -> Figure:
     xs, ys = zip(*places.values(), strict=True)
     ax.set(xlim=(min(xs) - 0.8, max(xs) + 0.8), ylim=(min(ys) - 0.4, max(ys) + 0.4))
     ax.set_axis_off()
-    ax.set_title(f"Strongest paths: {ablation}")
-    widest = f"{three_digits(strongest)} nats" if len(shown) else "no path is apart from 0"
+    widest = f"the widest {three_digits(strongest)} nats" if len(shown) else "none is apart from 0"
+    ax.set_title(f"Strongest paths: {ablation}, {widest}")
     keys = [
-        Line2D([], [], color=INK, linewidth=2.5, label=f"direct (widest arrow: {widest})"),
+        Line2D([], [], color=INK, linewidth=2.5, label="direct"),
         Line2D([], [], color=look.color, linewidth=2.5, label="through a mediator"),
     ]
     legend_below(figure, keys)

@@ -78,8 +78,8 @@ def interaction_sentence(interactions: pd.DataFrame, ablation: str) -> str:
         return "There is no pair to compare."
     redundant, cooperating = (_most(pairs[kinds(pairs) == kind]) for kind in ("redundant", "cooperating"))
     return (
-        f"Of {human(len(pairs))} pairs under {ablation} ablation {redundant} are redundant and {cooperating} "
-        "cooperate, by more than two standard errors."
+        f"Of {human(len(pairs))} pairs under {ablation} ablation, redundant: {redundant}; cooperating: {cooperating}; "
+        "by more than two standard errors."
     )
 
 
@@ -115,11 +115,11 @@ def spoofing_sentence(interactions: pd.DataFrame, ablation: str, other: str) -> 
         return ""
     own, found = kinds(ours), kinds(theirs).reindex(ours.index)
     opposite = ((own != found) & (own != "undecided") & (found != "undecided")).sum()
-    sizes = theirs["interaction_nats"].reindex(ours.index).abs().median() / ours["interaction_nats"].abs().median()
+    typical, size = (pairs["interaction_nats"].abs().median() for pairs in (ours, theirs.reindex(ours.index)))
+    times = f", and the median interaction is {three_digits(size / typical)} times as large" if typical > 0 else ""
     return (
         f"Under {other} ablation {human(int((own != found).sum()))} of these pairs come out as another kind, "
-        f"{human(int(opposite))} of them as the opposite one, and the median interaction is {three_digits(sizes)} "
-        "times as large."
+        f"{human(int(opposite))} of them as the opposite one{times}."
     )
 
 
