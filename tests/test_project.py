@@ -29,7 +29,7 @@ FLOORS = (
     # asks no stage, and a stage that asked it would be stale whenever a formula changes.
     ("stages", "estimate"),
     ("runner", "plan"),
-    ("__main__",),
+    ("api", "__main__"),
 )
 
 
