@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from oacore.api.settings import config_of
+from oacore.api.settings import config_of, given
 from oacore.config.model import DEMO
 from oacore.runner import run_behind
 from oacore.store.artefacts import read_json
@@ -60,7 +60,7 @@ def load(
         "device": device,
         "dtype": dtype,
         "precision": precision,
-        "revision": revision,
+        **given(revision=revision),
         "seed": seed,
         "cache_dir": str(cache_dir),
         "results_dir": str(results_dir),

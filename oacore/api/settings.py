@@ -33,7 +33,8 @@ def config_of(
     """
     config = parse_config({**settings, "run": RUN, "tasks": tasks, "ablation": ablation, **sections})
     check_files(config)
-    return config.model_copy(update={"run": f"{RUN}-{_identity(config)}"}) if sections or ablation["tasks"] else config
+    has_results = bool(sections) or ablation is not NO_ABLATION
+    return config.model_copy(update={"run": f"{RUN}-{_identity(config)}"}) if has_results else config
 
 
 def _identity(config: Config) -> str:
