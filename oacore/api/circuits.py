@@ -145,9 +145,10 @@ def circuit(
     pareto = read(files["pareto"], provenance_of(config, Path(layout.model_json), task.name))
     chosen = best_within(pareto, edges)
     if chosen is None:
+        knob = CIRCUIT_METHODS[method].knob
         raise UserError(
-            f"edges: {edges}; allowed: at least {pareto['edges'].min()}, of the smallest circuit that {method} found "
-            f"(other `{row.knob if row else ''}` find others)"
+            f"edges: {edges}; allowed: at least {pareto['edges'].min()}, the size of the smallest circuit that "
+            f"{method} has found{f'; other `{knob}` find others' if knob else ''}"
         )
     path = files["pareto"].parent / circuit_file(chosen["knob"], int(chosen["seed"]))
     found = load_circuit(path, model_hash=model.facts["model_hash"], signed=True)
