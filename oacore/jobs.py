@@ -113,20 +113,6 @@ def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
     yield "report", {}
 
 
-def missing_behind(layout: Layout, stages: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """Stage and wildcards of the jobs of these stages of which an output is missing, and of all that they need and is
-    missing too, in order.
-    """
-    needed, found = set[Path](), []
-    for stage, wildcards in reversed(list(planned(layout.config))):
-        inputs, outputs = files_of(layout, stage, **wildcards)
-        asked = stage in stages or not needed.isdisjoint(outputs.every())
-        if asked and not all(path.exists() for path in outputs.every()):
-            needed.update(inputs.every())
-            found.append((stage, wildcards))
-    return found[::-1]
-
-
 def promised(layout: Layout) -> list[str]:
     """Every file of a run's results, the report first: what is missing of them is made again."""
     cached = set(layout.cache_files())

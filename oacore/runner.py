@@ -13,17 +13,11 @@ from typing import Any
 from oacore.config.read import parse_config
 from oacore.config.run import Config
 from oacore.errors import UserError, disk_error, is_out_of_memory
-from oacore.jobs import STAGES, Files, files_of, missing_behind, planned
+from oacore.jobs import STAGES, Files, files_of, planned
 from oacore.store.housekeeping import write_needed
 from oacore.store.items import used_items
 from oacore.store.layout import Layout
-from oacore.store.locks import (
-    hold_for_job,
-    hold_for_pipeline,
-    hold_gpu,
-    holding_for_pipeline,
-    mark_cache_complete,
-)
+from oacore.store.locks import hold_for_job, hold_for_pipeline, hold_gpu, mark_cache_complete
 
 SMALLEST_BATCH = 64  # tokens, the least that limits.tokens_per_batch may be
 
@@ -101,18 +95,6 @@ def run_missing(config: Config) -> None:
         else:
             run_stage(stage, config, **wildcards)
     mark_cache_complete(layout)
-
-
-def run_behind(config: Config, *stages: str) -> Layout:
-    """Run the jobs of these stages of which an output is missing, and those that they need; others may go on
-    afterwards. Returns where the files are.
-    """
-    layout = Layout(config)
-    with holding_for_pipeline(layout):
-        for stage, wildcards in missing_behind(layout, stages):
-            run_stage(stage, config, **wildcards)
-        mark_cache_complete(layout)
-    return layout
 
 
 def run_in_workflow(job: Any) -> None:

@@ -27,6 +27,7 @@ LONGEST = (  # by what they took, the first longest; the tiny run is made in whi
     "test_increments.py",
     "test_kill.py",
     "test_extending.py",
+    "test_notebooks.py",
     "test_corrupted_files.py",
     "test_planted_discovery.py",
     "test_emulated.py",

@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 import oacore as oa
-from oacore.api import circuits, settings
+from oacore.api import circuits, running, settings
+from oacore.api.running import run_behind
 from oacore.circuits.mib_file import load_circuit
 from oacore.config.read import load_config
 from oacore.config.tasks import Pairs
 from oacore.errors import UserError
 from oacore.jobs import files_of
-from oacore.runner import run_behind
 from oacore.store.items import Items
 from oacore.store.layout import Layout
 from oacore.store.locks import hold
@@ -272,8 +272,38 @@ def test_results_have_a_folder_for_all_that_determines_them(model, task, tmp_pat
     assert folders[-1] == folders[-2]
 
 
-def test_locks_end_with_the_call(model, task):
+def test_what_other_code_has_cached_is_made_anew(model, tmp_path, monkeypatch):
+    """Of Python's own; what Snakemake has made has no note, and is taken as it is."""
+    shutil.copytree(model.settings["cache_dir"], tmp_path / "cache")
+    moved = oa.load(device="cpu", threads=1, cache_dir=tmp_path / "cache", results_dir=tmp_path / "results")
+    task, run_stage, code_of, ran = oa.pairs(PAIRS, moved), running.run_stage, running._code_of, []
+
+    def noting(stage, *arguments, **wildcards):
+        ran.append(stage)
+        run_stage(stage, *arguments, **wildcards)
+
+    def stages_run():
+        ran.clear()
+        oa.circuit(moved, task, method="random", ablation="mean", edges=300)
+        return list(ran)
+
+    monkeypatch.setattr(running, "run_stage", noting)
+    assert stages_run() == ["circuits"] and stages_run() == []
+    monkeypatch.setattr(running, "_code_of", lambda stage, what: "new" if stage == "prompts" else code_of(stage, what))
+    monkeypatch.setattr(settings, "_code", lambda: "new")
+    assert stages_run() == ["prompts", "activations", "circuits"] and stages_run() == []
+    for note in (tmp_path / "cache").rglob(".*.code"):
+        note.unlink()
+    monkeypatch.setattr(running, "_code_of", lambda stage, what: "newer")
+    assert stages_run() == []
+
+
+def test_locks_end_with_the_call(model, task, tmp_path):
     oa.gaps(model, task, **GAPS)
+    unknown = "\n".join(f"a {word} b,b {word} a,x,y" for word in ("zebra", *"cdefghij"))
+    (tmp_path / "bad.csv").write_text(f"clean,corrupt,right,wrong\n{unknown}\n")
+    with pytest.raises(UserError, match="has no token for 'zebra'"):
+        oa.pairs(tmp_path / "bad.csv", model)
     with pytest.raises(UserError, match="config is not valid"):
         oa.gaps(model, task, methods=["zeros"])
     cache = Path(task.model.settings["cache_dir"])
