@@ -2,8 +2,8 @@
 
 The house, from the top down; imports point down:
 
-* `__main__` and the workflow are the two ways in; `runner` runs a stage: memory retry, signals, logs; `estimate` says
-  before what it will take
+* `__main__`, the workflow and `api`, whose functions are this package's own (`oacore.load`, ...), are the three ways
+  in; `runner` runs a stage: memory retry, signals, logs; `estimate` says before what it will take
 * `stages/`, one module per rule: read files, call one experiment, write files
 * `interactions/`, the experiment that stands on `circuits/`
 * `ablation/  circuits/  tracing/  lenses/`, the experiments: each has its science, figures and part of the report,
@@ -16,4 +16,20 @@ The house, from the top down; imports point down:
 * `metrics  draws  progress  errors`, and `kernels/oakernels`, which knows nothing of all this
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+# In the order in which they are used. Whoever names one imports `oacore.api`; until then this package is a name.
+API = ("load", "pairs", "task", "gaps", "circuit", "fronts", "trace", "lens")
+
+
+def __getattr__(name: str) -> Any:
+    if name in API:
+        return getattr(import_module("oacore.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *API]

@@ -27,6 +27,7 @@ LONGEST = (
     "test_stories.py",
     "test_extending.py",
     "test_sharing.py",
+    "test_notebooks.py",
     "test_increments.py",
     "test_kill.py",
     "test_corrupted_files.py",

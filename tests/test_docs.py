@@ -18,9 +18,11 @@ import transformers as tf
 from conftest import GATED, random_hf
 from test_tasks import check_form, settings, word_level
 
+import oacore
 from oacore.config import model, tasks
 from oacore.config.ablation import ABLATION_TYPES
 from oacore.config.explain import describe_fields
+from oacore.config.read import load_config
 from oacore.config.run import Config
 from oacore.engine.activations import write_activations
 from oacore.engine.parity import open_model
@@ -374,3 +376,42 @@ def test_what_one_more_architecture_needs(family, own, passes, tmp_path, monkeyp
     else:
         with pytest.raises(UserError, match="differs from Hugging Face's"):
             open_model(tmp_path, device="cpu")
+
+
+# docs/python.md
+
+
+def test_ten_lines_of_python_run(tmp_path, monkeypatch):
+    """On a copy of the demo model and of the example's prompts, with short fits; then the page's other blocks."""
+    shutil.copytree(model.SHIPPED_DEMO, tmp_path / "my-model")
+    shutil.copy(ROOT / "config/pairs-example.csv", tmp_path / "my.csv")
+    monkeypatch.chdir(tmp_path)
+    lines, settings, to_config = blocks("docs/python.md", "python")
+    assert lines == blocks("README.md", "python")[0] and len(lines.splitlines()) <= 10
+    masks = {"n_steps": 40, "n_samples": 2, "learning_rate": 6}
+    short = {
+        'load("my-model"': ", threads=1",
+        "gaps(model, task": ', methods=["zero", "optimal"], optimal={"max_steps": 2}',
+        "edges=100": f', lambdas=[1e-2], masks={masks}, refit={{"max_steps": 2}}',
+    }
+    for call, more in short.items():
+        assert lines.count(call) == 1
+        lines = lines.replace(call, f"{call}{more}")
+    found = {}
+    exec(lines, found)
+    assert found["circuit"].n_edges <= 100 and found["circuit"].draw().svg.startswith("<svg")
+    assert set(found["gaps"].table["method"]) == {"zero", "optimal"}
+    exec(settings.replace("350", "2"), found)
+    assert set(found["fronts"].table["method"]) == {"eap", "random"}
+    exec(to_config, found)
+    config = load_config("my-model.yaml")
+    assert config == found["gaps"].settings.model_copy(update={"run": "my-run"})
+
+
+def test_the_python_page_has_every_function_and_attribute():
+    text = (ROOT / "docs/python.md").read_text()
+    assert not [name for name in oacore.API if f"`oa.{name}(" not in text]
+    for name in ("table", "tables", "figures", "config", "folder"):
+        assert f"`result.{name}`" in text and exists(f"oacore.api.Result.{name}")
+    for name in ("edges", "n_edges", "kl_nats", "se_nats", "draw", "save", "evaluate"):
+        assert re.search(rf"`{name}[`(]", text) and exists(f"oacore.api.Circuit.{name}")

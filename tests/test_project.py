@@ -32,7 +32,7 @@ FLOORS = (
     # asks no stage, and a stage that asked it would be stale whenever a formula changes.
     ("stages", "estimate"),
     ("runner", "plan", "compare"),
-    ("__main__",),
+    ("api", "__main__"),
 )
 
 

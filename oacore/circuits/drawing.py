@@ -14,6 +14,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 import numpy as np
 import pandas as pd
 
+from oacore.circuits.circuit import Circuit, edge_table
 from oacore.config.colors import ACCENT, INK, PALE, SLATE
 from oacore.errors import UserError
 from oacore.models.graph import Graph
@@ -122,6 +123,12 @@ def circuit_svg(edges: pd.DataFrame, graph: Graph, title: str) -> str:
     style.text = _rules(name, within)
     indent(svg, "")
     return tostring(svg, encoding="unicode") + "\n"
+
+
+def drawing_of(circuit: Circuit, row: pd.Series) -> str:
+    """The drawing of a circuit, under a title from its row of pareto.csv."""
+    title = f"{row['method']} {row['ablation']}, knob {row['knob']:g}, seed {row['seed']}: {row['edges']} edges, "
+    return circuit_svg(edge_table(circuit), circuit.graph, f"{title}{row['kl_nats']:.3g} nats")
 
 
 def _edges(table: pd.DataFrame, graph: Graph) -> list[_Edge]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from oacore.circuits.circuit import Circuit, edge_table
-from oacore.circuits.drawing import circuit_svg
+from oacore.circuits.circuit import Circuit
+from oacore.circuits.drawing import drawing_of
 from oacore.circuits.fronts import compare_fronts, smallest_good
 from oacore.circuits.mib_file import load_circuit
 from oacore.circuits.plots import circuit_figures
@@ -64,9 +64,7 @@ def _drawing(files: _CircuitFiles, pareto: pd.DataFrame) -> str:
     pareto = pareto[pareto["kl_nats"].notna()]
     of_leading = pareto[pareto["method"] == leading(dict.fromkeys(pareto["method"]))]
     row = smallest_good(of_leading if (of_leading["edges"] <= DRAWN_EDGES).any() else pareto, DRAWN_EDGES)
-    circuit = files.load(row)
-    title = f"{row['method']} {row['ablation']}, knob {row['knob']:g}, seed {row['seed']}: {row['edges']} edges, "
-    return circuit_svg(edge_table(circuit), circuit.graph, f"{title}{row['kl_nats']:.3g} nats")
+    return drawing_of(files.load(row), row)
 
 
 def _over_seeds(files: _CircuitFiles, pareto: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -30,6 +30,15 @@ def codehash(*modules: str) -> str:
     return digest.hexdigest()[:10]
 
 
+def every_module() -> list[str]:
+    """The names of all modules of our packages."""
+    return [
+        ".".join((package, *path.relative_to(_root(package)).with_suffix("").parts)).removesuffix(".__init__")
+        for package in PACKAGES
+        for path in sorted(_root(package).rglob("*.py"))
+    ]
+
+
 def _reachable(module: str) -> set[str]:
     reached, queue = set[str](), [module]
     while queue:

@@ -13,6 +13,8 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -113,6 +115,18 @@ def hold_for_pipeline(layout: Layout, *, wait: bool = True) -> None:
             jobs = hold(f"{folder}/.jobs.lock", f"{folder} (a job)", wait=wait)
             assert jobs is not None
             jobs.close()
+
+
+@contextmanager
+def holding_for_pipeline(layout: Layout) -> Iterator[None]:
+    """`hold_for_pipeline` within, for a process that lives on, such as a notebook's."""
+    n_before = len(_held)
+    try:
+        hold_for_pipeline(layout)
+        yield
+    finally:
+        while len(_held) > n_before:
+            _held.pop().close()
 
 
 def hold_for_job(layout: Layout) -> None:

@@ -1,0 +1,100 @@
+"""The four experiments, on one model and task each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from oacore.api.model import Model
+from oacore.api.results import Result, result_of
+from oacore.api.settings import config_of, constants_for, given
+from oacore.api.tasks import Task, task
+from oacore.config.circuits import Circuits
+from oacore.config.lenses import LENS_SECTIONS
+
+
+def gaps(
+    model: Model,
+    task: Task,
+    *,
+    methods: Sequence[str] | None = None,
+    components: Sequence[str] | None = None,
+    **settings: Any,
+) -> Result:
+    """The ablation loss gap of every component under every method, in nats, on held-out prompts: docs/ablation.md.
+
+    Tables: `gaps`, `summary`.
+
+    Args:
+        methods: ablation types; by default all.
+        components: of `head`, `mlp`, `attention_layer`; by default the first two.
+        settings: more keys of the section `ablation`, such as `optimal={"max_steps": 350}`.
+
+    Raises:
+        UserError: a bad setting.
+    """
+    section = given(methods=methods, components=components) | {"tasks": [task.name]} | settings
+    return result_of(config_of(model.settings, {task.name: task.settings}, section), "gaps", "figures")
+
+
+def fronts(
+    model: Model,
+    task: Task,
+    *,
+    methods: Sequence[str] | None = None,
+    ablations: Sequence[str] | None = None,
+    optimal: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Result:
+    """The circuits of several methods and ablation types, with their Pareto fronts of KL in nats over edges:
+    docs/circuits.md.
+
+    Tables: `pareto`, `fronts`, `stability`, `edge_frequency`.
+
+    Args:
+        optimal: how the components' constants are fitted, for methods that take them: `ablation.optimal`.
+        settings: more keys of the section `circuits`, such as `lambdas`, `sizes` or `masks={"n_steps": 1000}`.
+
+    Raises:
+        UserError: a bad setting.
+    """
+    section = given(methods=methods, ablations=ablations) | settings
+    constants = constants_for(methods or _default("methods"), ablations or _default("ablations"), optimal)
+    config = config_of(model.settings, {task.name: task.settings}, constants, circuits=section)
+    return result_of(config, "circuit_figures")
+
+
+def _default(key: str) -> Sequence[str]:
+    names: Sequence[str] = Circuits.model_fields[key].default
+    return names
+
+
+def trace(model: Model, facts: Task | None = None, **settings: Any) -> Result:
+    """Where facts are recalled: average indirect effects on held-out subjects, docs/tracing.md.
+
+    Tables: `aie`, `pictures`.
+
+    Args:
+        facts: the task `facts`; by default the demo model's own.
+        settings: keys of the section `tracing`.
+
+    Raises:
+        UserError: a bad setting, or another task.
+    """
+    facts = task("facts", model) if facts is None else facts
+    config = config_of(model.settings, {facts.name: facts.settings}, tracing=settings)
+    return result_of(config, "tracing", "tracing_figures")
+
+
+def lens(model: Model, task: Task, *, lenses: Sequence[str] | None = None, **settings: Any) -> Result:
+    """What each layer already knows: the KL in nats of several lenses by layer, on held-out prompts: docs/lenses.md.
+
+    Tables: `loss`, `pictures` and, where asked for, `lengths`, `faithfulness`, `truthfulness`.
+
+    Args:
+        settings: more keys of the section `lenses`, such as `oca={"max_steps": 350}` or `faithfulness={}`.
+
+    Raises:
+        UserError: a bad setting.
+    """
+    section = given(lenses=lenses) | settings
+    config = config_of(model.settings, {task.name: task.settings}, lenses=section)
+    return result_of(config, "lens_evaluation", *(f"lens_{name}" for name in LENS_SECTIONS), "lens_figures")
