@@ -350,9 +350,9 @@ def test_the_edits_bring_the_task_into_the_pipeline(my_model, tmp_path):
 @pytest.mark.parametrize(
     ("family", "own", "passes"),
     [
-        ("Mistral", {"sliding_window": None}, True),
-        ("Mistral", {"sliding_window": 5}, False),
-        ("Qwen3", {"head_dim": 8}, False),
+        ("StableLm", {}, True),
+        ("StableLm", {"qk_layernorm": True}, False),
+        ("Granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.5}, False),
     ],
 )
 def test_what_one_more_architecture_needs(family, own, passes, tmp_path, monkeypatch):
@@ -364,7 +364,7 @@ def test_what_one_more_architecture_needs(family, own, passes, tmp_path, monkeyp
         monkeypatch.setattr(module, "ARCHITECTURES", more)
     torch.manual_seed(1)
     hf = tf.AutoModelForCausalLM.from_config(
-        getattr(tf, f"{family}Config")(**GATED, **own), attn_implementation="eager"
+        getattr(tf, f"{family}Config")(**GATED, pad_token_id=0, **own), attn_implementation="eager"
     )
     with torch.no_grad():
         for parameter in hf.parameters():

@@ -34,14 +34,20 @@ class Constants(NamedTuple):
         if not engine.model.post_norm:
             # In the weights' dtype, as the model itself writes; fp32 copies of all W_O would stay in the graph.
             z = heads.to(engine.model.dtype)
-            heads = torch.stack([z[:, layer] @ block.W_O for layer, block in enumerate(engine.model.blocks)], 1).to(
-                heads.dtype
-            )
+            written = [_through(z[:, layer], block.W_O) for layer, block in enumerate(engine.model.blocks)]
+            heads = torch.stack(written, 1).to(heads.dtype)
         both = torch.cat((heads, self.mlp[:, :, None]), 2).flatten(1, 2)  # [F, L (H + 1), Q, d]
         table = torch.cat((self.input[:, None], both), 1)
         if table.shape[2] == 1:
             return table
         return table[:, :, torch.arange(1, n_tokens + 1, device=table.device).clamp(max=table.shape[2] - 1)]
+
+
+def _through(z: Tensor, W_O: Tensor) -> Tensor:
+    """z [F, H, Q, k] after W_O [H, k, d]. On a CPU fit by fit: products round by the size of their batch, and a fit's
+    bits must not depend on what is fitted beside it.
+    """
+    return torch.stack([of_fit @ W_O for of_fit in z]) if z.device.type == "cpu" else z @ W_O
 
 
 def constant_scales(model: Model, statistics: Statistics) -> Constants:
