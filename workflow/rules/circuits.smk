@@ -34,6 +34,8 @@ if CIRCUITS:
             wildcard_constraints:
                 method=method,
                 ablation="|".join(CIRCUITS.ablations),
+            # The longest jobs first, or one of them would be the last, alone.
+            priority: 1
             conda:
                 "../../environment.yml"
             threads: run_config.limits.threads
