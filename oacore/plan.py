@@ -94,7 +94,7 @@ def shown(steps: list[Step]) -> str:
     lines = [f"{step.job:{width}}  {step.says}{_time(step)}" for step in steps]
     n_new, later = sum(step.n_new or 0 for step in steps), sum(step.n_new is None for step in steps)
     seconds, untimed = sum(step.seconds or 0 for step in steps), sum(step.seconds is None for step in steps)
-    total = f"{n_new} new items, at least {duration(seconds)}" if n_new else "nothing new"
+    total = f"{n_new} new item{'s' * (n_new != 1)}, at least {duration(seconds)}" if n_new else "nothing new"
     if untimed:
         total += f" and the time of {untimed} jobs of which nothing alike is in the store"
     return "\n".join([*lines, total + (f"; {later} jobs are known later" if later else "")])

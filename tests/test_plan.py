@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from oacore.config.read import parse_config
-from oacore.plan import plan
+from oacore.plan import Step, plan, shown
 
 # Parts of the tiny run, so that each is looked at in a second or two.
 CIRCUITS = {
@@ -116,3 +116,20 @@ def test_what_a_change_computes(tiny_run, change):
     steps = plan(parse_config({name: value for name, value in values.items() if value is not None}))
     assert {step.job: step.n_new for step in steps if step.n_new} == new
     assert files_under(layout.model_dir) | files_under(layout.results_dir) == before
+
+
+def test_what_is_shown():
+    steps = [
+        Step("optimal ioi optimal", "all is in the store"),
+        Step("circuits ioi ugs optimal", "ugs: 1 of 4 are new: 0.003 0", 1, 190.0),
+        Step("lens_fit text oca", "text: 2 of 2 are new", 2, None),
+        Step("lens_evaluation text", "known after lens_fit text oca", None),
+    ]
+    assert shown(steps).splitlines() == [
+        "optimal ioi optimal       all is in the store",
+        "circuits ioi ugs optimal  ugs: 1 of 4 are new: 0.003 0; at least 3 min",
+        "lens_fit text oca         text: 2 of 2 are new; time unknown",
+        "lens_evaluation text      known after lens_fit text oca",
+        "3 new items, at least 3 min and the time of 1 jobs of which nothing alike is in the store; 1 jobs are known later",
+    ]
+    assert shown(steps[:1]).splitlines()[-1] == "nothing new"
