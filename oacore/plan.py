@@ -94,10 +94,14 @@ def shown(steps: list[Step]) -> str:
     lines = [f"{step.job:{width}}  {step.says}{_time(step)}" for step in steps]
     n_new, later = sum(step.n_new or 0 for step in steps), sum(step.n_new is None for step in steps)
     seconds, untimed = sum(step.seconds or 0 for step in steps), sum(step.seconds is None for step in steps)
-    total = f"{n_new} new item{'s' * (n_new != 1)}, at least {duration(seconds)}" if n_new else "nothing new"
+    total = f"{_count(n_new, 'new item')}, at least {duration(seconds)}" if n_new else "nothing new"
     if untimed:
-        total += f" and the time of {untimed} jobs of which nothing alike is in the store"
-    return "\n".join([*lines, total + (f"; {later} jobs are known later" if later else "")])
+        total += f" and the time of {_count(untimed, 'job')} with nothing alike in the store"
+    return "\n".join([*lines, total + (f"; known later: {_count(later, 'job')}" if later else "")])
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def _time(step: Step) -> str:

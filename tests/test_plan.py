@@ -130,6 +130,6 @@ def test_what_is_shown():
         "circuits ioi ugs optimal  ugs: 1 of 4 are new: 0.003 0; at least 3 min",
         "lens_fit text oca         text: 2 of 2 are new; time unknown",
         "lens_evaluation text      known after lens_fit text oca",
-        "3 new items, at least 3 min and the time of 1 jobs of which nothing alike is in the store; 1 jobs are known later",
+        "3 new items, at least 3 min and the time of 1 job with nothing alike in the store; known later: 1 job",
     ]
     assert shown(steps[:1]).splitlines()[-1] == "nothing new"
