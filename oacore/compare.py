@@ -42,9 +42,13 @@ class Measured:
 
 GAPS = Measured("{task}/ablation/gaps.csv", ("component", "method"), "gap_nats", "se_nats")
 CIRCUITS = Measured("{task}/circuits/pareto.csv", ("method", "ablation", "knob", "seed"), "kl_nats", "se_nats")
+EFFECTS = Measured("{task}/interactions/effects.csv", ("component", "method"), "total_nats", "total_se_nats")
+INTERACTIONS = Measured(
+    "{task}/interactions/interactions.csv", ("first", "second", "method"), "interaction_nats", "se_nats"
+)
 AIE = Measured("{task}/tracing/aie.csv", ("corruption", "site", "position", "window", "layer"), "aie", "se")
 LENSES = Measured("{task}/lens/loss.csv", ("lens", "init", "layer"), "kl_nats", "se_nats")
-MEASURED = (GAPS, CIRCUITS, AIE, LENSES)
+MEASURED = (GAPS, CIRCUITS, EFFECTS, INTERACTIONS, AIE, LENSES)
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,14 @@ from pathlib import Path
 
 from oacore.config.run import Config
 from oacore.estimate.table import duration
-from oacore.jobs import Files, files_of, planned
+from oacore.jobs import STAGES, WITHOUT_GPU, Files, files_of, planned
 from oacore.store.items import NotStoredError, only_looking
 from oacore.store.layout import Layout
+from oacore.store.locks import CACHE_STAGES
 
-# What makes its files whole, and is not done twice; stages that draw take seconds and are not spoken of.
-BEFORE_ITEMS = ("demo", "model", "prompts", "activations", "lens_activations")
-# What reads the store first and then computes.
-WITH_ITEMS = (
-    "optimal", "gaps", "circuits", "interaction_ranking", "interactions", "tracing_fit", "tracing", "lens_fit",
-    "lens_evaluation", "lens_faithfulness", "lens_truthfulness",
-)  # fmt: skip
+# What reads the store first and then computes. Stages of the cache make their files whole; those that draw take seconds
+# and are not spoken of.
+WITH_ITEMS = tuple(stage for stage in STAGES if stage not in (*CACHE_STAGES, *WITHOUT_GPU))
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,11 @@ def _steps(config: Config, folder: Path) -> Iterator[Step]:
     made = dict[Path, Path]()  # files that the store gives, and where they lie for now
     for stage, wildcards in planned(config):
         (inputs, outputs), job = files_of(layout, stage, **wildcards), " ".join([stage, *wildcards.values()])
-        if stage not in WITH_ITEMS and (stage not in BEFORE_ITEMS or all(path.exists() for path in outputs.every())):
+        if stage not in WITH_ITEMS and (stage not in CACHE_STAGES or all(path.exists() for path in outputs.every())):
             continue
         if first := next((coming[path] for path in inputs.every() if path in coming), None):
             step = Step(job, f"known after {first}", None)
-        elif stage in BEFORE_ITEMS:
+        elif stage in CACHE_STAGES:
             step = Step(job, "to be made", None)
         else:
             elsewhere = {path: folder / path.absolute().relative_to("/") for path in outputs.every()}

@@ -15,6 +15,8 @@ from oacore.store.artefacts import read_table, write_table
 from oacore.store.layout import Layout
 from oacore.store.provenance import Provenance
 
+INTERACTIONS = ("effects", "interactions")
+
 
 @pytest.fixture
 def runs(tiny_run, own_copy):
@@ -50,7 +52,8 @@ def test_numbers_are_joined_with_their_difference(runs):
     )
     assert (numbers["table"] == "ioi/ablation/gaps.csv").sum() == len(gaps)
     assert (numbers["table"] == "ioi/circuits/pareto.csv").sum() == len(pareto)
-    assert {"facts/tracing/aie.csv", "text/lens/loss.csv"} < set(numbers["table"])
+    others = ("facts/tracing/aie.csv", "text/lens/loss.csv", *(f"ioi/interactions/{name}.csv" for name in INTERACTIONS))
+    assert set(others) < set(numbers["table"])
     changed = numbers[numbers["difference"] != 0]
     assert changed["row"].tolist() == ["a1.h2 mean"]
     row, own = changed.iloc[0], gaps[(gaps["component"] == "a1.h2") & (gaps["method"] == "mean")].iloc[0]

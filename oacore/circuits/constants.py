@@ -44,8 +44,9 @@ class Constants(NamedTuple):
 
 
 def _through(z: Tensor, W_O: Tensor) -> Tensor:
-    """z [F, H, Q, k] after W_O [H, k, d]. On a CPU fit by fit: products round by the size of their batch, and a fit's
-    bits must not depend on what is fitted beside it.
+    """z [F, H, Q, k] after W_O [H, k, d]. On a CPU fit by fit: for several at once W_O is copied, for one it is read
+    where the mapped file has it, and products round by where their operands lie. A fit's bits must not depend on
+    what is fitted beside it.
     """
     return torch.stack([of_fit @ W_O for of_fit in z]) if z.device.type == "cpu" else z @ W_O
 

@@ -6,7 +6,7 @@ Symbols: C circuits, J destinations, S sources, N prompts.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,8 +45,8 @@ class Judge:
 
     Args:
         inputs: with `model`, beside which the store of items lies.
-        what: named in messages and progress.
         settings: of the constants' fit.
+        what: named in messages and progress.
     """
 
     config: Config
@@ -54,8 +54,8 @@ class Judge:
     task: CircuitTask
     ablation: EdgeAblation
     settings: OptimalFit
-    what: str = ""
-    resumable: Resumable = field(default=NOT_KEPT)
+    what: str
+    resumable: Resumable = NOT_KEPT
 
     def judge(self, masks: Tensor, names: Sequence[str]) -> Judged:
         """Each of C circuits; equal ones, as neighbouring knobs often find, are fitted once.

@@ -60,7 +60,7 @@ def read_arrays(path: str | Path, provenance: Provenance = ANY) -> "tuple[dict[s
     return _read(path, provenance, "numpy")
 
 
-def read_facts(path: str | Path) -> dict[str, Any]:
+def read_tensor_facts(path: str | Path) -> dict[str, Any]:
     """The facts of what `write_tensors` wrote, without reading its tensors; {} where they can't be read."""
     from safetensors import SafetensorError, safe_open
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oacore.errors import UserError
-from oacore.store.artefacts import read_facts, read_tensors, write_tensors
+from oacore.store.artefacts import read_tensor_facts, read_tensors, write_tensors
 from oacore.store.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class Items:
         """What an item took, as a median over those in the store that most of what determines these determined, too."""
         took: dict[int, list[float]] = {}
         for path in (self.folder / self.kind).rglob("*.safetensors"):
-            facts = read_facts(path)
+            facts = read_tensor_facts(path)
             alike = sum(facts.get("of", {}).get(name) == value for name, value in self._of({}).items())
             if "seconds" in facts.get("noted", {}):
                 took.setdefault(alike, []).append(facts["noted"]["seconds"])

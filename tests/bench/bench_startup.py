@@ -13,9 +13,9 @@ import sys
 import time
 
 from oacore.config.read import load_config
-from oacore.jobs import planned
+from oacore.jobs import WITHOUT_GPU, planned
 
-MODEL_FREE = ("figures", "circuit_figures", "tracing_figures", "lens_figures", "report", "demo", "model")
+MODEL_FREE = (*WITHOUT_GPU, "model")
 START = """
 import importlib, sys
 from oacore.config.read import load_config
