@@ -124,4 +124,4 @@ def judge_of(model: Model, ablation: str, folder, settings: Refit) -> Judge:
         0, np.arange(WORDS), provenance,
     )  # fmt: skip
     config = parse_config({"tasks": {"ioi": None}, "device": "cpu"})
-    return Judge(config, Files({"model": str(folder / "model.json")}), task, ablation, settings)
+    return Judge(config, Files({"model": str(folder / "model.json")}), task, ablation, settings, "planted")
