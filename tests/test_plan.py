@@ -103,19 +103,29 @@ def merged(values, changes):
     }
 
 
-def files_under(root):
-    return {path: path.stat().st_mtime_ns for path in Path(root).rglob("*") if path.is_file()}
+def planned(config, change):
+    """The steps of a part of a run, with a change."""
+    part, changes, _ = CHANGES[change]
+    values = merged(merged(config.model_dump(mode="json"), part), changes)
+    return plan(parse_config({name: value for name, value in values.items() if value is not None}))
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_change_computes(tiny_run, change):
-    config, layout = tiny_run
-    part, changes, new = CHANGES[change]
-    values = merged(merged(config.model_dump(mode="json"), part), changes)
-    before = files_under(layout.model_dir) | files_under(layout.results_dir)
-    steps = plan(parse_config({name: value for name, value in values.items() if value is not None}))
-    assert {step.job: step.n_new for step in steps if step.n_new} == new
-    assert files_under(layout.model_dir) | files_under(layout.results_dir) == before
+    assert {step.job: step.n_new for step in planned(tiny_run[0], change) if step.n_new} == CHANGES[change][2]
+
+
+def test_it_writes_nothing(own_copy):
+    """In a copy of its own: other tests draw in the shared run."""
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in Path(own_copy.cache_dir).rglob("*") if path.is_file()}
+
+    before = files()
+    assert len(before) > 500 and str(own_copy.results_dir).startswith(str(own_copy.cache_dir))
+    planned(own_copy, "what costs no item")
+    planned(own_copy, "a lambda")
+    assert files() == before
 
 
 def test_what_is_shown():
