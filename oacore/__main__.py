@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import shtab
+
 from oacore import __version__
 from oacore.config.read import load_config
 from oacore.config.run import OPTIONAL_SECTIONS
@@ -20,6 +22,7 @@ from oacore.verify import record, verify
 
 Given = argparse.Namespace
 DEFAULT = Path("config/demo.yaml")
+SCRIPT = "oacore"  # as installed: shells complete commands of one word
 # What a stage can be run for alone; all of the config by default.
 ONE = {
     "task": "one task",
@@ -91,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         of_mib.add_argument("--circuit", type=Path, required=True, help="a circuit file")
         of_mib.add_argument("--task", help="its task, where the file names none")
     of_export.add_argument("--output", type=Path, required=True, help="a folder")
+    of_completion = command("completion", "what makes a shell complete these commands and options", _completion)
+    of_completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="which shell")
+    for each in commands.choices.values():
+        for argument in each._actions:
+            if argument.type is Path:
+                argument.complete = shtab.FILE  # type: ignore[attr-defined]
     return parser
 
 
@@ -170,6 +179,13 @@ def _cache(given: Given) -> int:
     print(table(found))
     if given.remove:
         print(f"removed {remove(found) / MB:.1f} MB")
+    return 0
+
+
+def _completion(given: Given) -> int:
+    parser = _parser()
+    parser.prog = SCRIPT
+    print(shtab.complete(parser, given.shell))
     return 0
 
 

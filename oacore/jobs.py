@@ -25,9 +25,9 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "interaction_ranking": ("rank components by what ablating each alone costs", ("task",)),
     "interactions": ("measure direct and indirect effects, and what pairs cost", ("task", "ablation")),
     "interaction_figures": ("draw effects, paths and interactions", ("task",)),
-    "tracing_fit": ("fit optimal constants for causal tracing", ()),
-    "tracing": ("trace facts", ()),
-    "tracing_figures": ("draw where facts are recalled", ()),
+    "tracing_fit": ("fit optimal constants for causal tracing", ("task",)),
+    "tracing": ("trace where subjects' facts are recalled", ("task",)),
+    "tracing_figures": ("draw where facts are recalled", ("task",)),
     "lens_activations": ("cache the model's activations at every position", ("task",)),
     "lens_fit": ("fit lenses", ("task", "lens")),
     "lens_evaluation": ("measure lenses on held-out prompts", ("task",)),
@@ -104,11 +104,12 @@ def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
         for ablation in config.interactions.ablations:
             yield "interactions", {"task": task, "ablation": ablation}
         yield "interaction_figures", {"task": task}
-    if config.tracing is not None:
+    for task in config.tracing_tasks():
+        assert config.tracing is not None
         if config.tracing.fitted:
-            yield "tracing_fit", {}
-        yield "tracing", {}
-        yield "tracing_figures", {}
+            yield "tracing_fit", {"task": task}
+        yield "tracing", {"task": task}
+        yield "tracing_figures", {"task": task}
     for task in config.lens_tasks():
         assert config.lenses is not None
         if config.lenses.positions == "all":
@@ -248,22 +249,22 @@ def _interaction_figures(layout: Layout, task: str) -> tuple[Named, Named]:
     return inputs, outputs | {"figures": _drawn(layout.interactions(task, "figures/"), settings.figures())}
 
 
-def _tracing_fit(layout: Layout) -> tuple[Named, Named]:
-    return _of_task(layout, "facts"), {"constants": layout.tracing("constants.safetensors")}
+def _tracing_fit(layout: Layout, task: str) -> tuple[Named, Named]:
+    return _of_task(layout, task), {"constants": layout.tracing(task, "constants.safetensors")}
 
 
-def _tracing(layout: Layout) -> tuple[Named, Named]:
+def _tracing(layout: Layout, task: str) -> tuple[Named, Named]:
     assert layout.config.tracing is not None
-    constants = [layout.tracing("constants.safetensors")] if layout.config.tracing.fitted else []
-    outputs: Named = {"aie": layout.tracing("aie.csv"), "pictures": layout.tracing("pictures.csv")}
-    return _of_task(layout, "facts") | {"constants": constants}, outputs | {"facts": layout.tracing("facts.json")}
+    constants = [layout.tracing(task, "constants.safetensors")] if layout.config.tracing.fitted else []
+    outputs: Named = {name: layout.tracing(task, f"{name}.csv") for name in ("aie", "pictures")}
+    return _of_task(layout, task) | {"constants": constants}, outputs | {"facts": layout.tracing(task, "facts.json")}
 
 
-def _tracing_figures(layout: Layout) -> tuple[Named, Named]:
+def _tracing_figures(layout: Layout, task: str) -> tuple[Named, Named]:
     assert layout.config.tracing is not None
     inputs: Named = {"model": layout.model_json}
-    inputs |= {name: layout.tracing(f"{name}.csv") for name in ("aie", "pictures")}
-    return inputs, {"figures": _drawn(layout.tracing("figures/"), layout.config.tracing.figures())}
+    inputs |= {name: layout.tracing(task, f"{name}.csv") for name in ("aie", "pictures")}
+    return inputs, {"figures": _drawn(layout.tracing(task, "figures/"), layout.config.tracing.figures())}
 
 
 def _lens_activations(layout: Layout, task: str) -> tuple[Named, Named]:
@@ -337,14 +338,13 @@ def _report(layout: Layout) -> tuple[Named, Named]:
     ]
     stages += [("circuit_figures", task) for task in config.circuit_tasks()]
     stages += [("interaction_figures", task) for task in config.interaction_tasks()]
-    stages += [(name, "facts") for name in ("tracing", "tracing_figures") if config.tracing is not None]
+    stages += [(name, task) for task in config.tracing_tasks() for name in ("tracing", "tracing_figures")]
     for task in config.lens_tasks():
         assert config.lenses is not None
         stages += [("lens_evaluation", task), ("lens_figures", task)]
         stages += [(f"lens_{name}", task) for name in LENS_SECTIONS if getattr(config.lenses, name) is not None]
     for stage, task in stages:
-        wildcards = {} if stage.startswith("tracing") else {"task": task}
-        for name, paths in files_of(layout, stage, **wildcards)[1].named().items():
+        for name, paths in files_of(layout, stage, task=task)[1].named().items():
             inputs[f"{stage}_{name}_{task}"] = [path for path in paths if not path.endswith(".png")]
     return inputs, {"report": layout.report}
 

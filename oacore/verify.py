@@ -67,9 +67,10 @@ def headlines(config: Config) -> Iterator[Headline]:
                 smallest="validation_kl_nats",
             )
         yield Headline(f"{task}/circuits/fronts.csv", ("ratio",), ("ablation", "method", "other"))
-    if config.tracing is not None:
+    for task in config.tracing_tasks():
+        assert config.tracing is not None
         narrowest = f"window == {min(config.tracing.windows)}"
-        yield Headline("facts/tracing/aie.csv", ("aie", "layer"), ("corruption", "site"), narrowest, "aie")
+        yield Headline(f"{task}/tracing/aie.csv", ("aie", "layer"), ("corruption", "site"), narrowest, "aie")
     for task in config.lens_tasks():
         yield Headline(f"{task}/lens/loss.csv", ("kl_nats",), ("lens", "init"), pick="mean")
 

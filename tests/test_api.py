@@ -15,13 +15,17 @@ import oacore as oa
 from oacore.api import circuits, running, settings
 from oacore.api.running import run_behind
 from oacore.circuits.mib_file import load_circuit
+from oacore.config.model import SHIPPED_DEMO
 from oacore.config.read import load_config
 from oacore.config.tasks import Pairs
 from oacore.errors import UserError
 from oacore.jobs import files_of
+from oacore.models.hub import load_tokenizer
 from oacore.store.items import Items
 from oacore.store.layout import Layout
 from oacore.store.locks import hold
+from oacore.tasks.prompts import SPLITS
+from oacore.tasks.stored import read_prompts
 
 ROOT = Path(__file__).parents[1]
 PAIRS = ROOT / "config/pairs-example.csv"
@@ -231,12 +235,50 @@ def test_a_circuit_is_judged_as_the_pipeline_judges_it(model, task, found, writt
         found.evaluate(task, ablation="zeros")
 
 
+def test_effects(model, task):
+    found = oa.effects(model, task, ablations=["mean", "optimal"], n_components=2, mediators="layer", refit=FIT)
+    assert list(found.tables) == ["effects", "paths", "interactions"]
+    effects, pairs = found.table, found.tables["interactions"]
+    assert len(effects) == 2 * 2 and effects["total_nats"].gt(0).all() and len(pairs) == 2
+    assert set(effects["component"]) == set(pairs["first"]) | set(pairs["second"])
+    assert "interactions_optimal" in found.figures
+
+
 def test_tracing(model):
     facts = oa.task("facts", model, n_train=20, n_validation=8, n_test=8)
     traced = oa.trace(model, facts, corruptions=["mean"], sites=["mlp"], positions=["last"], windows=[1], pictures=1)
     assert traced.table["aie"].between(-1, 1).all() and len(traced.table) == 4
     assert list(traced.tables) == ["aie", "pictures"] and "fact_0" in " ".join(traced.figures)
     assert traced.folder.joinpath("facts/tracing/aie.csv").exists()
+
+
+def test_facts_from_a_file_of_pairs_are_traced_as_the_task_facts_is(model, tmp_path):
+    facts = oa.task("facts", model, n_train=20, n_validation=8, n_test=8)
+    asked = {"sites": ["mlp"], "positions": ["last_subject"], "windows": [1], "pictures": ["lives"], "fit": FIT}
+    asked |= {"corruptions": ["oat", "oat_cautious", "gaussian", "mean", "token_replacement"], "noise_scales": [2]}
+    config = settings.config_of(model.settings, {"facts": facts.settings}, tracing=asked)
+    expected = oa.trace(model, facts, **asked).tables
+    tokenizer = load_tokenizer(SHIPPED_DEMO)
+    rows = []
+    for split in SPLITS:
+        prompts = read_prompts(Layout(config).prompts("facts"), split)
+        for row, text in enumerate(prompts.text):
+            first, end = prompts.subject[row]
+            corrupt, subject, right = (
+                tokenizer.decode(ids).strip()
+                for ids in (
+                    prompts.counterfactual[row, 1 : prompts.lengths[row]],
+                    prompts.tokens[row, first:end],
+                    prompts.continuation[row][prompts.continuation[row] >= 0],
+                )
+            )
+            rows.append((text, corrupt, right, split, f"{split} {prompts.cluster[row]}", subject))
+    columns = ["clean", "corrupt", "right", "split", "group", "subject"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "told.csv", index=False)
+    told = oa.trace(model, oa.pairs(tmp_path / "told.csv", model), **asked)
+    assert told.folder.joinpath("told/tracing/aie.csv").exists()
+    for name, table in expected.items():
+        pd.testing.assert_frame_equal(told.tables[name], table, check_exact=True)
 
 
 def test_lenses(model):
@@ -330,7 +372,11 @@ def test_locks_end_with_the_call(model, task, tmp_path):
             lambda model, task: oa.circuit(model, task, method="eap", ablation="mean", edges=0),
             r"circuits.sizes\[0\]: 0",
         ),
-        (lambda model, task: oa.trace(model, task), "tracing: it traces the facts task"),
+        (
+            lambda model, task: oa.effects(model, task, ablation="mean"),
+            "interactions.ablation: unknown key.*'ablations'",
+        ),
+        (lambda model, task: oa.trace(model, task), "has 60 rows without a subject"),
         (lambda model, task: oa.lens(model, task, lenses=["tuned_lens"]), r"lenses.lenses\[0\]: 'tuned_lens'"),
     ],
 )

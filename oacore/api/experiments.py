@@ -1,4 +1,4 @@
-"""The four experiments, on one model and task each."""
+"""The experiments, on one model and task each."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,20 +67,44 @@ def _default(key: str) -> Sequence[str]:
     return names
 
 
+def effects(
+    model: Model,
+    task: Task,
+    *,
+    ablations: Sequence[str] | None = None,
+    components: Sequence[str] | None = None,
+    **settings: Any,
+) -> Result:
+    """Direct and indirect effects of single components, and what pairs of them cost beyond each alone, in nats:
+    docs/interactions.md.
+
+    Tables: `effects`, `paths`, `interactions`.
+
+    Args:
+        components: to measure in any case, beside the `n_components` that matter most.
+        settings: more keys of the section `interactions`, such as `n_components` or `refit={"max_steps": 140}`.
+
+    Raises:
+        UserError: a bad setting.
+    """
+    section = given(ablations=ablations, components=components) | settings
+    return result_of(config_of(model.settings, {task.name: task.settings}, interactions=section), "interaction_figures")
+
+
 def trace(model: Model, facts: Task | None = None, **settings: Any) -> Result:
-    """Where facts are recalled: average indirect effects on held-out subjects, docs/tracing.md.
+    """Where facts about subjects are recalled: average indirect effects on held-out prompts, docs/tracing.md.
 
     Tables: `aie`, `pictures`.
 
     Args:
-        facts: the task `facts`; by default the demo model's own.
+        facts: the task `facts`, or one whose pairs have subjects; by default the demo model's own facts.
         settings: keys of the section `tracing`.
 
     Raises:
-        UserError: a bad setting, or another task.
+        UserError: a bad setting, or a task without subjects.
     """
     facts = task("facts", model) if facts is None else facts
-    config = config_of(model.settings, {facts.name: facts.settings}, tracing=settings)
+    config = config_of(model.settings, {facts.name: facts.settings}, tracing={"tasks": [facts.name]} | settings)
     return result_of(config, "tracing", "tracing_figures")
 
 

@@ -19,6 +19,7 @@ from oacore.config.model import DEMO, DEMO_TRAINED, DemoModel
 from oacore.config.tasks import TASKS, Tasks, task_row
 from oacore.config.tracing import Tracing
 
+FACTS = "facts"  # the task that is traced unless others are named
 LOGIT_DIFFERENCE = "takes the logit difference, since KL has no gradient at the clean run"
 OPTIONAL_SECTIONS = ("circuits", "interactions", "tracing", "lenses")  # whose presence asks for an experiment
 
@@ -203,11 +204,25 @@ class Config(Settings):
         self._check_tasks("interactions.tasks", self.interaction_tasks())
         return self
 
+    def tracing_tasks(self) -> tuple[str, ...]:
+        """The tasks to trace."""
+        if self.tracing is None:
+            return ()
+        return self.tracing.tasks or (FACTS,)
+
     @model_validator(mode="after")
-    def _tracing_needs_facts(self) -> "Config":
-        if self.tracing is not None and "facts" not in self.tasks.selected():
+    def _tracing_has_subjects(self) -> "Config":
+        tasks = self.tasks.selected()
+        if self.tracing is not None and self.tracing.tasks is None and FACTS not in tasks:
             raise ValueError(
-                "tracing: it traces the facts task, which the config does not select; allowed: with tasks.facts"
+                f"tracing: without tracing.tasks it traces {FACTS}, which the config does not select; allowed: with "
+                f"tasks.{FACTS}, or tracing.tasks: a list of tasks whose prompts have subjects"
+            )
+        self._check_tasks("tracing.tasks", self.tracing_tasks())
+        if without := [task for task in self.tracing_tasks() if not task_row(task).subjects]:
+            raise ValueError(
+                f"tracing.tasks: {', '.join(without)} has no subjects; allowed: {FACTS}, and tasks from files with "
+                "subjects"
             )
         return self
 

@@ -87,6 +87,7 @@ class TaskRow(Row):
         prompt_tokens: of the longest prompt with BOS, by GPT-2's tokenizer or about so, for estimates; a setting
             `n_tokens` goes before it.
         wrong_answers: prompts have wrong answers, which logit differences compare the right ones with.
+        subjects: prompts have subjects, or may have, which causal tracing corrupts.
         completed: only prompts that the model completes rightly are kept, so that the model runs to make them.
         file: what the setting `file_key` wants; empty for a task that reads no file of the user's.
         file_key: the setting that names the file.
@@ -98,6 +99,7 @@ class TaskRow(Row):
     settings: type[Settings] = Task
     prompt_tokens: int = 16
     wrong_answers: bool = True
+    subjects: bool = False
     completed: bool = False
     file: str = ""
     file_key: str = "path"
@@ -120,6 +122,7 @@ TASKS = registry(
             "factual recall",
             settings=Facts,
             wrong_answers=False,
+            subjects=True,
             completed=True,
             file="a CSV or JSON lines file",
             demo_file="facts.csv",
@@ -143,6 +146,7 @@ PAIRS = TaskRow(
     "oacore.tasks.pairs:generate",
     "pairs of prompts from a file of your own, under a name of your own",
     settings=Pairs,
+    subjects=True,
     file="a CSV or JSON lines file",
     file_key="pairs",
     check="oacore.tasks.pairs:check",

@@ -1,4 +1,4 @@
-"""`tracing:` causal tracing of facts, and the registry of what may replace a subject's token embeddings."""
+"""`tracing:` causal tracing, and the registry of what may replace a subject's token embeddings."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -47,6 +47,7 @@ class CorruptionRow(Row):
     Args:
         scaled: it is noise of so many standard deviations: one corruption for each of `noise_scales`, which tables call
             `{name}-{scale}`, averaged over `n_draws` draws; its note has {scale} where the number belongs.
+        other_subject: it takes tokens of the prompt about another subject, a corrupt prompt where the task has those.
         constants: which of the constants that are fitted first it takes: the one that is best for the corrupted run
             (`shared`), each restored place's own (`own`), or its own only where that is better beyond chance
             (`cautious`); the last two have a corrupted run for each place. Empty for a corruption without constants.
@@ -56,6 +57,7 @@ class CorruptionRow(Row):
     """
 
     scaled: bool = False
+    other_subject: bool = False
     constants: Literal["", "shared", "own", "cautious"] = ""
     pictured: bool = False
     look: Stroke = UNKNOWN
@@ -126,7 +128,9 @@ CORRUPTIONS = registry(
         CorruptionRow(
             "token_replacement",
             f"{_VALUES}:token_replacement",
-            "The subject's tokens become those of another subject of the same length.",
+            "The subject's tokens become those of another subject of the same length; in a task from a file, those of "
+            "the corrupt prompt.",
+            other_subject=True,
             look=Stroke(INK, (0, (6, 1.6, 1, 1.6)), "v"),
         ),
     )
@@ -188,8 +192,13 @@ _NOISE = ", ".join(row.name for row in CORRUPTIONS.values() if row.scaled)
 
 
 class Tracing(Settings):
-    """Causal tracing of the facts task: where is a fact recalled? The section's presence asks for it."""
+    """Causal tracing: where is a fact about a subject recalled? The section's presence asks for it."""
 
+    tasks: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="facts, and tasks from files whose rows all have a subject (docs/tasks.md); omitted: facts",
+    )
     corruptions: tuple[Corruption, ...] = Field(
         tuple(CORRUPTIONS), min_length=1, description="what replaces the subject's token embeddings"
     )
@@ -221,9 +230,10 @@ class Tracing(Settings):
             raise ValueError(
                 f"windows: {', '.join(map(str, even))}; allowed: odd numbers, a layer and as many on either side"
             )
-        for name in ("corruptions", "noise_scales", "sites", "positions", "windows"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name}: {', '.join(map(str, getattr(self, name)))} repeats a value")
+        for name in ("tasks", "corruptions", "noise_scales", "sites", "positions", "windows"):
+            values = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: {', '.join(map(str, values))} repeats a value")
         if isinstance(self.pictures, int) and self.pictures < 0:
             raise ValueError(f"pictures: {self.pictures}; allowed: 0 or more, or a list of prompts")
         return self
@@ -246,7 +256,7 @@ class Tracing(Settings):
 
     def read_by_trace(self) -> dict[str, Any]:
         """The settings that tracing depends on, given the constants, JSON-able."""
-        return self.model_dump(exclude={"fit"})
+        return self.model_dump(exclude={"fit", "tasks"})
 
     def corruption_names(self) -> tuple[str, ...]:
         """The corruptions as tables call them: noise once for each scale."""

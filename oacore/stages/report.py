@@ -14,7 +14,7 @@ from oacore.report.parts import Section
 from oacore.store.artefacts import read_json, read_svg, read_table
 from oacore.store.provenance import Provenance
 from oacore.tasks.stored import read_facts
-from oacore.tracing.report import tracing_methods_section, tracing_section
+from oacore.tracing.report import traced_counts, tracing_methods_section, tracing_section
 
 
 def run(config: Config, inputs: Files, outputs: Files) -> None:
@@ -31,8 +31,8 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
             sections.append(_circuits(config, inputs, task, provenance))
         if task in config.interaction_tasks():
             sections.append(_interactions(inputs, task, provenance))
-        if task == "facts" and config.tracing is not None:
-            sections.append(_tracing(config, inputs, provenance))
+        if task in config.tracing_tasks():
+            sections.append(_tracing(config, inputs, task, provenance))
         if task in config.lens_tasks():
             sections.append(_lenses(inputs, task, provenance))
     appendix = [methods_section(config.ablation.methods)] if config.ablation_tasks() else []
@@ -99,23 +99,19 @@ def _interactions(inputs: Files, task: str, provenance: Provenance) -> Section:
     return interaction_section(task, **tables, figures=_svgs(inputs, f"interaction_figures_figures_{task}", provenance))
 
 
-def _tracing(config: Config, inputs: Files, provenance: Provenance) -> Section:
+def _tracing(config: Config, inputs: Files, task: str, provenance: Provenance) -> Section:
     assert config.tracing is not None
-    figures = _svgs(inputs, "tracing_figures_figures_facts", provenance)
-    facts = read_json(inputs["tracing_facts_facts"], provenance)
-    counts = {
-        f"{split} facts": f"{c['n_traced']} traced, about the subjects of this split alone; of {c['n_rows']} in the "
-        f"file the model gets {c['n_wrong'] + c['n_wrong_later']} wrong, {c['n_no_counterfactual']} have no other "
-        "subject of the same length"
-        for split, c in facts["counts"].items()
-    }
-    counts["test subjects"] = f"{facts['n_subjects']}, over which standard errors are taken"
+    figures = _svgs(inputs, f"tracing_figures_figures_{task}", provenance)
+    facts = read_json(inputs[f"tracing_facts_{task}"], provenance)
+    counts = {f"{split} facts": traced_counts(c) for split, c in facts["counts"].items()}
+    counts["test subjects"] = str(facts["n_subjects"])
+    counts["standard errors"] = f"over {facts['n_clusters']} groups of facts that are not independent"
     whose = {"first_token": "the answer's first token", "joint": "all of the answer's tokens together"}
     counts["probability of"] = whose[config.tracing.answer]
-    aie = read_table(inputs["tracing_aie_facts"], provenance)
+    aie = read_table(inputs[f"tracing_aie_{task}"], provenance)
     # Tokens may read "NA" or "null".
-    pictures = read_table(inputs["tracing_pictures_facts"], provenance, keep_default_na=False)
-    return tracing_section(aie, figures, counts, pictures)
+    pictures = read_table(inputs[f"tracing_pictures_{task}"], provenance, keep_default_na=False)
+    return tracing_section(task, aie, figures, counts, pictures)
 
 
 def _lenses(inputs: Files, task: str, provenance: Provenance) -> Section:

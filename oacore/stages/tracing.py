@@ -23,14 +23,14 @@ from oacore.tracing.recall import Recall
 from oacore.tracing.trace import trace
 
 
-def run(config: Config, inputs: Files, outputs: Files) -> None:
+def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write aie.csv, pictures.csv and facts.json."""
     tracing, limit = config.tracing, config.limits.tokens_per_batch
     assert tracing is not None
     loaded = gated_model(config, inputs["model"])
     model, n_layers = loaded.model, loaded.model.n_layers
-    splits, provenance = read_splits(config, inputs, "facts")
-    facts = traced_facts(model, splits, tracing.answer, limit)
+    splits, provenance = read_splits(config, inputs, task)
+    facts = traced_facts(model, splits, tracing, limit)
     pictured = facts.pictured(tracing.pictures)
     curves = curves_of(tracing)
     places, constants = places_of(curves, n_layers), NO_CONSTANTS
@@ -64,9 +64,9 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
 
         return [Traced.of_item(item) for item in items.get(own, compute, f"tracing under {name}")]
 
-    subjects = facts.test.subject_numbers
+    clusters = facts.test.cluster.cpu().numpy()
     aie = [
-        aie_table(name, traced, places_of([curve], n_layers), subjects, [curve], n_layers, fits_behind(name, fits))
+        aie_table(name, traced, places_of([curve], n_layers), clusters, [curve], n_layers, fits_behind(name, fits))
         for name in tracing.corruption_names()
         for curve, traced in zip(curves, of_curves(name), strict=True)
     ]
@@ -79,8 +79,10 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
         return Traced.of_item(item)
 
     pictures = picture_table(loaded, facts, pictured, tracing.pictured_corruptions(), tracing, of_fact)
-    n_subjects, provenance = len(set(subjects.tolist())), provenance.requiring(answer=tracing.answer)
-    write_json(outputs["facts"], {"counts": facts.counts, "n_subjects": n_subjects}, provenance)
+    n_subjects, n_clusters = (len(set(each.tolist())) for each in (facts.test.subject_numbers, clusters))
+    provenance = provenance.requiring(answer=tracing.answer)
+    found = {"counts": facts.counts, "n_subjects": n_subjects, "n_clusters": n_clusters}
+    write_json(outputs["facts"], found, provenance)
     write_table(outputs["pictures"], pictures, provenance)
     write_table(outputs["aie"], pd.concat(aie, ignore_index=True), provenance)
     print(

@@ -8,9 +8,9 @@ from oacore.store.artefacts import read_table
 from oacore.tracing.plots import tracing_figures
 
 
-def run(config: Config, inputs: Files, outputs: Files) -> None:
+def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write every figure as SVG and PNG."""
-    provenance = provenance_of(config, inputs["model"], "facts")
+    provenance = provenance_of(config, inputs["model"], task)
     aie = read_table(inputs["aie"], provenance)
     # Tokens may read "NA" or "null".
     pictures = read_table(inputs["pictures"], provenance, keep_default_na=False)

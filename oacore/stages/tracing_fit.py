@@ -11,13 +11,13 @@ from oacore.tracing.fit import fit_place_constants, place_constants, save_place_
 from oacore.tracing.places import NOWHERE, curves_of, places_of, rows_of
 
 
-def run(config: Config, inputs: Files, outputs: Files) -> None:
+def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     """Write constants.safetensors."""
     tracing, limit = config.tracing, config.limits.tokens_per_batch
     assert tracing is not None
     model = gated_model(config, inputs["model"]).model
-    splits, provenance = read_splits(config, inputs, "facts")
-    facts = traced_facts(model, splits, tracing.answer, limit)
+    splits, provenance = read_splits(config, inputs, task)
+    facts = traced_facts(model, splits, tracing, limit)
     facts.pictured(tracing.pictures)  # a wish that can't be met is said before the fit
     curves = curves_of(tracing) if tracing.per_place else []
     groups = {curve.name: places_of([curve], model.n_layers) for curve in curves} | {NOWHERE.name: [NOWHERE]}

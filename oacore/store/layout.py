@@ -130,9 +130,9 @@ class Layout:
         """A file of a task's lenses."""
         return f"{self.results_dir}/{task}/lens/{file}"
 
-    def tracing(self, file: str) -> str:
-        """A file of causal tracing."""
-        return f"{self.results_dir}/facts/tracing/{file}"
+    def tracing(self, task: str, file: str) -> str:
+        """A file of a task's causal tracing."""
+        return f"{self.results_dir}/{task}/tracing/{file}"
 
     def constants(self, task: str, method: str) -> str:
         """The fitted constants of an ablation type."""

@@ -219,7 +219,7 @@ def check(config: Config, task: str) -> None:
 
     Raises:
         UserError: bad rows; rows that the settings ask for and the file has not; rows without wrong answers where
-            circuits compare with these.
+            circuits compare with these, or without a subject where it is traced.
     """
     settings = config.tasks.selected()[task]
     assert isinstance(settings, Pairs)
@@ -230,6 +230,12 @@ def check(config: Config, task: str) -> None:
         raise UserError(
             f"{comparing[0]}; {settings.pairs} (tasks.{task}.pairs) has {len(without)} rows without wrong answers: "
             f"{', '.join(without[:SHOWN])}; allowed: wrong answers in every row, other circuits.tasks, or leave it out"
+        )
+    unnamed = [pair.place for pair in pairs if not pair.subject]
+    if unnamed and task in config.tracing_tasks():
+        raise UserError(
+            f"tracing.tasks: {task}: {settings.pairs} (tasks.{task}.pairs) has {len(unnamed)} rows without a subject: "
+            f"{', '.join(unnamed[:SHOWN])}; allowed: a subject in every row, or other tracing.tasks"
         )
 
 

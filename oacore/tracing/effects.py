@@ -33,23 +33,22 @@ class Traced:
         return cls(**item.tensors)
 
 
-def effects(traced: Traced, row: int, subjects: np.ndarray) -> dict[str, float]:
+def effects(traced: Traced, row: int, clusters: np.ndarray) -> dict[str, float]:
     """AIE of place `row`, its parts, and its share of what the corruption destroyed.
 
     aie: mean of p_restored - p_corrupted. aie_normalised: 1 - E max(0, p_clean - p_restored) / E (p_clean -
     p_corrupted), the paper's figure. Differences below `PROBABILITY_RESOLUTION` count as 0, and the share of nothing is
-    NaN. Standard errors are over subjects (`subjects` [N] numbers them), as facts about the same one are not
-    independent.
+    NaN. Standard errors are over clusters [N] of facts that are not independent, such as those about one subject.
     """
     clean, corrupted, restored = (x.double() for x in (traced.clean, traced.corrupted, traced.restored[row]))
     brought_back, lost, destroyed = (
         zero_below(change, PROBABILITY_RESOLUTION)
         for change in (restored - corrupted, (clean - restored).clamp(min=0), clean - corrupted)
     )
-    aie, se = clustered_mean_and_se(brought_back, subjects)
+    aie, se = clustered_mean_and_se(brought_back, clusters)
     share = float(lost.mean() / destroyed.mean()) if float(destroyed.mean()) > PROBABILITY_RESOLUTION else float("nan")
     # The delta method for a ratio of means.
-    _, share_se = clustered_mean_and_se((lost - share * destroyed) / destroyed.mean(), subjects)
+    _, share_se = clustered_mean_and_se((lost - share * destroyed) / destroyed.mean(), clusters)
     means = {"p_clean": clean, "p_corrupted": corrupted, "p_restored": restored}
     parts = {name: float(values.mean()) for name, values in means.items()}
     return {"aie": aie, "se": se, **parts, "n": len(clean), "aie_normalised": 1 - share, "se_normalised": share_se}
@@ -67,7 +66,7 @@ def aie_table(
     corruption: str,
     traced: Traced,
     places: Sequence[Place],
-    subjects: np.ndarray,
+    clusters: np.ndarray,
     curves: Sequence[Curve],
     n_layers: int,
     fits: OfFits | None = None,
@@ -77,7 +76,7 @@ def aie_table(
 
     Args:
         places: in the order of `traced.restored`.
-        subjects: [N], the same number for facts about the same subject.
+        clusters: [N], the same number for facts that are not independent.
         fits: by the places' names, of which `NOWHERE` is the corrupted run; a place without one shares that one's.
     """
     row_of = {item: row for row, item in enumerate(places)}
@@ -88,5 +87,5 @@ def aie_table(
             fit = UNFITTED
             if fits:
                 fit = Convergence.together([fits[place.name] for place in (item, NOWHERE) if place.name in fits])
-            rows.append(point | effects(traced, row_of[item], subjects) | fit._asdict())
+            rows.append(point | effects(traced, row_of[item], clusters) | fit._asdict())
     return typed(pd.DataFrame(rows))

@@ -1,4 +1,4 @@
-"""The facts that are traced: those of every split that the model completes."""
+"""The facts that are traced: of every split, the prompts with a subject that the model completes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from oacore.config.tracing import AnswerKind
+from oacore.config.tracing import CORRUPTIONS, Tracing
 from oacore.errors import UserError
 from oacore.models.weights import Model
 from oacore.tasks.prompts import Prompts
@@ -55,32 +55,46 @@ class TracedFacts:
         )
 
 
-def traced_facts(model: Model, splits: Mapping[str, Prompts], answer: AnswerKind, tokens_per_batch: int) -> TracedFacts:
-    """The facts of every split that the model completes.
-
-    The prompts stage kept facts whose first answer token the model gets right; with `joint` all of them must be.
+def traced_facts(model: Model, splits: Mapping[str, Prompts], tracing: Tracing, tokens_per_batch: int) -> TracedFacts:
+    """The facts of every split that the model completes, by the first token of the answer or by all of them.
 
     Raises:
-        UserError: a fact with its whole answer is longer than the model's context, or a split has less than two facts.
+        UserError: a fact with its whole answer is longer than the model's context; a split has less than two facts; the
+            subject's tokens are to be replaced by a corrupt prompt's, which has the same.
     """
     recall, rows_of = dict[str, Recall](), dict[str, list[int]]()
     counts: dict[str, dict[str, Any]] = {}
     for split, prompts in splits.items():
-        every = recall_of(prompts, answer, model.device)
+        every = recall_of(prompts, tracing.answer, model.device)
+        _check_other_subjects(every, prompts, tracing)
         if (longest := int(every.lengths.max())) > model.max_length:
             raise UserError(
                 f"tracing.answer: 'joint' makes a fact {longest} tokens long; allowed: {model.max_length}, the "
                 "model's context"
             )
-        right = torch.ones(len(every), dtype=torch.bool)
-        if answer == "joint":
-            right = completes(model, every, tokens_per_batch)
+        right = completes(model, every, tokens_per_batch)
         n_traced = int(right.sum())
-        counts[split] = {**prompts.meta, "n_wrong_later": int((~right).sum()), "n_traced": n_traced}
+        counts[split] = {**prompts.meta, "n_not_completed": int((~right).sum()), "n_traced": n_traced}
         if n_traced < 2:
-            raise UserError(f"tracing.answer: the model completes {n_traced} {split} facts; at least 2 are needed")
+            raise UserError(
+                f"tracing.tasks: of {len(every)} {split} prompts of {prompts.task} the model completes {n_traced} "
+                f"(answer: {tracing.answer}); at least 2 are needed"
+            )
         rows = right.nonzero()[:, 0].to(model.device)
         recall[split] = replace(every.take(rows), numbers=torch.arange(n_traced, device=model.device))
         rows_of[split] = rows.tolist()
     text = [splits["test"].text[row] for row in rows_of["test"]]
     return TracedFacts(recall, text, subject_statistics(model, recall["train"]), counts)
+
+
+def _check_other_subjects(recall: Recall, prompts: Prompts, tracing: Tracing) -> None:
+    """UserError where a corruption takes another subject's tokens and they are the subject's own."""
+    names = [name for name in tracing.corruption_kinds() if CORRUPTIONS[name].other_subject]
+    same = ((recall.tokens == recall.other) | ~recall.in_subject).all(1).nonzero()[:, 0].tolist()
+    if names and same:
+        some = "; ".join(repr(prompts.text[row]) for row in same[:5])
+        raise UserError(
+            f"tracing.corruptions: {names[0]!r} takes the corrupt prompt's tokens at the subject's place, which are "
+            f"the subject's own in {len(same)} {prompts.split} prompts of {prompts.task}: {some}; allowed: corrupt "
+            "prompts about another subject, or other corruptions"
+        )

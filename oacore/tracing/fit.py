@@ -148,10 +148,10 @@ def place_constants(
     lost_separately, lost_shared = (
         lost_probability(model, validation, places, constants, tokens_per_batch) for constants in (own, shared)
     )
-    subjects = validation.subject_numbers
+    clusters = validation.cluster.cpu().numpy()
     better = []
     for item, lost, lost_with_shared in zip(places, lost_separately, lost_shared, strict=True):
-        gain, se = clustered_mean_and_se(lost_with_shared - lost, subjects)
+        gain, se = clustered_mean_and_se(lost_with_shared - lost, clusters)
         better.append(item != NOWHERE and gain > max(2 * se, ABSOLUTE_PROGRESS))
     keep = torch.tensor(better, device=own.device)
     return PlaceConstants(own, torch.where(keep[:, None], own, shared))

@@ -25,8 +25,9 @@ class Recall:
     last: Tensor  # [B] position of the prompt's last token, where the answer's first token is predicted
     subject: Tensor  # [B, 2] half-open span of positions
     answer: Tensor  # [B, M], padded with -1
-    other: Tensor  # [B, T] the same about another subject of the same length
+    other: Tensor  # [B, T] the same about another subject of the same length; the corrupt prompt of a pair
     numbers: Tensor  # [B] of each fact in its split, whatever the batch: the seed of its own random numbers
+    cluster: Tensor  # [B], the same number for facts that are not independent, such as those about one subject
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -41,8 +42,10 @@ class Recall:
         """Some of the facts, as wide as the longest of them; `rows` as `Batch.take` has them."""
         index, host_lengths = taken(rows, self.lengths.device, self.host_lengths)
         tokens, other = (part[index][:, : host_lengths.max()] for part in (self.tokens, self.other))
-        last, subject, answer = (part[index] for part in (self.last, self.subject, self.answer))
-        recall = Recall(tokens, self.lengths[index], last, subject, answer, other, self.numbers[index])
+        lengths, last, subject, answer, numbers, cluster = (
+            part[index] for part in (self.lengths, self.last, self.subject, self.answer, self.numbers, self.cluster)
+        )
+        recall = Recall(tokens, lengths, last, subject, answer, other, numbers, cluster)
         recall.__dict__["host_lengths"] = host_lengths
         return recall
 
@@ -86,8 +89,8 @@ class Recall:
 
 
 def recall_of(prompts: Prompts, answer: AnswerKind, device: torch.device | str = "cpu") -> Recall:
-    """A split of the facts task. `answer`: "first_token" of the answer, or "joint": all of them, each after those
-    before it.
+    """A split of a task with subjects. `answer`: "first_token" of the answer, or "joint": all of them, each after
+    those before it; of several right answers the first.
     """
     lengths = torch.from_numpy(prompts.lengths).long()
     ids = torch.from_numpy(prompts.continuation).long()
@@ -102,7 +105,8 @@ def recall_of(prompts: Prompts, answer: AnswerKind, device: torch.device | str =
             tokens[rows, lengths[rows] + k] = ids[rows, k]
             other[rows, lengths[rows] + k] = ids[rows, k]
     subject, numbers = torch.from_numpy(prompts.subject).long(), torch.arange(len(tokens))
-    parts = (tokens, lengths + count - 1, lengths - 1, subject, ids, other, numbers)
+    cluster = torch.from_numpy(prompts.cluster).long()
+    parts = (tokens, lengths + count - 1, lengths - 1, subject, ids, other, numbers, cluster)
     return Recall(*(part.to(device) for part in parts))
 
 

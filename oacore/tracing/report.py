@@ -42,14 +42,31 @@ FACT = (
 )
 
 
+def traced_counts(counts: Mapping[str, int]) -> str:
+    """How many facts of a split were traced, and why not the others of the file.
+
+    `counts`: of the split, in facts.json; which of them there are depends on the task.
+    """
+    reasons = {
+        "n_wrong": "the model gets wrong",
+        "n_not_completed": "it does not complete" if "n_wrong" in counts else "the model does not complete",
+        "n_no_counterfactual": "have no other subject of the same length",
+        "n_unaligned": "have a corrupt prompt of another length",
+    }
+    why = [f"{counts[name]} {reason}" for name, reason in reasons.items() if counts.get(name)]
+    of_file = f"{counts['n_traced']} traced of {counts['n_rows']} in the file"
+    return "; ".join([of_file, ", ".join(why)]) if why else of_file
+
+
 def tracing_section(
+    task: str,
     aie: pd.DataFrame,
     figures: Mapping[str, str],
     counts: Mapping[str, object] | None = None,
     pictures: pd.DataFrame | None = None,
 ) -> Section:
-    """The section of causal tracing: where the effects peak, what each corruption leaves, all figures, every curve's
-    peak.
+    """A task's section of causal tracing: where the effects peak, what each corruption leaves, all figures, and every
+    curve's peak.
 
     `figures` maps names of `oacore.tracing.plots.tracing_figures` to SVG text, `counts` what there are numbers of to
     these numbers; `pictures` is the table that the figures of single facts were drawn from, for their captions.
@@ -63,7 +80,7 @@ def tracing_section(
     parts += [Figure(figures[name], caption) for name, caption in captions.items()]
     for site in in_order(peaks["site"], SITES):
         parts += [_peak_table(peaks, site, window) for window in sorted(set(peaks["window"][peaks["site"] == site]))]
-    return Section("facts: causal tracing", _intro(aie, peaks), parts)
+    return Section(f"{task}: causal tracing", _intro(aie, peaks), parts)
 
 
 def tracing_methods_section(corruptions: Sequence[str]) -> Section:

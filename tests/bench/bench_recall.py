@@ -57,9 +57,8 @@ def splits(planted: PlantedRecall, seed: int) -> tuple[list[Recall], np.ndarray]
         zip(planted.subject.tolist(), planted.subject.roll(1, 0).tolist(), strict=True)
     ):
         other[row, first:end] = planted.tokens[row - 1, start:stop]
-    whole = Recall(
-        planted.tokens, planted.lengths, planted.lengths - 1, planted.subject, planted.answers[:, None], other, rows
-    )
+    last, answers = planted.lengths - 1, planted.answers[:, None]
+    whole = Recall(planted.tokens, planted.lengths, last, planted.subject, answers, other, rows, numbers)
     parts = [((rank >= low) & (rank < high)).nonzero()[:, 0] for low, high in ((0, 0.6), (0.6, 0.8), (0.8, 1.0))]
     taken = [replace(whole.take(part), numbers=torch.arange(len(part))) for part in parts]
     return taken, numbers[parts[-1]].numpy()

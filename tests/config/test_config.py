@@ -210,6 +210,9 @@ TRACED = {"model": "demo", "tasks": {"facts": None}}
     ("change", "parts"),
     [
         ({"tracing": {}, "tasks": {"ioi": None}}, ["tracing", "tasks.facts"]),
+        ({"tracing": {"tasks": ["ioi"]}, "tasks": {"ioi": None}}, ["tracing.tasks: ioi has no subjects", "facts"]),
+        ({"tracing": {"tasks": ["fact"]}}, ["tracing.tasks: fact", "did you mean 'facts'"]),
+        ({"tracing": {"tasks": ["facts", "facts"]}}, ["tasks", "repeats"]),
         ({"tracing": {"windows": [1, 4]}}, ["tracing", "windows: 4", "odd"]),
         ({"tracing": {"windows": [3, 3]}}, ["windows", "repeats"]),
         ({"tracing": {"corruptions": ["gausian"]}}, ["tracing.corruptions[0]", "did you mean 'gaussian'"]),

@@ -271,7 +271,7 @@ class Stages:
         cost = circuits.judgement(case, "ioi", case.n_circuits("ugs"), refit, EDGE_ABLATIONS["optimal"])
         run = lambda: self.circuits("judgement", "optimal")  # noqa: E731
         found.append(("judgement", run, circuits.held(case, "ioi") | cost.parts))
-        found.append(("tracing_fit", self.tracing_fit, need["tracing_fit"](case).parts))
+        found.append(("tracing_fit", self.tracing_fit, need["tracing_fit"](case, "facts").parts))
         for name in ("oca", "tuned-random"):
             found.append(
                 (f"lens {name}", lambda name=name: self.lens_fit(name), need["lens_fit"](case, "ioi", name).parts)

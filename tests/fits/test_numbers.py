@@ -184,7 +184,11 @@ def test_other_batch_sizes_give_the_same_numbers(tiny_run, own_copy):
             np.testing.assert_allclose(new[name][:], old[name][:], rtol=0, atol=1e-6 * scale, err_msg=name)
     methods = [f"{method}-counterfactual/pareto" for method in small.circuits.methods]
     tables = {
-        layout: [layout.ablation("ioi", "gaps.csv"), layout.tracing("aie.csv"), layout.tracing("pictures.csv")]
+        layout: [
+            layout.ablation("ioi", "gaps.csv"),
+            layout.tracing("facts", "aie.csv"),
+            layout.tracing("facts", "pictures.csv"),
+        ]
         + [
             layout.lens("text", f"{name}.csv")
             for name in ("loss", "lengths", "truthfulness", "pictures", "faithfulness")

@@ -60,7 +60,7 @@ def test_stages_after_the_model_import_neither_transformers_nor_transformer_lens
     """But for those that need the tokenizer, which import transformers when they use it."""
     wanted = [stage for stage in STAGES if stage not in ("demo", "model")]
     runs = {"optimal": {"task": "ioi", "method": "optimal"}, "gaps": {"task": "ioi"}}
-    runs |= {"circuits": {"task": "ioi", "method": "eap", "ablation": "optimal"}, "tracing_fit": {}}
+    runs |= {"circuits": {"task": "ioi", "method": "eap", "ablation": "optimal"}, "tracing_fit": {"task": "facts"}}
     runs |= {"lens_fit": {"task": "text", "lens": "oca"}}
     runs |= {"activations": {"task": "ioi"}, "lens_faithfulness": {"task": "text"}}
     script = f"""

@@ -333,6 +333,14 @@ def test_sections_name_the_nearest_task(write):
             config_of(write(NINE), **{section: {"tasks": ["mime"]}})
 
 
+def test_tracing_needs_a_subject_in_every_row(write):
+    traced = {"tracing": {"tasks": ["mine"]}}
+    named = "".join(f"{a} a b,{a} b a,x,y,{a}\n" for a in range(10, 19))
+    check_files(config_of(write(f"{HEADER.strip()},subject\n{named}"), **traced))
+    message = refusal(write(NINE), **traced)
+    assert "tracing.tasks: mine" in message and "(tasks.mine.pairs) has 9 rows without a subject: line 2" in message
+
+
 @pytest.mark.parametrize(
     ("circuits", "why"),
     [({"methods": ["eap"]}, "circuits.methods: 'eap'"), ({"objective": "logit_diff", "methods": ["ugs"]}, "objective")],

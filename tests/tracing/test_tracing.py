@@ -1,12 +1,14 @@
 """Causal tracing against TransformerLens hooks, its limits, its statistics, and the fit of its constants."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import FAMILIES, random_hf
 
-from oacore.config.tracing import TracingFit
+from oacore.config.tracing import Tracing, TracingFit
 from oacore.engine.clean import clean_pass
 from oacore.engine.forward import embed, embed_tokens, logits_of
 from oacore.errors import UserError
@@ -18,7 +20,7 @@ from oacore.store.provenance import Provenance
 from oacore.tasks.prompts import build
 from oacore.tracing.corruptions import SubjectSources, corruptor
 from oacore.tracing.effects import Traced, aie_table, effects, fits_behind
-from oacore.tracing.facts import TracedFacts
+from oacore.tracing.facts import TracedFacts, traced_facts
 from oacore.tracing.fit import (
     NO_CONSTANTS,
     PlaceConstants,
@@ -54,7 +56,7 @@ def some_recall(n_answers=1, seed=0):
     subject = torch.tensor([[1, 3], [2, 5], [3, 4]])
     for row, (first, end) in enumerate(subject.tolist()):
         other[row, first:end] = torch.randint(1, 97, (end - first,), generator=draw)
-    return Recall(tokens, lengths + counts - 1, lengths - 1, subject, answer, other, torch.arange(3))
+    return Recall(tokens, lengths + counts - 1, lengths - 1, subject, answer, other, torch.arange(3), torch.arange(3))
 
 
 PLACES = [
@@ -217,9 +219,7 @@ def test_joint_probability_and_greedy_completion_token_by_token(gpt2):
         )
     greedy = recall.answer.clone()
     greedy[0, 0] = log_probs[0, recall.last[0]].argmax()
-    known = Recall(
-        recall.tokens.clone(), recall.lengths, recall.last, recall.subject, greedy, recall.other, recall.numbers
-    )
+    known = replace(recall, tokens=recall.tokens.clone(), answer=greedy)
     known.tokens[0, LENGTHS[0]] = greedy[0, 0]
     for k in (1, 2):
         logits = logits_of(gpt2, clean_pass(gpt2, known.tokens, known.lengths).entering[-1])[0, recall.last[0] + k]
@@ -454,3 +454,13 @@ def test_pictures_are_the_first_facts_of_subjects_or_those_asked_for():
         pictured(5)
     with pytest.raises(UserError, match=r"tracing.pictures: no test fact .* contains 'zebra'; .*'a is'; 'b is'"):
         pictured(("zebra",))
+
+
+def test_a_corrupt_prompt_about_the_same_subject_replaces_no_subject(gpt2):
+    tokens = [[0, 5, 6, 7], [0, 8, 6, 7]]
+    corrupt = [[0, 5, 6, 9], [0, 9, 6, 7]]
+    prompts = build("mine", "train", ["a", "b"], tokens, corrupt, [[1], [2]], [[], []], [(1, 2), (1, 2)])
+    with pytest.raises(
+        UserError, match=r"'token_replacement' .* subject's own in 1 train prompts of mine: 'a'; allowed"
+    ):
+        traced_facts(gpt2, {"train": prompts}, Tracing(), 64)

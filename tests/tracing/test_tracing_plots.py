@@ -350,7 +350,7 @@ def test_nothing_runs_out_of_the_figure_or_into_other_text():
 
 def test_intro_says_where_the_effects_peak():
     table = fabricate()
-    section = tracing_report.tracing_section(table, {})
+    section = tracing_report.tracing_section("facts", table, {})
     assert section.title == "facts: causal tracing"
     first, *sentences = section.intro.split("\n\n")
     assert first == (
@@ -371,7 +371,7 @@ def test_intro_says_where_the_effects_peak():
 
 def test_intro_does_without_optimal_ablation_or_noise():
     text = tracing_report.tracing_section(
-        fabricate(("mean", "oat_shared"), ("block",), windows=(9,)).assign(n=1), {}
+        "facts", fabricate(("mean", "oat_shared"), ("block",), windows=(9,)).assign(n=1), {}
     ).intro
     assert text.startswith("1 held-out fact, 2 corruptions.") and "0.0100 with oat_shared in the corrupted" in text
     assert (
@@ -379,14 +379,14 @@ def test_intro_does_without_optimal_ablation_or_noise():
         "token (" in text
     )
     none = fabricate(("gaussian-3",), ("mlp",), ("last",), (1,)).assign(aie=-0.1)
-    assert tracing_report.tracing_section(none, {}).intro.endswith(
+    assert tracing_report.tracing_section("facts", none, {}).intro.endswith(
         "with gaussian-3, at layer 0, last token (−0.100 ± 0.001)."
     )
 
 
 def test_section_shows_probabilities_figures_and_peaks(drawn):
     table, pictures, (svgs, _) = drawn
-    section = tracing_report.tracing_section(table, svgs, {"in the file": 40, "completed": 30}, pictures)
+    section = tracing_report.tracing_section("facts", table, svgs, {"in the file": 40, "completed": 30}, pictures)
     methods = tracing_report.tracing_methods_section(NAMES)
     page = check(render_page("t", {}, [section, methods]))
     assert page.count["figure"] == 3 and page.count["table"] == 2
@@ -410,7 +410,9 @@ def test_section_shows_probabilities_figures_and_peaks(drawn):
 
 
 def test_peaks_have_a_table_for_each_site_and_window():
-    tables = [part for part in tracing_report.tracing_section(fabricate(), {}).parts if isinstance(part, parts.Table)]
+    tables = [
+        part for part in tracing_report.tracing_section("facts", fabricate(), {}).parts if isinstance(part, parts.Table)
+    ]
     assert [part.caption.split(":")[0] for part in tables[1:]] == [
         *(
             "Attention output, one layer",
@@ -438,13 +440,15 @@ def test_every_corruption_has_a_note_with_its_own_scale():
 
 def test_figure_without_a_caption_is_refused():
     with pytest.raises(ValueError, match="figures: aiemlp; captions exist for aie_"):
-        tracing_report.tracing_section(fabricate(), {"aiemlp": "<svg/>"})
+        tracing_report.tracing_section("facts", fabricate(), {"aiemlp": "<svg/>"})
     with pytest.raises(ValueError, match="figures: fact_1; pictures has 1 facts"):
-        tracing_report.tracing_section(fabricate(), {"fact_1": "<svg/>"}, pictures=paint())
+        tracing_report.tracing_section("facts", fabricate(), {"fact_1": "<svg/>"}, pictures=paint())
 
 
 def test_tables_read_back_from_csv_give_the_same_section(tmp_path):
     table = fabricate()
     table.to_csv(tmp_path / "aie.csv", index=False)
-    sections = [tracing_report.tracing_section(frame, {}) for frame in (table, pd.read_csv(tmp_path / "aie.csv"))]
+    sections = [
+        tracing_report.tracing_section("facts", frame, {}) for frame in (table, pd.read_csv(tmp_path / "aie.csv"))
+    ]
     assert render_page("t", {}, sections[:1]) == render_page("t", {}, sections[1:])

@@ -167,7 +167,7 @@ def test_damage_is_refused_or_changes_nothing(run, kind):
 # Every file that a stage reads, the stage, and what that is run for.
 READ_BY = {
     "prompts": (lambda layout: layout.prompts("ioi"), "activations", {"task": "ioi"}),
-    "facts": (lambda layout: layout.prompts("facts"), "tracing", {}),
+    "facts": (lambda layout: layout.prompts("facts"), "tracing", {"task": "facts"}),
     "activations": (lambda layout: layout.activations("ioi"), "gaps", {"task": "ioi"}),
     "activations of circuits": (
         lambda layout: layout.activations("ioi"),
@@ -215,10 +215,14 @@ READ_BY = {
     ),
     "interactions": (lambda layout: layout.interactions("ioi", "interactions.csv"), "report", {}),
     "paths drawn": (lambda layout: layout.interactions("ioi", "figures/paths_mean.svg"), "report", {}),
-    "tracing constants": (lambda layout: layout.tracing("constants.safetensors"), "tracing", {}),
-    "aie": (lambda layout: layout.tracing("aie.csv"), "tracing_figures", {}),
-    "pictures": (lambda layout: layout.tracing("pictures.csv"), "tracing_figures", {}),
-    "facts.json": (lambda layout: layout.tracing("facts.json"), "report", {}),
+    "tracing constants": (
+        lambda layout: layout.tracing("facts", "constants.safetensors"),
+        "tracing",
+        {"task": "facts"},
+    ),
+    "aie": (lambda layout: layout.tracing("facts", "aie.csv"), "tracing_figures", {"task": "facts"}),
+    "pictures": (lambda layout: layout.tracing("facts", "pictures.csv"), "tracing_figures", {"task": "facts"}),
+    "facts.json": (lambda layout: layout.tracing("facts", "facts.json"), "report", {}),
     "lens": (lambda layout: layout.lens("text", "tuned-identity.safetensors"), "lens_evaluation", {"task": "text"}),
     "loss": (lambda layout: layout.lens("text", "loss.csv"), "lens_figures", {"task": "text"}),
     "lens figure": (lambda layout: layout.lens("text", "figures/prompt_0.svg"), "report", {}),

@@ -55,8 +55,8 @@ STAGES = {
     "tracing_fit": (
         {},
         {"tracing": {"sites": ["mlp"], "windows": [1], "fit": LONG | {"max_steps": 155}}},
-        lambda layout: [layout.tracing("constants.safetensors")],
-        lambda layout: layout.tracing(".constants-checkpoint-fit.safetensors"),
+        lambda layout: [layout.tracing("facts", "constants.safetensors")],
+        lambda layout: layout.tracing("facts", ".constants-checkpoint-fit.safetensors"),
         5,
     ),
     "lens_fit": (

@@ -98,14 +98,14 @@ def test_outputs_are_exactly_those_promised(finished):
             )
             assert names_in(layout.circuits("ioi", f"{method}-{ablation}")) == files
 
-    assert names_in(layout.tracing("")) - {"figures"} == {
+    assert names_in(layout.tracing("facts", "")) - {"figures"} == {
         "aie.csv",
         "pictures.csv",
         "facts.json",
         "constants.safetensors",
     }
     names = {f"{name}.{kind}" for name in config.tracing.figures() for kind in ("svg", "png")}
-    assert {path.name for path in Path(layout.tracing("figures")).iterdir()} == names
+    assert {path.name for path in Path(layout.tracing("facts", "figures")).iterdir()} == names
 
 
 def test_effects_are_complete(finished):
@@ -176,7 +176,7 @@ def test_an_effect_by_the_brute_force(finished, effect):
 
 def test_aie_table_is_complete(finished):
     config, layout, _ = finished
-    table, tracing = pd.read_csv(layout.tracing("aie.csv")), config.tracing
+    table, tracing = pd.read_csv(layout.tracing("facts", "aie.csv")), config.tracing
     columns = (
         "corruption,site,position,window,layer,aie,se,p_clean,p_corrupted,p_restored,n,aie_normalised,se_normalised"
     )
@@ -214,7 +214,7 @@ def test_an_effect_with_plain_hugging_face(finished, corruption, site, position)
     inside = (torch.arange(tokens.shape[1]) >= torch.from_numpy(test.subject[:, :1])) & (
         torch.arange(tokens.shape[1]) < torch.from_numpy(test.subject[:, 1:])
     )
-    fitted = load_file(layout.tracing("constants.safetensors"))
+    fitted = load_file(layout.tracing("facts", "constants.safetensors"))
     spans = [ids[a:b] for ids, (a, b) in zip(train.tokens, train.subject, strict=True)]
     mean = hf.transformer.wte.weight[torch.cat([torch.from_numpy(span).long() for span in spans])].mean(0)
     layer = 1
@@ -244,7 +244,7 @@ def test_an_effect_with_plain_hugging_face(finished, corruption, site, position)
     own = fitted[f"{site}.{position}.{layer}-{layer}"] if corruption == "oat" else mean
     clean, corrupted = run(), run(fitted["corrupted"] if corruption == "oat" else mean)
     restored = run(own, restore=True)
-    table = pd.read_csv(layout.tracing("aie.csv"))
+    table = pd.read_csv(layout.tracing("facts", "aie.csv"))
     keys = {"corruption": corruption, "site": site, "position": position, "window": 1, "layer": layer}
     row = table[(table[list(keys)] == pd.Series(keys)).all(axis=1)].iloc[0]
     for name, value in (("p_clean", clean), ("p_corrupted", corrupted), ("p_restored", restored)):
@@ -253,7 +253,7 @@ def test_an_effect_with_plain_hugging_face(finished, corruption, site, position)
 
 def test_pictures_agree_with_themselves(finished):
     _, layout, _ = finished
-    table = pd.read_csv(layout.tracing("pictures.csv"), keep_default_na=False)
+    table = pd.read_csv(layout.tracing("facts", "pictures.csv"), keep_default_na=False)
     assert set(table["fact"]) == {0, 1} and set(table["corruption"]) == {"oat_shared", "gaussian-3"}
     for _, picture in table.groupby("fact"):
         assert picture["in_subject"].any() and picture["prompt"].nunique() == picture["answer"].nunique() == 1
@@ -724,7 +724,7 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
                 f"{task} {name}"
             )
     for folder in (
-        layout.tracing(""),
+        layout.tracing("facts", ""),
         layout.lens("text", ""),
         layout.interactions("ioi", ""),
         layout.interactions("ioi", "optimal"),

@@ -183,7 +183,7 @@ def _is_section(kind):
 
 def test_the_table_has_every_key():
     training = {f"demo_model.{key}" for key in TRAINING_KEYS}
-    assert {*KEYS, *training, "model", "circuits.tasks"} == set(leaves())
+    assert {*KEYS, *training, "model", "circuits.tasks", "tracing.tasks"} == set(leaves())
 
 
 def filled(value, places):
@@ -272,6 +272,16 @@ def test_a_task_from_a_file_leaves_the_others_as_they_are(finished, tmp_path):
     (tmp_path / "mine.csv").write_text("clean,corrupt,right\n" + "".join(f"{i} a,{i} b,x\n" for i in range(20)))
     changed = with_value(values, "tasks.mine", {"pairs": str(tmp_path / "mine.csv"), "n_train": 0.8})
     assert planned(changed, path) == {"prompts": 1} | REPORT
+
+
+def test_another_task_that_is_traced_leaves_the_first_as_it_is(finished, tmp_path):
+    values, path, _ = finished
+    rows = "".join(f"{i} a,{i} b,x,a\n" for i in range(20))
+    (tmp_path / "mine.csv").write_text(f"clean,corrupt,right,subject\n{rows}")
+    changed = with_value(values, "tasks.mine", {"pairs": str(tmp_path / "mine.csv")})
+    changed = with_value(changed, "tracing.tasks", ["facts", "mine"])
+    assert planned(changed, path) == {"prompts": 1} | TRACING
+    assert planned(with_value(values, "tracing.tasks", ["facts"]), path) == REPORT
 
 
 def test_circuits_of_another_task_are_that_task_s(finished):

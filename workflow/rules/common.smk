@@ -137,6 +137,20 @@ def interactions(name):
     return layout.interactions("{task}", name)
 
 
+def traced(name):
+    """A file of a task's causal tracing; "{task}" makes it a pattern."""
+    return layout.tracing("{task}", name)
+
+
+def place_constants(wildcards):
+    """The constants of causal tracing, if some are fitted."""
+    return (
+        traced("constants.safetensors").format(task=wildcards.task)
+        if TRACING.fitted
+        else []
+    )
+
+
 def lenses(name):
     """A file of a task's lenses; "{task}" and others make it a pattern."""
     return layout.lens("{task}", name)

@@ -4,11 +4,11 @@ if TRACING:
     rule tracing_fit:
         input:
             model=layout.model_json,
-            prompts=layout.prompts("facts"),
+            prompts=task_files("prompts.h5"),
         output:
-            constants=layout.tracing("constants.safetensors"),
+            constants=traced("constants.safetensors"),
         log:
-            layout.tracing("logs/fit.log"),
+            traced("logs/fit.log"),
         conda:
             "../../environment.yml"
         threads: run_config.limits.threads
@@ -27,14 +27,14 @@ if TRACING:
     rule tracing:
         input:
             model=layout.model_json,
-            prompts=layout.prompts("facts"),
-            constants=inputs_of("tracing")["constants"],
+            prompts=task_files("prompts.h5"),
+            constants=place_constants,
         output:
-            aie=layout.tracing("aie.csv"),
-            pictures=layout.tracing("pictures.csv"),
-            facts=layout.tracing("facts.json"),
+            aie=traced("aie.csv"),
+            pictures=traced("pictures.csv"),
+            facts=traced("facts.json"),
         log:
-            layout.tracing("logs/tracing.log"),
+            traced("logs/tracing.log"),
         conda:
             "../../environment.yml"
         threads: run_config.limits.threads
@@ -56,14 +56,12 @@ if TRACING:
     rule tracing_figures:
         input:
             model=layout.model_json,
-            aie=layout.tracing("aie.csv"),
-            pictures=layout.tracing("pictures.csv"),
+            aie=traced("aie.csv"),
+            pictures=traced("pictures.csv"),
         output:
-            figures=drawn(
-                lambda name: layout.tracing(f"figures/{name}"), TRACING.figures()
-            ),
+            figures=drawn(lambda name: traced(f"figures/{name}"), TRACING.figures()),
         log:
-            layout.tracing("logs/figures.log"),
+            traced("logs/figures.log"),
         localrule: True
         conda:
             "../../environment.yml"
