@@ -22,7 +22,7 @@ def test_files_may_lie_in_a_store(tiny_run, tmp_path):
     work.mkdir()
     own = TINY | {"ablation": {"tasks": ["ioi"], "methods": ["zero", "mean", "counterfactual"]}}
     own = {key: value for key, value in own.items() if key in ("run", "model", "device", "limits", "tasks", "ablation")}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(own))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(own | {"store_weights": False}))
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", str(tmp_path / "config.yaml")]
     command += ["--snakefile", str(ROOT / "Snakefile"), "--workflow-profile", str(ROOT / "profiles/default")]
     command += ["--default-storage-provider", "fs", "--default-storage-prefix", f"{store}/"]
