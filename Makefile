@@ -5,7 +5,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Modules are compiled as they are first imported: most never are, and to compile all of them was 34 of 85 s of installing.
 PIP := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help demo test test-kill test-rounding test-slurm lint unlock clean
+.PHONY: help demo test test-kill test-rounding test-slurm lint site unlock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,8 +38,13 @@ lint: .venv/.installed-dev ## format check, lint, types, workflow lint
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/snakemake --lint
 
+site: .venv/.installed-dev ## the documentation as a web site, .site/html
+	rm -rf .site && mkdir -p .site/pages
+	git ls-files -z README.md CHANGELOG.md config docs kernels/README.md | xargs -0 cp --parents -t .site/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build # not --quiet, with which strict sees no warnings
+
 clean: ## remove what was installed, cached and computed here
-	rm -rf .venv cache results .snakemake *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .site cache results .snakemake *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

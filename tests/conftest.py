@@ -127,6 +127,14 @@ def random_hf(name: str, scale: float = 0.15):
                 {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1} if variant == "window" else {}
             ),
         ),
+        "gemma3": lambda: tf.Gemma3TextConfig(
+            **GATED,
+            head_dim=8,
+            sliding_window=5,
+            query_pre_attn_scalar=12,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={"sliding_attention": _rope("default"), "full_attention": _rope("linear")},
+        ),
         "gemma2": lambda: tf.Gemma2Config(**GATED, head_dim=8, sliding_window=5, query_pre_attn_scalar=12),
     }
     torch.manual_seed(1)
@@ -134,8 +142,8 @@ def random_hf(name: str, scale: float = 0.15):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (scale if parameter.dim() > 1 else 0.3))
-            if parameter.dim() == 1 and family != "gemma2":
-                parameter.add_(0.8)  # norm weights away from zero; Gemma's are offsets from one
+            if parameter.dim() == 1 and not family.startswith("gemma"):
+                parameter.add_(0.8)  # norm weights away from zero; Gemmas' are offsets from one
     return model
 
 
@@ -158,6 +166,7 @@ FAMILIES = (
     "qwen2-window",
     "qwen3",
     "gemma2",
+    "gemma3",
 )
 
 

@@ -49,7 +49,15 @@ class Text(Task):
         description="text file, directory of .txt files, or JSON list of strings; only the demo model has text of its "
         "own",
     )
+    passages: Literal["paragraphs", "lines"] = Field(
+        "paragraphs", description="what a text file has a passage in: each block between blank lines, or each line"
+    )
     n_tokens: int = Field(25, ge=3, description="window length, BOS included")
+    windows: Literal["side_by_side", "first", "anywhere"] = Field(
+        "side_by_side",
+        description="of each passage: side by side from its start; its first one alone, as people read it; or side by "
+        "side from a place that is drawn",
+    )
 
 
 def _count(value: Any) -> Any:

@@ -24,7 +24,7 @@ class MaskedPrompts:
     bos: tuple[tuple[Tensor, Tensor], ...]  # per layer clean keys (rotated) and values of every first token [U, KV, k]
     first: Tensor  # [P] which of the U first tokens a prompt has; nearly always the same one
     last: Tensor  # [P] the last token's place among t
-    rotary: tuple[Tensor, Tensor] | None  # cos, sin [t, r]
+    rotary: tuple[tuple[Tensor, Tensor] | None, ...]  # per layer cos, sin [t, r]
 
     def __len__(self) -> int:
         return len(self.input)
@@ -99,10 +99,9 @@ class Buffer(ABC):
     def query(self) -> Tensor:
         """Where in the prompt, BOS counted, the positions are, to be held against keys [T]: [q, 1] or [B, 1, 1]."""
 
-    @property
     @abstractmethod
-    def rotary(self) -> tuple[Tensor, Tensor] | None:
-        """cos and sin at the positions: [q, r] or [B, 1, r]."""
+    def at_queries(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin [t, r] at the buffer's positions: [q, r] or [B, 1, r]."""
 
     @abstractmethod
     def restricted(self, values: Tensor) -> Tensor:
@@ -124,10 +123,9 @@ class EveryPosition(Buffer):
         """1 to t, [t, 1]."""
         return torch.arange(1, self.rows.prompts.n_tokens + 1, device=self.rows.prompt.device)[:, None]
 
-    @property
-    def rotary(self) -> tuple[Tensor, Tensor] | None:
-        """The prompts' own, [t, r]."""
-        return self.rows.prompts.rotary
+    def at_queries(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin as they are."""
+        return rotary
 
     def restricted(self, values: Tensor) -> Tensor:
         """The values as they are."""
@@ -159,12 +157,9 @@ class LastPosition(Buffer):
         """Each row's last, [B, 1, 1]."""
         return self.rows.last[:, None, None] + 1
 
-    @property
-    def rotary(self) -> tuple[Tensor, Tensor] | None:
+    def at_queries(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """At each row's last, [B, 1, r]."""
-        if self.rows.prompts.rotary is None:
-            return None
-        cos, sin = self.rows.prompts.rotary
+        cos, sin = rotary
         return cos[self.rows.last][:, None], sin[self.rows.last][:, None]
 
     def restricted(self, values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oacore.models.weights import ACTIVATIONS, Block, Model, Norm
+from oacore.models.weights import ACTIVATIONS, Block, Model, Norm, Rotary
 
 
 def normalise(norm: Norm, x: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def heads(model: Model, layer: int, residual: Tensor, last: Tensor | None = None
     x = normalise(block.attention_norm, residual)
     k, v = _key_value(model, block, x)
     q = _query(block, x if last is None else at(x, last))  # [B, T or 1, H, k]
-    if model.rotary is not None:
-        cos, sin = rotary_tables(model, x)
+    if rotary_of(model, block) is not None:
+        cos, sin = rotary_tables(model, block, x)
         if last is None:
             q = rotate(q, cos[:, None], sin[:, None])
         else:
@@ -63,10 +63,16 @@ def heads(model: Model, layer: int, residual: Tensor, last: Tensor | None = None
     return _attend(block, q, k, v, last)
 
 
-def rotary_tables(model: Model, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, r] of a rotary model at the positions of residual [B, T, d]."""
-    assert model.rotary is not None
-    cos, sin = model.rotary(residual, torch.arange(residual.shape[1], device=residual.device)[None])  # [1, T, r]
+def rotary_of(model: Model, block: Block) -> Rotary | None:
+    """A block's own rotary positions, or the model's; None if it has others."""
+    return model.rotary if block.rotary is None else block.rotary
+
+
+def rotary_tables(model: Model, block: Block, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, r] of a block of a rotary model at the positions of residual [B, T, d]."""
+    rotary = rotary_of(model, block)
+    assert rotary is not None
+    cos, sin = rotary(residual, torch.arange(residual.shape[1], device=residual.device)[None])  # [1, T, r]
     return cos[0], sin[0]
 
 
@@ -87,8 +93,8 @@ def _query(block: Block, x: Tensor) -> Tensor:
 
 def _key_value(model: Model, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     k, v = head_norm(block.key_norm, _project(x, block.W_K, block.b_K)), _project(x, block.W_V, block.b_V)
-    if model.rotary is not None:
-        cos, sin = rotary_tables(model, x)
+    if rotary_of(model, block) is not None:
+        cos, sin = rotary_tables(model, block, x)
         k = rotate(k, cos[:, None], sin[:, None])
     return k, v
 
@@ -147,7 +153,7 @@ def combine_heads(model: Model, layer: int, z: Tensor) -> Tensor:
 
 
 def attention_write(model: Model, layer: int, combined: Tensor) -> Tensor:
-    """What attention adds to the residual, given `combine_heads`: the same, or its post-norm (Gemma-2)."""
+    """What attention adds to the residual, given `combine_heads`: the same, or its post-norm (Gemma-2 and 3)."""
     norm = model.blocks[layer].attention_post_norm
     return combined if norm is None else normalise(norm, combined)
 
@@ -191,8 +197,8 @@ def run_block_at(model: Model, layer: int, residual: Tensor, keys: Tensor, value
     x = normalise(block.attention_norm, residual)
     q, k = _query(block, x), head_norm(block.key_norm, _project(x, block.W_K, block.b_K))
     v = _project(x, block.W_V, block.b_V)
-    if model.rotary is not None:
-        cos, sin = (table[last][:, None, None] for table in rotary_tables(model, keys.flatten(2)))
+    if rotary_of(model, block) is not None:
+        cos, sin = (table[last][:, None, None] for table in rotary_tables(model, block, keys.flatten(2)))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     rows = torch.arange(len(last), device=last.device)
     keys[rows, last], values[rows, last] = k[:, 0], v[:, 0]

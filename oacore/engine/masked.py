@@ -26,7 +26,7 @@ from torch import Tensor
 from oacore.engine.buffers import MaskedPrompts, Rows
 from oacore.engine.clean import Batch, clean_pass
 from oacore.engine.folded import Plan, Weights
-from oacore.engine.forward import embed, key_value, logits_of, rotary_tables, run_block
+from oacore.engine.forward import embed, key_value, logits_of, rotary_of, rotary_tables, run_block
 from oacore.engine.masked_backward import Backward
 from oacore.engine.masked_blocks import post_norm
 from oacore.engine.masked_pass import Forward, MaskedPass
@@ -65,12 +65,20 @@ class Engine:
             bos.append((key[:, 0], value[:, 0]))
             residual = run_block(self.model, layer, residual)
         inputs = embed(self.model, batch.tokens)
-        rotary = None
-        if self.model.rotary is not None:
-            cos, sin = rotary_tables(self.model, inputs)
-            rotary = cos[1:], sin[1:]
         centred = self.weights.centre(inputs[:, 1:]).contiguous()
-        return MaskedPrompts(centred, tuple(bos), first, batch.lengths - 2, rotary)
+        return MaskedPrompts(centred, tuple(bos), first, batch.lengths - 2, self._rotary(inputs))
+
+    def _rotary(self, inputs: Tensor) -> tuple[tuple[Tensor, Tensor] | None, ...]:
+        """Per layer cos and sin [t, r] after BOS, at the positions of inputs [P, T, d]; made once for layers alike."""
+        tables: dict[int | None, tuple[Tensor, Tensor] | None] = {None: None}
+        kinds = []
+        for block in self.model.blocks:
+            rotary = rotary_of(self.model, block)
+            kinds.append(None if rotary is None else rotary.frequencies.data_ptr())
+            if kinds[-1] not in tables:
+                cos, sin = rotary_tables(self.model, block, inputs)
+                tables[kinds[-1]] = cos[1:], sin[1:]
+        return tuple(tables[kind] for kind in kinds)
 
     @torch.no_grad()
     def sources(self, batch: Batch) -> Tensor:

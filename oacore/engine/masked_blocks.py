@@ -30,9 +30,8 @@ def attend(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Ten
     """
     block, prompts = layer.folded.block, buffer.rows.prompts
     q, k = head_norm(block.query_norm, q), head_norm(block.key_norm, k)
-    of_queries = buffer.rotary
-    if prompts.rotary is not None and of_queries is not None:
-        q, k = rotate(q, *of_queries), rotate(k, *prompts.rotary)
+    if (of_keys := prompts.rotary[layer.number]) is not None:
+        q, k = rotate(q, *buffer.at_queries(of_keys)), rotate(k, *of_keys)
     bos = (clean[buffer.rows.first].transpose(0, 1)[layer.groups][:, :, None] for clean in prompts.bos[layer.number])
     k, v = (torch.cat(pair, 2) for pair in zip(bos, (k, v), strict=True))  # [KV, B, T, k]
     if layer.key_of_head is not None:

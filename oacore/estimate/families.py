@@ -53,6 +53,10 @@ def _gemma2(model_config: dict[str, Any]) -> dict[str, Any]:
     return _llama(model_config) | {"tied": model_config.get("tie_word_embeddings", True)}
 
 
+def _gemma3(model_config: dict[str, Any]) -> dict[str, Any]:
+    return _gemma2(model_config) | {"d_head": model_config.get("head_dim") or 256}
+
+
 # By `model_type`, for all of `oacore.config.model.ARCHITECTURES`: the fields of `oacore.estimate.sizes.Sizes`.
 FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gpt2": _gpt2,
@@ -63,4 +67,5 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "qwen2": _llama,
     "qwen3": _qwen3,
     "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
 }

@@ -16,6 +16,8 @@ from oacore.errors import UserError
 from oacore.models.hub import load_hugging_face, load_tokenizer
 from oacore.models.weights import ACTIVATIONS, Block, Model, Norm, Rotary, _map_tensors, to_device, weight_hash
 
+GLOBAL = "full_attention"  # layers that take the model's rotary positions, as Hugging Face calls them
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -105,6 +107,7 @@ def _canonical(hf: Any) -> Model:
     )
     if activation not in ACTIVATIONS:
         raise UserError(f"model: activation function {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    rotaries = _rotaries(bridge.rotary_emb.original_component) if hasattr(bridge, "rotary_emb") else {}
     scale = getattr(bridge.embed.original_component, "scalar_embed_scale", 1.0)
     with torch.no_grad():
         model = Model(
@@ -113,9 +116,9 @@ def _canonical(hf: Any) -> Model:
             W_E=bridge.embed.original_component.weight,
             W_pos=bridge.pos_embed.original_component.weight if hasattr(bridge, "pos_embed") else None,
             embed_scale=float(scale),
-            rotary=_rotary(bridge.rotary_emb.original_component) if hasattr(bridge, "rotary_emb") else None,
+            rotary=rotaries.get(GLOBAL),
             activation=activation,
-            blocks=tuple(_block(block) for block in bridge.blocks),
+            blocks=tuple(_block(block, rotaries) for block in bridge.blocks),
             final_norm=_norm(bridge.ln_final),
             W_U=bridge.unembed.original_component.weight,
             b_U=bridge.unembed.original_component.bias,
@@ -133,8 +136,9 @@ def _fill_up_biases(hf: Any) -> None:
             joint.bias = torch.nn.Parameter(joint.weight.new_zeros(joint.out_features))
 
 
-def _block(block: Any) -> Block:
+def _block(block: Any, rotaries: dict[str, Rotary]) -> Block:
     attention, mlp, hf = block.attn, block.mlp, block.attn.original_component
+    kind = getattr(hf, "layer_type", GLOBAL)
     weights = {name: getattr(attention, f"W_{name}").transpose(0, 1) for name in ("Q", "K", "V")}
     biases = {name: getattr(attention, f"b_{name}") for name in weights}
     if any(bias is not None for bias in biases.values()):  # of some of the three alone: the engine reads all or none
@@ -166,6 +170,7 @@ def _block(block: Any) -> Block:
         b_out=mlp.b_out,
         query_norm=_head_norm(hf, "q_norm"),
         key_norm=_head_norm(hf, "k_norm"),
+        rotary=None if kind == GLOBAL else rotaries.get(kind),
     )
 
 
@@ -173,6 +178,20 @@ def _head_norm(attention: Any, name: str) -> Norm | None:
     """A norm of queries or keys, head by head, where the family has one."""
     norm = getattr(attention, name, None)
     return None if norm is None else _norm(norm)
+
+
+def _rotaries(module: Any) -> dict[str, Rotary]:
+    """The rotary positions of a Hugging Face module by the kind of layer that they are for; most models have one."""
+    if not isinstance(module.rope_type, dict):
+        return {GLOBAL: _rotary(module)}
+    if other := sorted({rope for rope in module.rope_type.values() if rope not in ("default", "linear")}):
+        raise UserError(f"model: rope_type {', '.join(other)} of layers that differ; allowed there: default, linear")
+    return {
+        kind: Rotary(
+            getattr(module, f"{kind}_inv_freq").float(), None, 0, float(getattr(module, f"{kind}_attention_scaling"))
+        )
+        for kind in module.rope_type
+    }
 
 
 def _rotary(module: Any) -> Rotary:

@@ -57,8 +57,8 @@ class Block:
 
     attention_norm: Norm
     mlp_norm: Norm
-    attention_post_norm: Norm | None  # Gemma-2
-    mlp_post_norm: Norm | None  # Gemma-2
+    attention_post_norm: Norm | None  # Gemma-2 and 3
+    mlp_post_norm: Norm | None  # Gemma-2 and 3
     W_Q: Tensor  # [d, H, k]
     W_K: Tensor  # [d, KV, k]
     W_V: Tensor  # [d, KV, k]
@@ -75,8 +75,9 @@ class Block:
     W_out: Tensor  # [f, d]
     b_in: Tensor | None  # [f]
     b_out: Tensor | None  # [d]
-    query_norm: Norm | None = None  # of each head's query, weight [k] (Qwen-3)
+    query_norm: Norm | None = None  # of each head's query, weight [k] (Qwen-3, Gemma-3)
     key_norm: Norm | None = None  # of each key
+    rotary: Rotary | None = None  # in place of the model's (Gemma-3's layers with a window)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Model:
 
     @property
     def post_norm(self) -> bool:
-        """Whether what a block's attention and MLP add is normalised once more (Gemma-2)."""
+        """Whether what a block's attention and MLP add is normalised once more (Gemma-2 and 3)."""
         return self.blocks[0].attention_post_norm is not None
 
     @cached_property
@@ -215,6 +216,10 @@ def weight_hash(model: Model) -> str:
         )
         for block in model.blocks
     ]
-    rotary = None if model.rotary is None else (model.rotary.short_length, model.rotary.scale)
-    digest.update(json.dumps([scalars, per_block, rotary], sort_keys=True, default=str).encode())
+    rotaries = [
+        (rotary.short_length, rotary.scale)
+        for rotary in (model.rotary, *(block.rotary for block in model.blocks))
+        if rotary is not None
+    ]
+    digest.update(json.dumps([scalars, per_block, rotaries], sort_keys=True, default=str).encode())
     return digest.hexdigest()

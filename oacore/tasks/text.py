@@ -1,6 +1,7 @@
 """Windows of running text, for lenses and for ablation on general text.
 
-A passage is a string of a JSON list, a .txt file of a directory, or a block between blank lines of a single text file.
+A passage is a string of a JSON list, a .txt file of a directory, or a block between blank lines, or a line, of a single
+text file.
 """
 
 import json
@@ -27,8 +28,10 @@ from oacore.tasks.prompts import (
 KEY = "tasks.text.path"
 
 
-def passages(path: Path) -> list[str]:
-    """The passages of a JSON list, a directory of .txt files or a text file; raises UserError where there are none."""
+def passages(path: Path, of_file: str = "paragraphs") -> list[str]:
+    """The passages of a JSON list, a directory of .txt files or a text file, whose paragraphs or lines they are; raises
+    UserError where there are none.
+    """
     if path.is_dir():
         texts = [read_text(file, KEY) for file in sorted(path.glob("*.txt"))]
     elif path.suffix.lower() == ".json":
@@ -39,7 +42,7 @@ def passages(path: Path) -> list[str]:
         if not isinstance(texts, list) or not all(isinstance(item, str) for item in texts):
             raise UserError(f"{KEY}: {path} is not a JSON list of strings, which is the only JSON allowed")
     else:
-        texts = re.split(r"\n\s*\n", read_text(path, KEY))
+        texts = re.split(r"\n" if of_file == "lines" else r"\n\s*\n", read_text(path, KEY))
     texts = [text for passage in texts if (text := passage.strip())]
     if not texts:
         raise UserError(
@@ -49,8 +52,8 @@ def passages(path: Path) -> list[str]:
 
 
 def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: Any = None) -> Prompts:
-    """Windows of `settings.n_tokens` tokens, BOS included, cut side by side from the split's passages and sampled with
-    the seed.
+    """Windows of `settings.n_tokens` tokens, BOS included, cut from the split's passages where `settings.windows` says,
+    and sampled with the seed.
 
     Answers [N, 1]: the token that follows the window in its passage; wrong answers [N, 1]: -1. Counterfactual: a window
     of another passage of the split. `complete` is not used.
@@ -62,14 +65,14 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
     # A window that occurs twice belongs to the passage that has it first, so that common openings don't leak between
     # splits.
     windows: dict[tuple[int, ...], tuple[int, int]] = {}  # ids -> (passage, next id)
-    texts = passages(path)
+    texts = passages(path, settings.passages)
     unknown = 0
     for i, text in enumerate(texts):
         ids, offsets = ids_and_offsets(tokenizer, text)
         if (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids) or without_token(text, offsets):
             unknown += 1
             continue
-        for start in range(0, len(ids) - size, size):
+        for start in _starts(settings.windows, len(ids) - size, size, [seed, i]):
             windows.setdefault(tuple(ids[start : start + size]), (i, ids[start + size]))
     of_split = [(window, i, id_) for window, (i, id_) in windows.items() if split_of(texts[i]) == split]
     owners = np.array([i for _, i, _ in of_split], np.int64)  # sorted: passages were read in order
@@ -105,3 +108,11 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
         meta=meta,
         cluster=owners[chosen],
     )
+
+
+def _starts(where: str, end: int, size: int, seed: list[int]) -> range:
+    """Where a passage's windows of `size` tokens begin, all before `end`; the first place may be drawn."""
+    if where == "first":
+        return range(min(1, max(0, end)))
+    first = int(np.random.default_rng(seed).integers(size)) if where == "anywhere" else 0
+    return range(first, end, size)

@@ -5,7 +5,7 @@ import torch
 from conftest import FAMILIES, random_hf
 
 from oacore.engine.clean import Batch, clean_pass
-from oacore.engine.forward import embed, logits_of, normalise, rotary_tables, rotate
+from oacore.engine.forward import embed, logits_of, normalise, rotary_of, rotary_tables, rotate
 from oacore.engine.masked import Engine
 from oacore.models.load import canonical
 from oacore.models.weights import ACTIVATIONS
@@ -80,8 +80,8 @@ def brute_force(model, tokens, length, mask, replacement):
         q, k = project(q_at, block.W_Q, block.b_Q), project(k_at, block.W_K, block.b_K)
         q, k = norm64(block.query_norm, q), norm64(block.key_norm, k)
         v = project(v_at, block.W_V, block.b_V)
-        if model.rotary is not None:
-            cos, sin = rotary_tables(model, x0[None])
+        if rotary_of(model, block) is not None:
+            cos, sin = rotary_tables(model, block, x0[None])
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = (y.repeat_interleave(graph.group_size, 0) for y in (k, v))
         scores = q @ k.mT * block.attention_scale

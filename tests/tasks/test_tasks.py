@@ -74,7 +74,12 @@ def tokenizer(request):
 
 
 def settings(n=200, **more):
-    return SimpleNamespace(n_train=n, n_validation=n, n_test=n, **{"unseen": "subjects"} | more)
+    return SimpleNamespace(
+        n_train=n,
+        n_validation=n,
+        n_test=n,
+        **{"unseen": "subjects", "passages": "paragraphs", "windows": "side_by_side"} | more,
+    )
 
 
 def ids(row):
@@ -242,7 +247,7 @@ def test_a_character_that_a_tokenizer_drops_is_named(letters, tmp_path):
     path = tmp_path / "text.json"
     passages = [f"{a}{b} dead beef cafe {b}{a}" for a in "abcdefgh" for b in "abcdefgh"]
     path.write_text(json.dumps([*passages, "caf\u00e9 dead beef cafe"]))
-    settings = SimpleNamespace(path=path, n_tokens=5, n_train=2)
+    settings = SimpleNamespace(path=path, n_tokens=5, n_train=2, passages="paragraphs", windows="side_by_side")
     assert generate("text", settings, letters, 0, "train").meta["n_unknown"] == 1
 
 
@@ -771,6 +776,40 @@ def test_text_layouts(tmp_path, gpt2):
     for name in ("folder", "one.txt", "list.json"):
         assert read_passages(tmp_path / name) == passages
     assert generate("text", settings(8, path=tmp_path / "folder", n_tokens=8), gpt2, 0, "test").meta["n_passages"] == 60
+
+
+def test_lines_are_passages_where_asked(tmp_path):
+    (tmp_path / "t.txt").write_text("one\ntwo\n\nthree \r\n")
+    assert read_passages(tmp_path / "t.txt") == ["one\ntwo", "three"]
+    assert read_passages(tmp_path / "t.txt", "lines") == ["one", "two", "three"]
+
+
+def test_windows_begin_where_asked(tmp_path, gpt2):
+    passages = [" ".join(f"{i}x{k}" for k in range(30)) for i in range(10, 70)]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(passages))
+    encoded = [gpt2(passage, add_special_tokens=False)["input_ids"] for passage in passages]
+
+    def starts(where, seed=0):
+        """Places in their passages of all training windows, by passage."""
+        asked = settings(2, path=path, n_tokens=9, windows=where)
+        n = generate("text", asked, gpt2, seed, "train").meta["n_windows"]
+        prompts = generate("text", settings(n, path=path, n_tokens=9, windows=where), gpt2, seed, "train")
+        places = {}
+        for owner, tokens in zip(prompts.cluster.tolist(), prompts.tokens[:, 1:].tolist(), strict=True):
+            row = encoded[owner]
+            places.setdefault(owner, []).append(next(at for at in range(len(row)) if row[at : at + 8] == tokens))
+        return {owner: sorted(found) for owner, found in places.items()}
+
+    side_by_side, first, anywhere = (starts(where) for where in ("side_by_side", "first", "anywhere"))
+    assert set(side_by_side) == set(first) == set(anywhere)
+    for owner, row in enumerate(encoded):
+        if owner in first:
+            assert first[owner] == [0] and side_by_side[owner] == list(range(0, len(row) - 8, 8))
+            begin = anywhere[owner][0]
+            assert 0 <= begin < 8 and anywhere[owner] == list(range(begin, len(row) - 8, 8))
+    assert len({found[0] for found in anywhere.values()}) > 4
+    assert starts("anywhere") == anywhere != starts("anywhere", seed=1)
 
 
 def test_text_counterfactuals_come_from_another_passage(tmp_path, gpt2):

@@ -97,6 +97,8 @@ KEYS = {
     **{f"tasks.text.n_{split}": (40, OF_TEXT) for split in ("train", "validation", "test")},
     "tasks.text.path": ("{demo}/text.json", OF_TEXT),
     "tasks.text.n_tokens": (9, OF_TEXT),
+    "tasks.text.passages": ("lines", OF_TEXT),
+    "tasks.text.windows": ("first", OF_TEXT),
     "ablation.tasks": (["ioi"], REPORT),
     "ablation.methods": (["zero", "mean", "optimal", "optimal_positional"], GAPS),
     "ablation.components": (["head", "mlp", "attention_layer"], CONSTANTS),
