@@ -74,7 +74,8 @@ class Pairs(Settings):
     """Pairs of clean and corrupt prompts from a file, docs/tasks.md."""
 
     pairs: LocalPath = Field(
-        description="CSV or JSON lines file with clean, corrupt, right and, optionally, wrong, split, group, subject"
+        description="CSV or JSON lines file with clean, corrupt, right and, optionally, wrong, split, group, subject; "
+        "or a YAML file with wordings and words, which gives such rows"
     )
     n_train: Count = Field(
         "all", description="rows that constants are fitted on and means are taken over: a number, a share, or all"
@@ -155,7 +156,7 @@ PAIRS = TaskRow(
     "pairs of prompts from a file of your own, under a name of your own",
     settings=Pairs,
     subjects=True,
-    file="a CSV or JSON lines file",
+    file="a CSV or JSON lines file, or a YAML template",
     file_key="pairs",
     check="oacore.tasks.pairs:check",
 )

@@ -14,6 +14,7 @@ from oacore.config.tasks import Pairs
 from oacore.errors import UserError
 from oacore.tasks.files import SHOWN, bad_rows, deal, rows, subject_span
 from oacore.tasks.prompts import SPLITS, Complete, Prompts, build, called, encode, following, stream, token_text
+from oacore.tasks.template import SUFFIXES, template_rows
 
 NEEDED = ("clean", "corrupt", "right")
 ANSWERS = ("right", "wrong")
@@ -74,7 +75,8 @@ def read_pairs(path: Path, key: str) -> list[Pair]:
     """
     is_csv = path.suffix.lower() == ".csv"
     pairs, bad, first = list[Pair](), list[str](), dict[tuple[str, str], str]()
-    for place, row in rows(path, key):
+    is_template = path.suffix.lower() in SUFFIXES
+    for place, row in template_rows(path, key) if is_template else rows(path, key):
         cells = _cells(row)
         if is_csv and (missing := [name for name in NEEDED if name not in cells]):
             raise UserError(f"{key}: {path} has no column {', '.join(missing)}; {ALLOWED}")

@@ -5,12 +5,14 @@ prompts.
 import csv
 import json
 import re
+from itertools import permutations
 from pathlib import Path
 
 import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from conftest import snakemake_dag
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -463,3 +465,81 @@ def test_a_file_of_ioi_s_prompts_gives_ioi_s_numbers(of_ioi):
     assert len(pareto) == 4 and np.isfinite(pareto[["kl_nats", "logit_diff"]]).all(axis=None)
     assert set(pd.read_csv(layout.lens("mine", "loss.csv"), comment="#")["lens"]) == {"oca", "logit"}
     assert PAIRS.name not in str(list(Path(config.cache_dir).rglob("*")))
+
+
+# Templates
+
+TEMPLATE = {
+    "n": 12,
+    "clean": ["{A} {B} {C}", "10 {B} {A} {C}"],
+    "corrupt": ["{B} {A} {C}", "10 {A} {B} {C}"],
+    "right": ["{A}"],
+    "wrong": "{B}",
+    "group": "{C}",
+    "subject": "{A}",
+    "words": {"A, B": ["a", "b", "c"], "C": ["x", "y"]},
+}
+
+
+def pairs_of(folder, **changes):
+    path = folder / "mine.yaml"
+    values = {key: value for key, value in (TEMPLATE | changes).items() if value is not None}
+    path.write_text(yaml.safe_dump(values))
+    return read_pairs(path, "key")
+
+
+def test_a_template_gives_all_rows_of_its_words(tmp_path):
+    found = {pair[1:] for pair in pairs_of(tmp_path, n=24)}
+    expected = {
+        (clean, corrupt, (a,), (b,), "", c, a)
+        for a, b in permutations("abc", 2)
+        for c in "xy"
+        for clean, corrupt in ((f"{a} {b} {c}", f"{b} {a} {c}"), (f"10 {b} {a} {c}", f"10 {a} {b} {c}"))
+    }
+    assert found == expected and len(expected) == 24
+
+
+def test_rows_of_a_template_are_drawn(tmp_path):
+    twelve, six, other = (pairs_of(tmp_path, **more) for more in ({}, {"n": 6}, {"seed": 1}))
+    assert twelve[:6] == six and len(set(twelve)) == 12
+    assert {pair[1:] for pair in other} != {pair[1:] for pair in twelve}
+    many = {"A, B": [f"w{i}" for i in range(400)], "C": [1987, 2.5, "x"]}  # more choices than are listed
+    found = pairs_of(tmp_path, n=50, words=many)
+    assert len({pair.clean for pair in found}) == 50 and all(pair.right != pair.wrong for pair in found)
+    assert {pair.group for pair in found} == {"1987", "2.5", "x"}
+    assert pairs_of(tmp_path, n=20, words=many) == found[:20]
+
+
+def test_a_template_makes_a_task(tmp_path):
+    pairs_of(tmp_path, group=None)
+    settings = Pairs(pairs=tmp_path / "mine.yaml")
+    check_files(config_of(settings, tracing={"tasks": ["mine"]}))
+    prompts = [prompts_of(settings, TOKENS, split) for split in SPLITS]
+    for split in prompts:
+        check_form(split, TOKENS, len(split.text))
+        assert (split.subject[:, 1] - split.subject[:, 0] == 1).all()
+    assert sum(len(split.text) for split in prompts) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"n": 25}, "n: 25; allowed: up to 24, all that its words give"),
+        ({"clean": ["{A} {B} {C}", "{B} {A} {C}"], "corrupt": ["{B} {A}", "{A} {B}"]}, "the two prompts of row"),
+        ({"n": None}, "n: Field required"),
+        ({"clean": "{A} {D}", "corrupt": "{A}"}, "clean: {D} in '{A} {D}'; allowed: A, B, C, as in words"),
+        ({"clean": "{A", "corrupt": "{A}"}, "clean: '{A': expected '}' before end of string; allowed: slots"),
+        ({"clean": "{A!r}", "corrupt": "{A}"}, "clean: '{A!r}': {A}; allowed: a name in braces"),
+        ({"clean": "{A.x}", "corrupt": "{A}"}, "{A.x}; allowed: a name in braces"),
+        ({"corrupt": "{A}"}, "corrupt: 1 wordings; allowed: 2, as clean has"),
+        ({"words": TEMPLATE["words"] | {"D": ["x"]}}, "words: D; allowed: slots that a text has"),
+        ({"words": TEMPLATE["words"] | {"A, B": ["a"]}}, "words: A, B: 1 words, 1 different"),
+        ({"words": TEMPLATE["words"] | {"C": ["x", "x"]}}, "words: C: 2 words, 1 different"),
+        ({"wright": "x"}, "wright: Extra inputs are not permitted (allowed: n, seed, clean"),
+        ({"right": [True]}, "right.0: Input should be a valid string"),
+    ],
+)
+def test_what_is_wrong_with_a_template(tmp_path, changes, part):
+    with pytest.raises(UserError) as error:
+        pairs_of(tmp_path, **changes)
+    assert str(error.value).startswith(f"key: {tmp_path / 'mine.yaml'}") and part in str(error.value), error.value
