@@ -430,8 +430,8 @@ MODULES = {
     "estimate/lenses estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
     "estimate/throughput estimate/tracing fits/__init__ interactions/__init__ lenses/__init__ models/__init__ "
     "models/architecture models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than tasks/pairs "
-    "tasks/template stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint store/housekeeping "
-    "store/layout store/locks "
+    "tasks/template stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint "
+    "store/housekeeping store/layout store/locks "
     "tasks/__init__ tracing/__init__ oakernels/__init__",
 }
 FIRST_OF = {module: rules.split() for rules, modules in MODULES.items() for module in modules.split()}
