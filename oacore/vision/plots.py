@@ -45,18 +45,20 @@ def importances(importance: pd.DataFrame, reference: str) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.2 + 1.75 * len(families)), layout="constrained")
     panels = figure.subplots(len(families), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     names = in_order(importance["method"], MEASURES)
+    positive = importance["importance_nats"][importance["importance_nats"] > FLOOR]
+    low, high = (positive.min() / 2, 2 * positive.max()) if len(positive) else (FLOOR, 1.0)
     for ax, family in zip(panels, families, strict=True):
         of_family = [name for name in names if MEASURES[name].family == family]
         for place, name in zip(_spread(len(of_family)), of_family, strict=True):
             rows, look = importance[importance["method"] == name].set_index("unit").loc[units], MEASURES[name].look
-            value = rows["importance_nats"].clip(lower=FLOOR).to_numpy()
+            value = rows["importance_nats"].clip(lower=1.2 * low).to_numpy()
             error = Z95 * rows["se_nats"].fillna(0).to_numpy()
             # A log axis has no place for an interval's end at or below 0.
             ax.errorbar(
-                np.arange(len(units)) + place, value, yerr=[np.minimum(error, value - FLOOR / 2), error],
+                np.arange(len(units)) + place, value, yerr=[np.minimum(error, value - low), error],
                 fmt=look.marker, color=look.color, markersize=3.5, elinewidth=0.8,
             )  # fmt: skip
-        ax.set(yscale="log", ylim=(FLOOR / 2, None), xlim=(-0.6, len(units) - 0.4))
+        ax.set(yscale="log", ylim=(low, high), xlim=(-0.6, len(units) - 0.4))
         ax.set_title({"ablation": "each alone", "shapley": "Shapley values", "path": "gradients"}[family], fontsize=10)
         decades(ax.yaxis)
     panels[-1].set_xticks(range(len(units)), units, rotation=90 if len(units) > 8 else 0)

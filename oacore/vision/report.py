@@ -13,7 +13,7 @@ from oacore.report.series import in_order
 
 CAPTIONS = {
     "importance": "Importance of each unit with 95\u00a0% intervals over images, the most important by the reference "
-    "first; values at or below a millionth are drawn there.",
+    "first; values at or below 0 are drawn at the bottom.",
     "agreement": "Rank correlation over units with the reference, at equal numbers of forward passes, with 95\u00a0% "
     "intervals. Methods without a point can't be run within a budget.",
     "curves": "What is lost as units are replaced in each method's order, and as all but the first are.",
