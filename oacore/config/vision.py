@@ -3,7 +3,7 @@ what replaces a unit and of how its importance is measured.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from oacore.config.base import OptimalFit, Settings
 from oacore.config.colors import ACCENT, BLUE, GOLD, GREEN, INK, PURPLE, SLATE, TEAL
 from oacore.config.rows import Look, Row, registry
 
+Whole = Annotated[int, Field(ge=1)]
 UnitKind = Literal["channels", "branches", "blocks"]
 FEWEST_RANKED = 5  # units whose order says something
 PACKAGES = {"sklearn": "scikit-learn", "captum": "captum"}  # that only this section needs, by what is imported
@@ -148,8 +149,11 @@ class Images(Settings):
 class Network(Settings):
     """The residual network, which the workflow trains."""
 
-    widths: tuple[int, ...] = Field(
-        (8, 16, 32), min_length=1, description="channels of each block; every later one halves the picture"
+    widths: tuple[Whole, ...] = Field(
+        (8, 16, 32),
+        min_length=1,
+        max_length=4,  # of 8 x 8 pixels
+        description="channels of each block; every later one halves the picture",
     )
     branches: int = Field(2, ge=1, description="residual branches of a block")
     n_steps: int = Field(400, ge=1, description="training steps")
@@ -194,10 +198,12 @@ class Vision(Settings):
         16, ge=1, description="pairs of a random order of the units and its reverse, for each test image"
     )
     ig_steps: int = Field(16, ge=2, description="points on a path of gradients")
-    budgets: tuple[int, ...] = Field(
+    budgets: tuple[Whole, ...] = Field(
         (4000, 16000, 64000), description="forward passes at which methods are compared beside their full runs"
     )
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="draws of images and orders at each budget")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 1, 2), min_length=1, description="draws of images and orders at each budget"
+    )
     images: Images = Images()
     network: Network = Network()
     fit: ConstantsFit = ConstantsFit()
@@ -250,10 +256,4 @@ class Vision(Settings):
                 raise ValueError(f"{name}: {', '.join(map(str, values))} repeats a value; allowed: each once")
         if self.layer > self.n_branches:
             raise ValueError(f"layer: {self.layer}; allowed: 0 to {self.n_branches}, the network's residual branches")
-        if any(width < 1 for width in self.network.widths):
-            raise ValueError(f"network.widths: {', '.join(map(str, self.network.widths))}; allowed: 1 or more each")
-        if len(self.network.widths) > 4:  # of 8 x 8 pixels
-            raise ValueError(f"network.widths: {len(self.network.widths)} blocks; allowed: up to 4, of 8 x 8 pixels")
-        if any(budget < 1 for budget in self.budgets):
-            raise ValueError(f"budgets: {', '.join(map(str, self.budgets))}; allowed: 1 or more each")
         return self

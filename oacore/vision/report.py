@@ -46,7 +46,9 @@ def vision_section(
         of = agreement[agreement["units"] == kind]
         sentences += [agreement_sentence(of, str(kind), reference), budget_sentence(of, str(kind), reference)]
     sentences.append(sanity_sentence(sanity))
-    sentences.append(convergence_sentence(importance, "", "left_nats", "move the loss that was fitted, in nats,"))
+    sentences.append(
+        convergence_sentence(_fits(importance), "", "left_nats", "move the loss that was fitted, in nats,")
+    )
     return Section("digits: importance of a network's units", " ".join(filter(None, sentences)), parts)
 
 
@@ -97,13 +99,14 @@ def budget_sentence(agreement: pd.DataFrame, kind: str, reference: str) -> str:
 
 def sanity_sentence(sanity: pd.DataFrame) -> str:
     """How far importances are the same where the network means nothing."""
-    rows = sanity[sanity["randomised"] == "all"].groupby("method", sort=False)["spearman"].max()
-    if rows.empty:
+    rows = sanity[(sanity["randomised"] == "all") & sanity["spearman"].notna()]
+    largest = [
+        f"{three_digits(of['spearman'].max())} over {kind} ({of.loc[of['spearman'].idxmax(), 'method']})"
+        for kind, of in rows.groupby("units", sort=False)
+    ]
+    if not largest:
         return ""
-    return (
-        f"With all weights shuffled, the largest rank correlation with the trained network's importances is "
-        f"{three_digits(rows.max())} ({rows.idxmax()})."
-    )
+    return f"With all weights shuffled, the largest rank correlations with the trained network are {human(largest)}."
 
 
 def _comparison(
@@ -137,6 +140,12 @@ def _comparison(
         "correlation with the importances of a network with shuffled weights."
     )
     return Table(pd.DataFrame(columns), caption, "optimal")
+
+
+def _fits(importance: pd.DataFrame) -> pd.DataFrame:
+    """A row for each fit: Shapley values of all units rest on the same one."""
+    shared = importance["method"].map(lambda name: MEASURES[name].family == "shapley").astype(bool)
+    return importance[~(shared & importance.duplicated(["units", "method"]))]
 
 
 def _column(rows: pd.DataFrame, name: str, methods: Sequence[str]) -> list[object]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from captum.attr import FeatureAblation, ShapleyValueSampling
-from planted.vision import CHANNELS, CONSTANT, N, ONE, OTHER, UNUSED, loss, pictures, planted, shapley_by_orders
+from planted.vision import CHANNELS, CONSTANT, ONE, OTHER, UNUSED, N, loss, pictures, planted, shapley_by_orders
 
 from oacore.config.vision import MEASURES, Vision
 from oacore.vision.budgets import Effort
