@@ -29,7 +29,7 @@ class Effort(NamedTuple):
 def full_effort(row: Measure, settings: Vision) -> Effort:
     """On all test images, as the settings say."""
     replacement = REPLACEMENTS.get(row.replacement)
-    fitted, of_partner = (replacement is not None and getattr(replacement, name) for name in ("fitted", "of_partner"))
+    fitted, of_partner = (replacement.fitted, replacement.of_partner) if replacement else (False, False)
     return Effort(
         settings.images.n_test,
         settings.n_pairs if row.family == "shapley" else 0,
@@ -69,10 +69,17 @@ def image_passes(row: Measure, n: int, n_places: int, effort: Effort, settings: 
     if row.family == "ablation":
         return 1 + n * effort.n_draws
     if row.family == "shapley":
-        return 1 + (2**n - 1 if goes_through_all(n, effort.n_pairs) else 2 * n * effort.n_pairs)
+        if goes_through_all(n, effort.n_pairs):
+            return 1 + (2**n - 1) * shapley_draws(row, n, effort.n_pairs)
+        return 1 + 2 * n * effort.n_pairs
     if row.replacement:
         return 1 + GRADIENT * settings.ig_steps
     return 1 + GRADIENT * (settings.ig_steps + 1) * n_places
+
+
+def shapley_draws(row: Measure, n: int, n_pairs: int) -> int:
+    """How often all sets are gone through: with as many draws of other images as the pairs would pay for."""
+    return 2 * n * n_pairs // (2**n - 1) if REPLACEMENTS[row.replacement].of_partner else 1
 
 
 def fit_passes(row: Measure, n: int, steps: Sequence[int], settings: Vision, cap: int) -> int:

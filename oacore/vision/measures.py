@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oacore.config.vision import REPLACEMENTS, Measure, Vision
 from oacore.vision import attributions
-from oacore.vision.budgets import Effort, image_passes
+from oacore.vision.budgets import Effort, image_passes, shapley_draws
 from oacore.vision.data import Pictures
 from oacore.vision.passes import Passes, Values
 from oacore.vision.replacements import Activations, by_place, resample, spreads
@@ -90,8 +90,7 @@ def shapley(of: Bench, row: Measure, effort: Effort, constants: Tensor | None, i
         return of.test.losses_of(rows, gates, lambda part: carried(rows[part], draws[part], None))
 
     if goes_through_all(of.n, effort.n_pairs):
-        n_draws = 2 * of.n * effort.n_pairs // (2**of.n - 1) if REPLACEMENTS[row.replacement].of_partner else 1
-        return exact(loss, images, of.n, n_draws)
+        return exact(loss, images, of.n, shapley_draws(row, of.n, effort.n_pairs))
     return sampled(loss, images, of.n, effort.n_pairs, seed)
 
 

@@ -100,10 +100,10 @@ def budget_sentence(agreement: pd.DataFrame, kind: str, reference: str) -> str:
 def sanity_sentence(sanity: pd.DataFrame) -> str:
     """How far importances are the same where the network means nothing."""
     rows = sanity[(sanity["randomised"] == "all") & sanity["spearman"].notna()]
-    largest = [
-        f"{three_digits(of['spearman'].max())} over {kind} ({of.loc[of['spearman'].idxmax(), 'method']})"
-        for kind, of in rows.groupby("units", sort=False)
-    ]
+    largest = []
+    for kind, of in rows.groupby("units", sort=False):
+        most = of.sort_values("spearman", ascending=False, kind="stable").iloc[0]
+        largest.append(f"{three_digits(most['spearman'])} over {kind} ({most['method']})")
     if not largest:
         return ""
     return f"With all weights shuffled, the largest rank correlations with the trained network are {human(largest)}."
