@@ -140,7 +140,7 @@ def _lenses(inputs: Files, task: str, provenance: Provenance) -> Section:
 
 def _vision(settings: Vision, inputs: Files) -> Section:
     facts = read_json(inputs["vision_model"])
-    provenance = Provenance({name: facts[name] for name in ("network_hash", "images_hash")})
+    provenance = Provenance({name: facts[name] for name in ("model_hash", "images_hash")})
     tables = {name: read_table(inputs[f"vision_figures_{name}"], provenance) for name in VISION_TABLES}
     figures = _svgs(inputs, "vision_figures_figures", provenance)
     return vision_section(**tables, figures=figures, facts=facts, reference=f"shapley_{settings.replacements[0]}")

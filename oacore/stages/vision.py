@@ -30,8 +30,8 @@ def run(config: Config, inputs: Files, outputs: Files, units: UnitKind) -> None:
     assert settings is not None
     torch.set_num_threads(config.limits.threads)
     facts = read_json(inputs["model"])
-    hashes = {name: facts[name] for name in ("network_hash", "images_hash")}
-    network = read_network(inputs["weights"], settings.network, Provenance({"network_hash": facts["network_hash"]}))
+    hashes = {name: facts[name] for name in ("model_hash", "images_hash")}
+    network = read_network(inputs["weights"], settings.network, Provenance({"model_hash": facts["model_hash"]}))
     splits = digits(settings.images, config.seed)
     if digest(splits) != facts["images_hash"]:
         raise UserError(f"{inputs['model']}: trained on other images than scikit-learn has; delete it and run again")

@@ -15,7 +15,7 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     settings = config.vision
     assert settings is not None
     facts = read_json(inputs["model"])
-    provenance = Provenance({name: facts[name] for name in ("network_hash", "images_hash")})
+    provenance = Provenance({name: facts[name] for name in ("model_hash", "images_hash")})
     tables = {}
     for name in VISION_TABLES:
         paths = zip(settings.units, inputs.all(name), strict=True)

@@ -24,10 +24,10 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     network = train(settings.network, splits["network"], config.seed)
     measured = {split: accuracy_and_loss(network, images) for split, images in splits.items()}
     check_accuracy(measured["test"][0], settings.network)
-    network_hash = digest_of_tensors(network.state_dict())
-    write_network(outputs["weights"], network, Provenance({"network_hash": network_hash}))
+    model_hash = digest_of_tensors(network.state_dict())
+    write_network(outputs["weights"], network, Provenance({"model_hash": model_hash}))
     facts = {
-        "network_hash": network_hash,
+        "model_hash": model_hash,
         "images_hash": digest(splits),
         "n_weights": sum(tensor.numel() for tensor in network.state_dict().values()),
         "n_images": {split: len(images) for split, images in splits.items()},

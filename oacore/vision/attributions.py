@@ -18,7 +18,7 @@ from oacore.vision.passes import Passes, Values
 
 
 @torch.enable_grad()
-def integrated_gradients(passes: Passes, images: Tensor, values: Values, n_steps: int) -> Tensor:
+def gate_gradients(passes: Passes, images: Tensor, values: Values, n_steps: int) -> Tensor:
     """Attributions [N, n] of rows of images; a path takes n_steps gradients for each image."""
     from captum.attr import IntegratedGradients
 
@@ -31,7 +31,7 @@ def integrated_gradients(passes: Passes, images: Tensor, values: Values, n_steps
 
 
 @torch.enable_grad()
-def conductance(passes: Passes, images: Tensor, n_steps: int) -> Tensor:
+def layer_conductance(passes: Passes, images: Tensor, n_steps: int) -> Tensor:
     """The same by layer conductance; n_steps + 1 gradients for each image and place."""
     from captum.attr import LayerConductance
 

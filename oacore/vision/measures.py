@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oacore.config.vision import REPLACEMENTS, Measure, Vision
-from oacore.vision import attributions
+from oacore.vision.attributions import gate_gradients, layer_conductance
 from oacore.vision.budgets import Effort, image_passes, shapley_draws
 from oacore.vision.data import Pictures
 from oacore.vision.passes import Passes, Values
@@ -98,12 +98,12 @@ def integrated_gradients(
     of: Bench, row: Measure, effort: Effort, constants: Tensor | None, images: Tensor, seed: int
 ) -> Tensor:
     """Integrated gradients [N, n] of the KL, from all units replaced to none."""
-    return attributions.integrated_gradients(of.test, images, of.means[row.replacement], of.settings.ig_steps)
+    return gate_gradients(of.test, images, of.means[row.replacement], of.settings.ig_steps)
 
 
 def conductance(of: Bench, row: Measure, effort: Effort, constants: Tensor | None, images: Tensor, seed: int) -> Tensor:
     """Layer conductance [N, n] of the KL, from an empty picture."""
-    return attributions.conductance(of.test, images, of.settings.ig_steps)
+    return layer_conductance(of.test, images, of.settings.ig_steps)
 
 
 def measure(of: Bench, row: Measure, effort: Effort, constants: Tensor | None, seed: int) -> Measurement:

@@ -160,7 +160,7 @@ def _network(facts: Mapping[str, Any]) -> dict[str, object]:
         "images": facts["n_images"],
         "test accuracy": facts["accuracy"]["test"],
         "test loss in nats": facts["loss_nats"]["test"],
-        "weight hash": facts["network_hash"][:16],
+        "weight hash": facts["model_hash"][:16],
     }
 
 

@@ -26,7 +26,7 @@ FACTS = {
     "n_images": {"test": 4},
     "accuracy": {"test": 0.9},
     "loss_nats": {"test": 0.1},
-    "network_hash": "0" * 64,
+    "model_hash": "0" * 64,
 }
 
 
