@@ -1,4 +1,4 @@
-"""Optimal ablation: model -> prompts -> activations -> constants, gaps, circuits, interactions, tracing, lenses -> report."""
+"""Optimal ablation: model -> prompts -> activations -> constants, gaps, circuits, interactions, tracing, lenses, vision -> report."""
 
 import sys
 
@@ -10,9 +10,15 @@ from oacore.config.read import parse_config
 from oacore.config.yaml_file import read_yaml
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
-from oacore.jobs import INTERACTION_TABLES, data_sets, files_of, promised
+from oacore.jobs import INTERACTION_TABLES, VISION_TABLES, data_sets, files_of, promised
 from oacore.store.codehash import codehash
-from oacore.store.layout import Layout, circuit_file, model_settings, task_settings
+from oacore.store.layout import (
+    Layout,
+    circuit_file,
+    model_settings,
+    task_settings,
+    vision_settings,
+)
 from oacore.store.locks import hold_for_pipeline, mark_cache_complete
 from oacore.tasks.generate import check_files
 
@@ -89,4 +95,5 @@ include: "workflow/rules/circuits.smk"
 include: "workflow/rules/interactions.smk"
 include: "workflow/rules/tracing.smk"
 include: "workflow/rules/lenses.smk"
+include: "workflow/rules/vision.smk"
 include: "workflow/rules/report.smk"

@@ -6,8 +6,8 @@ The house, from the top down; imports point down:
   in; `runner` runs a stage: memory retry, signals, logs; `estimate` says before what it will take
 * `stages/`, one module per rule: read files, call one experiment, write files
 * `interactions/`, the experiment that stands on `circuits/`
-* `ablation/  circuits/  tracing/  lenses/`, the experiments: each has its science, figures and part of the report,
-  and none knows another
+* `ablation/  circuits/  tracing/  lenses/  vision/`, the experiments: each has its science, figures and part of
+  the report, and none knows another
 * `inputs`: the gated model and a task's prompts for all of them; `engine/`: clean and masked passes, statistics, parity
 * `models/`: weights, hub, residual graph, demo; `tasks/`: prompts; `fits/`: descent, resume, record;
   `report/`: numbers, figures, page; `jobs`: every job and its files

@@ -29,6 +29,7 @@ ONE = {
     "method": "one fitted ablation type, or circuit method",
     "ablation": "one ablation type of edges",
     "lens": "one lens",
+    "units": "one kind of units",
 }
 
 

@@ -48,6 +48,7 @@ INTERACTIONS = Measured(
 )
 AIE = Measured("{task}/tracing/aie.csv", ("corruption", "site", "position", "window", "layer"), "aie", "se")
 LENSES = Measured("{task}/lens/loss.csv", ("lens", "init", "layer"), "kl_nats", "se_nats")
+IMPORTANCE = Measured("vision/importance.csv", ("units", "unit", "method"), "importance_nats", "se_nats")
 MEASURED = (GAPS, CIRCUITS, EFFECTS, INTERACTIONS, AIE, LENSES)
 
 
@@ -91,6 +92,7 @@ def compare(first: Config, second: Config) -> Path:
     if Path(runs.first.results_dir).resolve() == Path(runs.second.results_dir).resolve():
         raise UserError(f"{runs.first.results_dir}: both runs; allowed: two runs, of another `run:` or `results_dir:`")
     every = [joined(runs, measured, task) for task in runs.tasks for measured in MEASURED]
+    every.append(joined(runs, IMPORTANCE, ""))  # of no task
     numbers = pd.concat([table for table in every if table is not None] or [pd.DataFrame()], ignore_index=True)
     if numbers.empty:
         raise UserError(f"{runs.names[0]} and {runs.names[1]}: no number in common; allowed: runs that share a task")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from oacore.config.lenses import LENS_SECTIONS, Truthfulness
 from oacore.config.run import Config
-from oacore.store.layout import Layout, circuit_file
+from oacore.store.layout import WEIGHTS, Layout, circuit_file
 
 # In the order in which they run; what each is run for beside the config.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -34,11 +34,15 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "lens_faithfulness": ("compare how lenses and model react to changes", ("task",)),
     "lens_truthfulness": ("compare layers before true and wrong demonstrations", ("task",)),
     "lens_figures": ("draw the lenses' figures", ("task",)),
+    "vision_model": ("train the network of vision:", ()),
+    "vision": ("measure the importance of a network's units", ("units",)),
+    "vision_figures": ("draw importances and how methods agree", ()),
     "report": ("write the HTML report", ()),
 }
-WITHOUT_GPU = (
-    "demo", "figures", "circuit_figures", "interaction_figures", "tracing_figures", "lens_figures", "report",
+DRAWING = (
+    "figures", "circuit_figures", "interaction_figures", "tracing_figures", "lens_figures", "vision_figures", "report",
 )  # fmt: skip
+WITHOUT_GPU = ("demo", "vision_model", "vision", *DRAWING)
 
 Named = dict[str, str | list[str]]
 
@@ -122,6 +126,11 @@ def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
             if getattr(config.lenses, section) is not None:
                 yield f"lens_{section}", {"task": task}
         yield "lens_figures", {"task": task}
+    if config.vision is not None:
+        yield "vision_model", {}
+        for kind in config.vision.units:
+            yield "vision", {"units": kind}
+        yield "vision_figures", {}
     yield "report", {}
 
 
@@ -328,6 +337,28 @@ def _lens_figures(layout: Layout, task: str) -> tuple[Named, Named]:
     }
 
 
+VISION_TABLES = ("importance", "agreement", "curves", "sanity")
+
+
+def _vision_model(layout: Layout) -> tuple[Named, Named]:
+    return {}, {"model": layout.vision_model("model.json"), "weights": layout.vision_model(WEIGHTS)}
+
+
+def _vision(layout: Layout, units: str) -> tuple[Named, Named]:
+    inputs = _vision_model(layout)[1]
+    return inputs, {name: layout.vision(f"{units}/{name}.csv") for name in VISION_TABLES}
+
+
+def _vision_figures(layout: Layout) -> tuple[Named, Named]:
+    settings = layout.config.vision
+    assert settings is not None
+    inputs: Named = {"model": layout.vision_model("model.json")}
+    for name in VISION_TABLES:
+        inputs[name] = [layout.vision(f"{units}/{name}.csv") for units in settings.units]
+    outputs: Named = {name: layout.vision(f"{name}.csv") for name in VISION_TABLES}
+    return inputs, outputs | {"figures": _drawn(layout.vision("figures/"), settings.figures())}
+
+
 def _report(layout: Layout) -> tuple[Named, Named]:
     """Of each experiment and task its tables and figures: the outputs of the stages that come last there."""
     config = layout.config
@@ -343,9 +374,13 @@ def _report(layout: Layout) -> tuple[Named, Named]:
         assert config.lenses is not None
         stages += [("lens_evaluation", task), ("lens_figures", task)]
         stages += [(f"lens_{name}", task) for name in LENS_SECTIONS if getattr(config.lenses, name) is not None]
+    stages += [("vision_figures", "")] * (config.vision is not None)
+    if config.vision is not None:
+        inputs["vision_model"] = layout.vision_model("model.json")
     for stage, task in stages:
-        for name, paths in files_of(layout, stage, task=task)[1].named().items():
-            inputs[f"{stage}_{name}_{task}"] = [path for path in paths if not path.endswith(".png")]
+        wildcards = {} if stage == "vision_figures" else {"task": task}
+        for name, paths in files_of(layout, stage, **wildcards)[1].named().items():
+            inputs[f"{stage}_{name}_{task}".rstrip("_")] = [path for path in paths if not path.endswith(".png")]
     return inputs, {"report": layout.report}
 
 
@@ -357,5 +392,6 @@ _FILES: dict[str, Callable[..., tuple[Named, Named]]] = {
     "tracing_fit": _tracing_fit, "tracing": _tracing,
     "tracing_figures": _tracing_figures, "lens_activations": _lens_activations, "lens_fit": _lens_fit,
     "lens_evaluation": _lens_evaluation, "lens_faithfulness": _lens_faithfulness,
-    "lens_truthfulness": _lens_truthfulness, "lens_figures": _lens_figures, "report": _report,
+    "lens_truthfulness": _lens_truthfulness, "lens_figures": _lens_figures,
+    "vision_model": _vision_model, "vision": _vision, "vision_figures": _vision_figures, "report": _report,
 }  # fmt: skip

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from oacore.config.run import Config
 from oacore.estimate.table import duration
-from oacore.jobs import STAGES, WITHOUT_GPU, Files, files_of, planned
+from oacore.jobs import DRAWING, STAGES, Files, files_of, planned
 from oacore.store.items import NotStoredError, only_looking
 from oacore.store.layout import Layout
 from oacore.store.locks import CACHE_STAGES
 
 # What reads the store first and then computes. Stages of the cache make their files whole; those that draw take seconds
 # and are not spoken of.
-WITH_ITEMS = tuple(stage for stage in STAGES if stage not in (*CACHE_STAGES, *WITHOUT_GPU))
+WITH_ITEMS = tuple(stage for stage in STAGES if stage not in (*CACHE_STAGES, *DRAWING))
 
 
 @dataclass(frozen=True)

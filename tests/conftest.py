@@ -208,7 +208,7 @@ def own_copy(tiny_run, tmp_path):
     import shutil
 
     config, layout = tiny_run
-    for folder in (layout.model_dir, layout.results_dir):
+    for folder in (*layout.cache_folders, layout.results_dir):
         shutil.copytree(folder, tmp_path / Path(folder).relative_to(config.cache_dir))
     return config.model_copy(update={"cache_dir": tmp_path, "results_dir": tmp_path / "results"})
 

@@ -52,7 +52,12 @@ def test_numbers_are_joined_with_their_difference(runs):
     )
     assert (numbers["table"] == "ioi/ablation/gaps.csv").sum() == len(gaps)
     assert (numbers["table"] == "ioi/circuits/pareto.csv").sum() == len(pareto)
-    others = ("facts/tracing/aie.csv", "text/lens/loss.csv", *(f"ioi/interactions/{name}.csv" for name in INTERACTIONS))
+    others = (
+        "facts/tracing/aie.csv",
+        "vision/importance.csv",
+        "text/lens/loss.csv",
+        *(f"ioi/interactions/{name}.csv" for name in INTERACTIONS),
+    )
     assert set(others) < set(numbers["table"])
     changed = numbers[numbers["difference"] != 0]
     assert changed["row"].tolist() == ["a1.h2 mean"]

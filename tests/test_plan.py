@@ -14,11 +14,13 @@ CIRCUITS = {
     "interactions": None,
     "tracing": None,
     "lenses": None,
+    "vision": None,
 }
-COMPONENTS = {"circuits": None, "interactions": None, "tracing": None, "lenses": None}
-INTERACTIONS = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "tracing": None, "lenses": None}
-TRACING = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "lenses": None}
-LENSES = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "tracing": None}
+COMPONENTS = {"circuits": None, "interactions": None, "tracing": None, "lenses": None, "vision": None}
+INTERACTIONS = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "tracing": None, "lenses": None, "vision": None}
+TRACING = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "lenses": None, "vision": None}
+LENSES = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "tracing": None, "vision": None}
+VISION = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "tracing": None, "lenses": None}
 N_CURVES = 3 * 3 * 2  # of the tiny run: sites, positions, windows
 
 # What changes in a part, and the new items by job, as far as they are known before the first of them is computed.
@@ -81,6 +83,21 @@ CHANGES = {
         INTERACTIONS,
         {"interactions": {"ablations": ["optimal", "mean", "zero"]}},
         {"interactions ioi zero": 23},
+    ),
+    "what vision shows elsewhere": (
+        VISION,
+        {"vision": {"units": ["blocks"], "budgets": [], "replacements": ["zero"]}},
+        {},
+    ),
+    "a replacement": (
+        VISION,
+        {"vision": {"units": ["blocks"], "replacements": ["optimal", "zero", "mean"]}},
+        {"vision blocks": 3},  # alone, in sets, by gradients
+    ),
+    "how constants of units are fitted": (
+        VISION,
+        {"vision": {"units": ["blocks"], "fit": {"max_steps": 8}}},
+        {"vision blocks": 2},
     ),
     "a corruption": (TRACING, {"tracing": {"noise_scales": [1, 3, 5]}}, {"tracing facts": N_CURVES}),
     "a window": (TRACING, {"tracing": {"windows": [1, 3, 5]}}, {"tracing_fit facts": N_CURVES // 2}),

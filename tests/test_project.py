@@ -25,7 +25,7 @@ FLOORS = (
     ("models",),
     ("engine",),
     ("inputs",),
-    ("ablation", "circuits", "tracing", "lenses"),
+    ("ablation", "circuits", "tracing", "lenses", "vision"),
     # Interactions are judged as circuits are.
     ("interactions",),
     # The estimate shares the numbers of the experiments (how much they do at a time), so that it stands above them; it
@@ -39,7 +39,9 @@ FLOORS = (
 def requirements():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = {"python": project["requires-python"]}
-    for line in project["dependencies"] + project["optional-dependencies"]["slurm"]:
+    for line in (
+        project["dependencies"] + project["optional-dependencies"]["slurm"] + project["optional-dependencies"]["vision"]
+    ):
         name, specifier = re.fullmatch(r"([\w-]+)([^;]*)(?:;.*)?", line).groups()
         found[name] = specifier.strip()
     return found
@@ -79,7 +81,7 @@ def test_every_dependency_is_imported_somewhere():
         text = path.read_text()
         imports |= set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.M))
     names = {
-        name: {"pyyaml": "yaml", "transformer-lens": "transformer_lens"}.get(name, name)
+        name: {"pyyaml": "yaml", "transformer-lens": "transformer_lens", "scikit-learn": "sklearn"}.get(name, name)
         for name in requirements()
         if name not in ("python", "snakemake-executor-plugin-slurm")  # Snakemake finds its plugins itself
     }

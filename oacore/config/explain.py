@@ -14,6 +14,7 @@ from oacore.config.rows import Row
 from oacore.config.run import Config
 from oacore.config.tasks import PAIRS, TASKS, Pairs, Tasks
 from oacore.config.tracing import CORRUPTIONS
+from oacore.config.vision import REPLACEMENTS
 
 
 def describe_error(error: ErrorDetails) -> str:
@@ -102,6 +103,7 @@ def describe_names() -> list[tuple[str, str, str]]:
         "circuits.ablations": EDGE_ABLATIONS,
         "tracing.corruptions": CORRUPTIONS,
         "lenses.lenses": LENSES,
+        "vision.replacements": REPLACEMENTS,
     }
     return [(key, row.name, row.note) for key, rows in registries.items() for row in rows.values()]
 

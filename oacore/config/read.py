@@ -1,5 +1,6 @@
 """Read and validate a config."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -8,6 +9,7 @@ from oacore.config.explain import describe_error
 from oacore.config.model import check_architecture, is_directory_name
 from oacore.config.run import Config
 from oacore.config.tasks import task_row
+from oacore.config.vision import PACKAGES
 from oacore.config.yaml_file import read_yaml
 from oacore.errors import UserError
 
@@ -37,6 +39,7 @@ def parse_config(values: object) -> Config:
         raise UserError("config is not valid\n" + "\n".join(lines)) from None
     _check_model(config)
     _check_paths(config)
+    _check_packages(config)
     return config
 
 
@@ -75,6 +78,16 @@ def _check_paths(config: Config) -> None:
         if not path.exists():
             folder = " or directory" if key == "tasks.text.path" else ""
             raise UserError(f"{key}: {str(path)!r} does not exist; allowed: an existing file{folder}")
+
+
+def _check_packages(config: Config) -> None:
+    if config.vision is not None and (
+        missing := [name for module, name in PACKAGES.items() if find_spec(module) is None]
+    ):
+        raise UserError(
+            f"vision: {' and '.join(missing)} can't be imported; allowed: without this section, or after "
+            "`pip install 'oacore[vision]'`"
+        )
 
 
 def input_files(config: Config) -> list[tuple[str, Path]]:

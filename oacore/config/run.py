@@ -18,10 +18,11 @@ from oacore.config.lenses import Lenses
 from oacore.config.model import DEMO, DEMO_TRAINED, DemoModel
 from oacore.config.tasks import TASKS, Tasks, task_row
 from oacore.config.tracing import Tracing
+from oacore.config.vision import Vision
 
 FACTS = "facts"  # the task that is traced unless others are named
 LOGIT_DIFFERENCE = "takes the logit difference, since KL has no gradient at the clean run"
-OPTIONAL_SECTIONS = ("circuits", "interactions", "tracing", "lenses")  # whose presence asks for an experiment
+OPTIONAL_SECTIONS = ("circuits", "interactions", "tracing", "lenses", "vision")  # whose presence asks for an experiment
 
 
 class Limits(Settings):
@@ -91,6 +92,7 @@ class Config(Settings):
     interactions: Interactions | None = None
     tracing: Tracing | None = None
     lenses: Lenses | None = None
+    vision: Vision | None = None
 
     @model_validator(mode="before")
     @classmethod

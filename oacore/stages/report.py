@@ -5,9 +5,10 @@ from typing import Any
 from oacore.ablation.report import ablation_section, methods_section
 from oacore.circuits.report import circuit_methods_section, circuit_section
 from oacore.config.run import Config
+from oacore.config.vision import Vision
 from oacore.inputs import provenance_of
 from oacore.interactions.report import interaction_methods_section, interaction_section
-from oacore.jobs import INTERACTION_TABLES, Files
+from oacore.jobs import INTERACTION_TABLES, VISION_TABLES, Files
 from oacore.lenses.report import lens_methods_section, lens_section
 from oacore.report.page import provenance_section, write
 from oacore.report.parts import Section
@@ -15,6 +16,7 @@ from oacore.store.artefacts import read_json, read_svg, read_table
 from oacore.store.provenance import Provenance
 from oacore.tasks.stored import read_facts
 from oacore.tracing.report import traced_counts, tracing_methods_section, tracing_section
+from oacore.vision.report import vision_methods_section, vision_section
 
 
 def run(config: Config, inputs: Files, outputs: Files) -> None:
@@ -35,6 +37,8 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
             sections.append(_tracing(config, inputs, task, provenance))
         if task in config.lens_tasks():
             sections.append(_lenses(inputs, task, provenance))
+    if config.vision is not None:
+        sections.append(_vision(config.vision, inputs))
     appendix = [methods_section(config.ablation.methods)] if config.ablation_tasks() else []
     if config.circuits is not None:
         appendix.append(circuit_methods_section(config.circuits.methods, config.circuits.ablations))
@@ -44,6 +48,8 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
         appendix.append(tracing_methods_section(config.tracing.corruption_names()))
     if config.lenses is not None:
         appendix.append(lens_methods_section(config.lenses.lenses))
+    if config.vision is not None:
+        appendix.append(vision_methods_section(config.vision.measures()))
     appendix.append(provenance_section(config.model_dump(mode="json")))
     write(outputs["report"], "Optimal ablation", _run_facts(config, facts, counts), sections, appendix)
     print(f"report: {outputs['report'].resolve()}")
@@ -126,3 +132,11 @@ def _lenses(inputs: Files, task: str, provenance: Provenance) -> Section:
         if f"lens_{name}_table_{task}" in inputs.named()
     }
     return lens_section(task, loss, figures, captioned, **tables)
+
+
+def _vision(settings: Vision, inputs: Files) -> Section:
+    facts = read_json(inputs["vision_model"])
+    provenance = Provenance({name: facts[name] for name in ("model_hash", "images_hash")})
+    tables = {name: read_table(inputs[f"vision_figures_{name}"], provenance) for name in VISION_TABLES}
+    figures = _svgs(inputs, "vision_figures_figures", provenance)
+    return vision_section(**tables, figures=figures, facts=facts, reference=f"shapley_{settings.replacements[0]}")

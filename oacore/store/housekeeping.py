@@ -73,7 +73,10 @@ def pieces(configs: Sequence[Config]) -> list[Piece]:
         if not lists:
             raise UserError(f"{layout.results_dir}: no list of what it needs; allowed: configs of finished runs")
         needs(layout, (name for path in lists for name in read_json(path)["items"]))
-        needs(layout, [Path(layout.model_dir), *(Path(layout.task_dir(t)) for t in layout.config.tasks.selected())])
+        needs(
+            layout,
+            [*map(Path, layout.cache_folders), *(Path(layout.task_dir(t)) for t in layout.config.tasks.selected())],
+        )
     caches = dict.fromkeys(Path(layout.model_dir).parent for layout in layouts)
     return [piece for cache in caches for piece in _pieces_of(cache, {key: tuple(of) for key, of in runs.items()})]
 

@@ -49,6 +49,12 @@ def task_settings(config: Config, task: str) -> dict[str, object]:
     return {"seed": config.seed, **values}
 
 
+def vision_settings(config: Config) -> dict[str, object]:
+    """What determines the network of `vision:` and its images."""
+    assert config.vision is not None
+    return {"seed": config.seed, **config.vision.of_network()}
+
+
 def circuit_file(knob: float, seed: int) -> str:
     """Name of a circuit's file in its method's folder."""
     return f"{knob:g}-s{seed}.json"
@@ -75,6 +81,7 @@ class Layout:
         self.model_json = f"{self.model_dir}/model.json"
         self.weights = f"{self.model_dir}/{WEIGHTS}"
         self.demo_model = f"{self.model_dir}/demo"  # where the workflow trains it; the shipped one is not there
+        self.vision_dir = f"{cache}/digits-{short_hash(vision_settings(config))}" if config.vision is not None else ""
         self._task_dirs = {
             task: f"{task}-{short_hash(task_settings(config, task))}" for task in config.tasks.selected()
         }
@@ -105,6 +112,11 @@ class Layout:
         every = self.config.lenses is not None and self.config.lenses.positions == "all"
         return f"{self.task_dir(task)}/{'activations-all' if every else 'activations'}.h5"
 
+    @property
+    def cache_folders(self) -> list[str]:
+        """The folders of models that this run reads from, or writes to: the language model's, and that of `vision:`."""
+        return [self.model_dir, *([self.vision_dir] if self.vision_dir else [])]
+
     def cache_files(self) -> list[str]:
         """All that this run reads from, or writes to, the folder that runs share."""
         config = self.config
@@ -112,6 +124,7 @@ class Layout:
         tasks += [self.activations(task) for task in config.cached_tasks()]
         rows = [self.lens_rows(task) for task in config.lens_tasks()]
         stored = [self.weights] * config.store_weights
+        rows += [self.vision_model(name) for name in ("model.json", WEIGHTS) if config.vision is not None]
         return [self.demo_model] * config.trains_demo + [self.model_json, *stored, *tasks, *rows]
 
     def ablation(self, task: str, file: str) -> str:
@@ -129,6 +142,14 @@ class Layout:
     def lens(self, task: str, file: str) -> str:
         """A file of a task's lenses."""
         return f"{self.results_dir}/{task}/lens/{file}"
+
+    def vision_model(self, file: str) -> str:
+        """A file of the network of `vision:`, which runs share."""
+        return f"{self.vision_dir}/{file}"
+
+    def vision(self, file: str) -> str:
+        """A file of the importance of that network's units."""
+        return f"{self.results_dir}/vision/{file}"
 
     def tracing(self, task: str, file: str) -> str:
         """A file of a task's causal tracing."""

@@ -23,7 +23,7 @@ from oacore.store.atomic import atomic_path
 from oacore.store.codehash import codehash
 from oacore.store.layout import Layout, short_hash
 
-CACHE_STAGES = ("demo", "model", "prompts", "activations", "lens_activations")
+CACHE_STAGES = ("demo", "model", "prompts", "activations", "lens_activations", "vision_model")
 SECONDS_BETWEEN_TRIES = 0.5
 _held: list[IO[str]] = []  # open files hold locks; these live as long as the process
 
@@ -105,10 +105,8 @@ def hold_for_pipeline(layout: Layout, *, wait: bool = True) -> None:
     Raises:
         UserError: something is held and `wait` is False.
     """
-    folders = {
-        layout.results_dir: "exclusive",
-        layout.model_dir: "shared" if cache_is_complete(layout) else "exclusive",
-    }
+    of_cache = "shared" if cache_is_complete(layout) else "exclusive"
+    folders = {layout.results_dir: "exclusive"} | dict.fromkeys(layout.cache_folders, of_cache)
     for folder, mode in folders.items():
         hold(f"{folder}/.lock", folder, shared=mode == "shared", wait=wait)
         if mode == "exclusive":
@@ -131,7 +129,7 @@ def holding_for_pipeline(layout: Layout) -> Iterator[None]:
 
 def hold_for_job(layout: Layout) -> None:
     """Make pipelines that want to write where this job writes wait for its end, should its own pipeline be killed."""
-    for folder in (layout.results_dir, layout.model_dir):
+    for folder in (layout.results_dir, *layout.cache_folders):
         hold(f"{folder}/.jobs.lock", folder, shared=True)
 
 

@@ -1,6 +1,7 @@
 """Every wrong key or value gives one message that names the path, the value and what is allowed."""
 
 import copy
+import importlib.util
 import json
 import re
 import subprocess
@@ -176,6 +177,13 @@ CIRCUITS = {"tasks": {"ioi": None}}
         ({"interactions": {"tasks": ["facts"]}}, ["interactions.tasks", "facts", "ioi"]),
         ({"interactions": {"n_components": 0}}, ["interactions.n_components: 0", "allowed"]),
         ({"interactions": {"components": ["m1", "m1"]}}, ["interactions.components", "repeats"]),
+        ({"vision": {"units": ["chanels"]}}, ["vision.units[0]", "did you mean 'channels'"]),
+        ({"vision": {"replacements": ["zero", "zero"]}}, ["vision.replacements: zero, zero", "repeats"]),
+        ({"vision": {"layer": 7}}, ["vision.layer: 7", "0 to 6"]),
+        ({"vision": {"network": {"widths": [4] * 5}}}, ["vision.network.widths: [4, 4, 4, 4, 4]", "at most 4"]),
+        ({"vision": {"network": {"widths": [4, 0]}}}, ["vision.network.widths[1]: 0", "greater than or equal to 1"]),
+        ({"vision": {"budgets": [0]}}, ["vision.budgets[0]: 0", "greater than or equal to 1"]),
+        ({"vision": {"images": {"n_test": 1000}}}, ["vision.images.n_network: 2350 images", "1797 in all"]),
         ({"circuits": {"tasks": ["facts"]}}, ["circuits.tasks", "facts", "ioi"]),
         ({"circuits": {"methods": ["manual"]}}, ["'manual'", "GPT-2-small"]),
         ({"circuits": {"lambdas": [0.001, 0.001]}}, ["lambdas", "repeats"]),
@@ -373,3 +381,16 @@ def test_what_the_demo_computes_is_part_of_the_full_demo():
     assert not is_part(
         full.model_dump(mode="json", exclude_unset=True) | {"run": demo.run}, demo.model_dump(mode="json")
     )
+
+
+@pytest.mark.parametrize("missing", ["sklearn", "captum"])
+def test_vision_without_its_packages_is_one_error(missing, monkeypatch):
+    """The others do not need them."""
+    monkeypatch.setattr(
+        "oacore.config.read.find_spec", lambda name: None if name == missing else importlib.util.find_spec(name)
+    )
+    found = message(GOOD | {"vision": None})
+    assert re.fullmatch(
+        r"vision: (scikit-learn|captum) can't be imported; allowed: .*pip install 'oacore\[vision\]'`", found
+    )
+    assert parse_config(GOOD).vision is None

@@ -45,7 +45,7 @@ def run(tiny_run, tmp_path_factory):
     """
     config, layout = tiny_run
     root = tmp_path_factory.mktemp("copy")
-    for folder in (layout.model_dir, layout.results_dir):
+    for folder in (*layout.cache_folders, layout.results_dir):
         place = root / Path(folder).relative_to(config.cache_dir)
         shutil.copytree(folder, place, ignore=shutil.ignore_patterns(FOLDER))
     config = config.model_copy(update={"cache_dir": root, "results_dir": root / "results"})
@@ -215,6 +215,14 @@ READ_BY = {
     ),
     "interactions": (lambda layout: layout.interactions("ioi", "interactions.csv"), "report", {}),
     "paths drawn": (lambda layout: layout.interactions("ioi", "figures/paths_mean.svg"), "report", {}),
+    "weights of the network": (
+        lambda layout: layout.vision_model("weights.safetensors"),
+        "vision",
+        {"units": "blocks"},
+    ),
+    "importance of blocks": (lambda layout: layout.vision("blocks/importance.csv"), "vision_figures", {}),
+    "agreement": (lambda layout: layout.vision("agreement.csv"), "report", {}),
+    "importances drawn": (lambda layout: layout.vision("figures/importance_blocks.svg"), "report", {}),
     "tracing constants": (
         lambda layout: layout.tracing("facts", "constants.safetensors"),
         "tracing",

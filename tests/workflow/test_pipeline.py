@@ -28,7 +28,7 @@ from oacore.engine.activations import read_clean_log_probs, read_statistics
 from oacore.engine.forward import residual_after
 from oacore.engine.prompts import batch_of
 from oacore.errors import UserError
-from oacore.jobs import jobs
+from oacore.jobs import VISION_TABLES, jobs
 from oacore.models.load import load
 from oacore.runner import run_stage
 from oacore.store.housekeeping import NEEDED
@@ -135,6 +135,44 @@ def test_effects_are_complete(finished):
     assert (effects.set_index(["component", "method"])["direct_nats"] == direct).all()
     repair = effects["direct_nats"] - effects["total_nats"] - effects["self_repair_nats"]
     assert repair.abs().max() < 1e-12
+
+
+def test_importances_are_complete(finished):
+    config, layout, _ = finished
+    settings, folder = config.vision, Path(layout.vision(""))
+    tables = {f"{name}.csv" for name in VISION_TABLES}
+    assert names_in(folder) == tables | {"figures", *settings.units}
+    assert all(names_in(folder / units) == tables for units in settings.units)
+    figures = {f"{name}.{kind}" for name in settings.figures() for kind in ("svg", "png")}
+    assert {path.name for path in (folder / "figures").iterdir()} == figures
+    assert {"model.json", "weights.safetensors"} <= names_in(layout.vision_dir)
+    importance, agreement, curves, sanity = (pd.read_csv(folder / f"{name}.csv") for name in VISION_TABLES)
+    measures = [*settings.measures()]
+    counts = importance.value_counts(["units", "method"])
+    assert (counts["channels"] == 8).all() and (counts["blocks"] == 2).all()
+    assert set(importance["method"]) == set(measures) and len(measures) == 6
+    assert (importance["n_images"] == 40).all() and (importance["se_nats"] >= 0).all()
+    fitted = importance["method"].isin(["optimal", "shapley_optimal"])
+    assert (importance[["converged", "steps", "left_nats"]].notna().all(axis=1) == fitted).all()
+    assert set(agreement["units"]) == set(curves["units"]) == set(sanity["units"]) == {"channels"}, (
+        "two blocks have no order"
+    )
+    whole = agreement[agreement["budget"].isna()]
+    assert set(whole["reference"]) == {"shapley_optimal", "shapley_zero"} and len(whole) == 2 * (len(measures) - 1)
+    assert (agreement["forward_passes"] <= agreement["budget"].fillna(np.inf)).all()
+    assert agreement["spearman"].dropna().between(-1, 1).all() and agreement["spearman"].notna().any()
+    assert (curves.value_counts(["method", "replacement", "direction"]) == 9).all()
+    assert curves.loc[curves["n_replaced"] == 0, "nats"].abs().max() == 0
+    # With everything replaced the order does not matter, and Shapley values share that out.
+    of_all = curves[curves["n_replaced"] == 8].groupby("replacement")["nats"]
+    assert ((of_all.max() - of_all.min()) < 1e-5 * of_all.max()).all()
+    sums = importance[importance["units"] == "channels"].groupby("method")["importance_nats"].sum()
+    for replacement in settings.replacements:
+        assert sums[f"shapley_{replacement}"] == pytest.approx(of_all.max()[replacement], rel=1e-4)
+    assert sums["integrated_gradients_zero"] == pytest.approx(sums["shapley_zero"], rel=0.2)  # by four points
+    assert set(sanity["randomised"]) == {"head", "all"} and set(sanity["method"]) == {
+        "zero", "optimal", "integrated_gradients_zero", "conductance",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("effect", ["total", "direct", "pair"])
@@ -602,8 +640,8 @@ def test_report_is_one_offline_page_with_everything(finished):
     of_tracing = len(config.tracing.figures())
     of_lenses = len(config.lenses.figures()) + config.lenses.pictures
     of_ablation = len(config.ablation_tasks()) * len(config.ablation.figures())
-    of_interactions = len(config.interactions.figures())
-    assert page.tags.count("figure") == of_ablation + of_circuits + of_interactions + of_tracing + of_lenses
+    others = len(config.interactions.figures()) + len(config.vision.figures())
+    assert page.tags.count("figure") == of_ablation + of_circuits + others + of_tracing + of_lenses
     for word in (
         "ioi",
         "facts",
@@ -693,7 +731,7 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
         "optimal": 4,
         "gaps": 2,
         "figures": 2,
-    } | every_circuit | every_effect | every_trace | of_oca | {"lens_fit": 6}
+    } | every_circuit | every_effect | every_trace | of_oca | {"lens_fit": 6, "vision": 2, "vision_figures": 1}
     assert stale({"dtype": "bf16"})["model"] == 1
 
 
@@ -728,6 +766,8 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
         layout.lens("text", ""),
         layout.interactions("ioi", ""),
         layout.interactions("ioi", "optimal"),
+        layout.vision(""),
+        layout.vision("channels"),
     ):
         for path in Path(folder).iterdir():
             if path.is_file():
@@ -753,7 +793,7 @@ def fresh(finished, tmp_path):
     }
     values["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"], "tasks": ["ioi"]}
     values["circuits"] |= {"methods": ["ugs"], "ablations": ["optimal"], "seeds": [0]}
-    del values["tracing"], values["lenses"]  # of other tasks
+    del values["tracing"], values["lenses"], values["vision"]  # of other tasks
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     layout = Layout(load_config(path))
@@ -832,7 +872,7 @@ def test_ctrl_c_in_a_fit_and_the_next_run_goes_on(fresh, tmp_path):
 def test_bad_config_stops_before_any_job(tmp_path, change, parts):
     path = tmp_path / "bad.yaml"
     values = yaml.safe_load(TINY.read_text())
-    del values["tracing"], values["lenses"]  # of tasks that are not in every change
+    del values["tracing"], values["lenses"], values["vision"]  # of tasks that are not in every change
     values["ablation"]["tasks"] = None
     path.write_text(yaml.safe_dump(values | change))
     result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
@@ -856,7 +896,13 @@ def test_bad_facts_stop_before_any_job(tmp_path):
     (tmp_path / "facts.csv").write_text("subject,prompt,answer\nParis,Paris is in,France\nRome,It is in,Italy\n")
     path = tmp_path / "bad.yaml"
     values = yaml.safe_load(TINY.read_text()) | {"tasks": {"facts": {"path": str(tmp_path / "facts.csv")}}}
-    del values["circuits"], values["interactions"], values["lenses"], values["ablation"]["tasks"]  # of other tasks
+    del (
+        values["circuits"],
+        values["interactions"],
+        values["lenses"],
+        values["vision"],
+        values["ablation"]["tasks"],
+    )  # of other tasks
     path.write_text(yaml.safe_dump(values))
     result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
     assert result.returncode != 0 and "Traceback" not in result.stderr
@@ -871,7 +917,13 @@ def test_bad_input_in_a_job_gives_one_error(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     path = tmp_path / "bad.yaml"
     text = yaml.safe_load(TINY.read_text()) | {"tasks": {"text": {"path": str(tmp_path / "empty.txt")}}}
-    del text["circuits"], text["interactions"], text["tracing"], text["ablation"]["tasks"]  # of other tasks
+    del (
+        text["circuits"],
+        text["interactions"],
+        text["tracing"],
+        text["vision"],
+        text["ablation"]["tasks"],
+    )  # of other tasks
     path.write_text(yaml.safe_dump(text))
     config = load_config(path).model_copy(update={"cache_dir": tmp_path / "cache"})
     assert isinstance(config, Config)

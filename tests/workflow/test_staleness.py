@@ -66,12 +66,15 @@ OCA = LENSES | {"lens_fit": 3}  # oca, oca_shared, linear_oca
 TUNED = MEASURED | {"lens_fit": 4}  # tuned twice, linear_oca, grad
 FAITHFULNESS = {"lens_faithfulness": 1, "lens_figures": 1} | REPORT
 TRUTHFULNESS = {"lens_truthfulness": 1, "lens_figures": 1} | REPORT
+IMPORTANCE = {"vision": 2, "vision_figures": 1} | REPORT
+NETWORK = {"vision_model": 1} | IMPORTANCE
 OF_IOI = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "circuits": 16} | SHOWN | RANKED
 OF_FACTS = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1} | TRACING
 OF_TEXT = {"prompts": 1, "activations": 1} | LENSES
-RESULTS = {"optimal": 4, "circuits": 16} | GAPS | SHOWN | RANKED | TRACING | LENSES
+RESULTS = {"optimal": 4, "circuits": 16} | GAPS | SHOWN | RANKED | TRACING | LENSES | IMPORTANCE
+OF_MODEL = {"model": 1, "prompts": 3, "activations": 3} | {k: v for k, v in RESULTS.items() if "vision" not in k}
 PROMPTS = {"prompts": 3, "activations": 3} | RESULTS
-EVERYTHING = {"model": 1} | PROMPTS
+EVERYTHING = OF_MODEL | NETWORK
 NOTHING: dict[str, int] = {}
 TRAINING_KEYS = tuple(DemoModel.model_fields)
 
@@ -79,11 +82,11 @@ TRAINING_KEYS = tuple(DemoModel.model_fields)
 KEYS = {
     "run": ("other", RESULTS),
     "revision": ("main", REPORT),  # the demo has none
-    "dtype": ("bf16", EVERYTHING),
-    "precision": ("ieee", EVERYTHING),
+    "dtype": ("bf16", OF_MODEL),
+    "precision": ("ieee", OF_MODEL),
     "device": ("auto", NOTHING),
     "store_weights": (False, NOTHING),
-    "seed": (1, PROMPTS),
+    "seed": (1, PROMPTS | NETWORK),
     "cache_dir": ("{elsewhere}", EVERYTHING),
     "results_dir": ("{elsewhere}", RESULTS),
     "limits.tokens_per_batch": (1000, NOTHING),
@@ -166,6 +169,19 @@ KEYS = {
     "lenses.truthfulness.template": ("{text}: {label}", TRUTHFULNESS),
     "lenses.truthfulness.separator": (";", TRUTHFULNESS),
     "lenses.truthfulness.lenses": (["logit"], TRUTHFULNESS),
+    "vision.units": (["channels"], {"vision_figures": 1} | REPORT),
+    "vision.layer": (1, IMPORTANCE | {"vision": 1}),
+    "vision.replacements": (["zero"], IMPORTANCE),
+    "vision.n_pairs": (3, IMPORTANCE),
+    "vision.ig_steps": (3, IMPORTANCE),
+    "vision.budgets": ([2000], IMPORTANCE),
+    "vision.seeds": ([1], IMPORTANCE),
+    **{f"vision.images.n_{split}": (30, NETWORK) for split in ("network", "train", "validation", "test")},
+    "vision.network.widths": ([5, 6], NETWORK),
+    **{f"vision.network.{key}": (2, NETWORK) for key in ("branches", "n_steps", "batch_size", "learning_rate")},
+    "vision.network.min_accuracy": (0.1, NETWORK),
+    **{f"vision.fit.{key}": (7, IMPORTANCE) for key in ("learning_rate", "batch_size", "first_round", "max_steps")},
+    "vision.fit.tolerance": (0.5, IMPORTANCE),
 }
 
 
@@ -225,7 +241,7 @@ def test_another_model_re_runs_all(finished, places):
     }.items():
         values = with_value(values, key, value)
     values = with_value(values, "lenses.truthfulness.datasets", [f"{places['demo']}/labels.csv"])
-    assert planned(values, path) == positive(EVERYTHING)
+    assert planned(values, path) == positive(OF_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -378,23 +394,31 @@ NEXT = {
     "lens_faithfulness": "lens_figures report",
     "lens_truthfulness": "lens_figures report",
     "lens_figures": "report",
+    "vision_model": "vision vision_figures report",
+    "vision": "vision_figures",
+    "vision_figures": "report",
     "report": "",
 }
 
 # The first rules that use each module, without those that come after them anyway.
 MODULES = {
     "model": "engine/forward engine/parity inputs models/graph models/hub models/load "
-    "models/stored models/weights stages/model store/artefacts store/checksums store/items store/provenance "
+    "models/stored models/weights stages/model store/checksums "
     "store/reader store/writer tasks/prompts tasks/stored",
-    "prompts": "draws engine/clean stages/prompts tasks/generate",
+    "model vision_model": "store/artefacts store/provenance",
+    "model vision": "store/items",
+    "prompts": "engine/clean stages/prompts tasks/generate",
+    "prompts vision_model": "draws",
     "activations": "engine/activations engine/prompts engine/statistics stages/activations",
-    "optimal interaction_ranking tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch metrics",
+    "optimal interaction_ranking tracing_fit lens_fit vision": "fits/descent fits/record fits/resume fits/watch "
+    "metrics",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
-    "gaps circuits interaction_ranking tracing lens_evaluation": "fits/convergence",
+    "gaps circuits interaction_ranking tracing lens_evaluation vision": "fits/convergence",
     "gaps": "ablation/gaps ablation/replacements stages/gaps",
     "figures": "ablation/plots ablation/tables fits/curves stages/figures",
-    "figures circuit_figures interaction_figures tracing_figures lens_figures": "report/figures report/numbers",
-    "figures circuit_figures interaction_figures tracing_figures": "report/series",
+    "figures circuit_figures interaction_figures tracing_figures lens_figures vision_figures": "report/figures "
+    "report/numbers",
+    "figures circuit_figures interaction_figures tracing_figures vision_figures": "report/series",
     "circuits": "circuits/circuit circuits/mib_file circuits/search stages/circuits",
     "circuits interaction_ranking": "circuits/constants circuits/evaluate circuits/judge circuits/numbers "
     "circuits/passes circuits/replacements circuits/task engine/buffers engine/folded engine/masked "
@@ -415,8 +439,13 @@ MODULES = {
     "lens_faithfulness": "lenses/faithfulness stages/lens_faithfulness",
     "lens_truthfulness": "lenses/labelled lenses/truthfulness stages/lens_truthfulness",
     "lens_figures": "lenses/drawing lenses/plots lenses/tables stages/lens_figures",
+    "vision_model": "stages/vision_model vision/data vision/network vision/train",
+    "vision": "stages/vision vision/agreement vision/attributions vision/budgets vision/curves vision/fit "
+    "vision/measures vision/passes vision/replacements vision/shapley vision/study vision/tables vision/units",
+    "vision_figures": "stages/vision_figures vision/plots",
     "report": "ablation/report circuits/report interactions/report lenses/report report/cells report/convergence "
-    "report/page report/parts report/svg stages/report tracing/peaks tracing/report",
+    "report/page report/parts report/svg stages/report tracing/peaks tracing/report "
+    "vision/report",
     # Settings and rows reach rules as parameters; messages, paths and locks are no results; tools and estimates are in
     # no rule, and what no row of the tiny run names is in none of its jobs.
     # Training is in a table of its own.
@@ -424,7 +453,7 @@ MODULES = {
     "api/experiments api/model api/results api/running api/settings api/tasks circuits/__init__ "
     "circuits/manual circuits/mib circuits/mib_tools config/__init__ config/__main__ config/ablation config/base "
     "config/circuits config/colors config/explain config/interactions config/lenses config/model config/read "
-    "config/rows config/run config/tasks config/tracing config/yaml_file "
+    "config/rows config/run config/tasks config/tracing config/vision config/yaml_file "
     "engine/__init__ estimate/__init__ estimate/ablation estimate/case "
     "estimate/circuits estimate/families estimate/inputs estimate/interactions estimate/lens_evaluation "
     "estimate/lenses estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
@@ -432,7 +461,7 @@ MODULES = {
     "models/architecture models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than tasks/pairs "
     "tasks/template stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint "
     "store/housekeeping store/layout store/locks "
-    "tasks/__init__ tracing/__init__ oakernels/__init__",
+    "tasks/__init__ tracing/__init__ vision/__init__ oakernels/__init__",
 }
 FIRST_OF = {module: rules.split() for rules, modules in MODULES.items() for module in modules.split()}
 

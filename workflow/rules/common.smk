@@ -18,6 +18,7 @@ from oacore.config.lenses import LENS_SECTIONS, LENSES, lens_and_init
 from oacore.config.rows import computed, shown
 from oacore.config.tasks import task_row
 from oacore.config.tracing import CORRUPTIONS
+from oacore.config.vision import MEASURES, REPLACEMENTS
 from oacore.estimate.sizes import known_sizes
 
 LOOKING = ["dryrun", "lint", "list_rules", "summary", "detailed_summary", "dag"]
@@ -98,6 +99,7 @@ CIRCUITS = run_config.circuits
 INTERACTIONS = run_config.interactions
 TRACING = run_config.tracing
 LENS_SETTINGS = run_config.lenses
+VISION = run_config.vision
 
 
 def constants(wildcards):
