@@ -25,6 +25,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "interaction_ranking": ("rank components by what ablating each alone costs", ("task",)),
     "interactions": ("measure direct and indirect effects, and what pairs cost", ("task", "ablation")),
     "interaction_figures": ("draw effects, paths and interactions", ("task",)),
+    "removal": ("ablate a behaviour by one method, and measure what is kept", ("method", "ablation")),
+    "removal_figures": ("draw what is forgotten against what is kept", ()),
     "tracing_fit": ("fit optimal constants for causal tracing", ()),
     "tracing": ("trace facts", ()),
     "tracing_figures": ("draw where facts are recalled", ()),
@@ -37,7 +39,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "report": ("write the HTML report", ()),
 }
 WITHOUT_GPU = (
-    "demo", "figures", "circuit_figures", "interaction_figures", "tracing_figures", "lens_figures", "report",
+    "demo", "figures", "circuit_figures", "interaction_figures", "removal_figures", "tracing_figures",
+    "lens_figures", "report",
 )  # fmt: skip
 
 Named = dict[str, str | list[str]]
@@ -104,6 +107,11 @@ def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
         for ablation in config.interactions.ablations:
             yield "interactions", {"task": task, "ablation": ablation}
         yield "interaction_figures", {"task": task}
+    if config.removal is not None:
+        for ablation in config.removal.ablations:
+            for method in config.removal.methods:
+                yield "removal", {"method": method, "ablation": ablation}
+        yield "removal_figures", {}
     if config.tracing is not None:
         if config.tracing.fitted:
             yield "tracing_fit", {}
@@ -248,6 +256,30 @@ def _interaction_figures(layout: Layout, task: str) -> tuple[Named, Named]:
     return inputs, outputs | {"figures": _drawn(layout.interactions(task, "figures/"), settings.figures())}
 
 
+def _removal(layout: Layout, method: str, ablation: str) -> tuple[Named, Named]:
+    settings = layout.config.removal
+    assert settings is not None
+    inputs: Named = {"model": layout.model_json, "prompts": [layout.prompts(task) for task in settings.tasks()]}
+    folder = f"{method}-{ablation}"
+    return inputs, {
+        "front": layout.removal(f"{folder}/front.csv"),
+        "ablations": layout.removal(f"{folder}/ablations.safetensors"),
+    }
+
+
+def _removal_figures(layout: Layout) -> tuple[Named, Named]:
+    settings = layout.config.removal
+    assert settings is not None
+    fronts = [
+        layout.removal(f"{method}-{ablation}/front.csv")
+        for ablation in settings.ablations
+        for method in settings.methods
+    ]
+    inputs: Named = {"model": layout.model_json, "fronts": fronts}
+    outputs: Named = {"front": layout.removal("front.csv")}
+    return inputs, outputs | {"figures": _drawn(layout.removal("figures/"), settings.figures())}
+
+
 def _tracing_fit(layout: Layout) -> tuple[Named, Named]:
     return _of_task(layout, "facts"), {"constants": layout.tracing("constants.safetensors")}
 
@@ -337,13 +369,14 @@ def _report(layout: Layout) -> tuple[Named, Named]:
     ]
     stages += [("circuit_figures", task) for task in config.circuit_tasks()]
     stages += [("interaction_figures", task) for task in config.interaction_tasks()]
+    stages += [("removal_figures", "removal")] if config.removal is not None else []
     stages += [(name, "facts") for name in ("tracing", "tracing_figures") if config.tracing is not None]
     for task in config.lens_tasks():
         assert config.lenses is not None
         stages += [("lens_evaluation", task), ("lens_figures", task)]
         stages += [(f"lens_{name}", task) for name in LENS_SECTIONS if getattr(config.lenses, name) is not None]
     for stage, task in stages:
-        wildcards = {} if stage.startswith("tracing") else {"task": task}
+        wildcards = {} if stage.startswith(("removal", "tracing")) else {"task": task}
         for name, paths in files_of(layout, stage, **wildcards)[1].named().items():
             inputs[f"{stage}_{name}_{task}"] = [path for path in paths if not path.endswith(".png")]
     return inputs, {"report": layout.report}
@@ -354,6 +387,7 @@ _FILES: dict[str, Callable[..., tuple[Named, Named]]] = {
     "gaps": _gaps, "figures": _figures, "circuits": _circuits,
     "circuit_figures": _circuit_figures, "interaction_ranking": _interaction_ranking,
     "interactions": _interactions, "interaction_figures": _interaction_figures,
+    "removal": _removal, "removal_figures": _removal_figures,
     "tracing_fit": _tracing_fit, "tracing": _tracing,
     "tracing_figures": _tracing_figures, "lens_activations": _lens_activations, "lens_fit": _lens_fit,
     "lens_evaluation": _lens_evaluation, "lens_faithfulness": _lens_faithfulness,

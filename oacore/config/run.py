@@ -16,11 +16,18 @@ from oacore.config.circuits import CIRCUIT_METHODS, Circuits
 from oacore.config.interactions import Interactions
 from oacore.config.lenses import Lenses
 from oacore.config.model import DEMO, DEMO_TRAINED, DemoModel
+from oacore.config.removal import Removal
 from oacore.config.tasks import TASKS, Tasks, task_row
 from oacore.config.tracing import Tracing
 
 LOGIT_DIFFERENCE = "takes the logit difference, since KL has no gradient at the clean run"
-OPTIONAL_SECTIONS = ("circuits", "interactions", "tracing", "lenses")  # whose presence asks for an experiment
+OPTIONAL_SECTIONS = (
+    "circuits",
+    "interactions",
+    "removal",
+    "tracing",
+    "lenses",
+)  # whose presence asks for an experiment
 
 
 class Limits(Settings):
@@ -88,6 +95,7 @@ class Config(Settings):
     ablation: Ablation = Ablation()
     circuits: Circuits | None = None
     interactions: Interactions | None = None
+    removal: Removal | None = None
     tracing: Tracing | None = None
     lenses: Lenses | None = None
 
@@ -201,6 +209,13 @@ class Config(Settings):
     @model_validator(mode="after")
     def _interactions_have_their_tasks(self) -> "Config":
         self._check_tasks("interactions.tasks", self.interaction_tasks())
+        return self
+
+    @model_validator(mode="after")
+    def _removal_has_its_tasks(self) -> "Config":
+        if self.removal is not None:
+            for role, task, _ in self.removal.selections():
+                self._check_tasks(f"removal.{role}", [task])
         return self
 
     @model_validator(mode="after")
