@@ -12,13 +12,15 @@ CIRCUITS = {
     "ablation": {"tasks": ["ioi"]},
     "circuits": {"methods": ["ugs", "topk", "eap", "acdc"], "ablations": ["optimal"]},
     "interactions": None,
+    "removal": None,
     "tracing": None,
     "lenses": None,
 }
-COMPONENTS = {"circuits": None, "interactions": None, "tracing": None, "lenses": None}
-INTERACTIONS = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "tracing": None, "lenses": None}
-TRACING = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "lenses": None}
-LENSES = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "tracing": None}
+COMPONENTS = {"circuits": None, "interactions": None, "removal": None, "tracing": None, "lenses": None}
+INTERACTIONS = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "removal": None, "tracing": None, "lenses": None}
+REMOVAL = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "tracing": None, "lenses": None}
+TRACING = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "removal": None, "lenses": None}
+LENSES = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "removal": None, "tracing": None}
 N_CURVES = 3 * 3 * 2  # of the tiny run: sites, positions, windows
 
 # What changes in a part, and the new items by job, as far as they are known before the first of them is computed.
@@ -81,6 +83,12 @@ CHANGES = {
         INTERACTIONS,
         {"interactions": {"ablations": ["optimal", "mean", "zero"]}},
         {"interactions ioi zero": 23},
+    ),
+    "a price of edges": (REMOVAL, {"removal": {"edge_prices": [1e-2, 1e-1]}}, {"removal ugs optimal": 1}),
+    "how removal is weighed": (
+        REMOVAL,
+        {"removal": {"weight": 2.0}},
+        {"removal ugs optimal": 1, "removal gap optimal": 1},
     ),
     "a corruption": (TRACING, {"tracing": {"noise_scales": [1, 3, 5]}}, {"tracing": N_CURVES}),
     "a window": (TRACING, {"tracing": {"windows": [1, 3, 5]}}, {"tracing_fit": N_CURVES // 2}),

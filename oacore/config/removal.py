@@ -96,7 +96,7 @@ def _selection(value: Any) -> Any:
     """A task's name, a list of names, or a mapping of names to patterns, as a mapping; no pattern means all prompts."""
     if isinstance(value, str):
         return {value: ""}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
         return dict.fromkeys(value, "")
     if isinstance(value, dict):
         return {name: "" if pattern is None else pattern for name, pattern in value.items()}
@@ -120,9 +120,9 @@ Sizes = tuple[Annotated[int, Field(ge=1)], ...]
 class Relearn(Settings):
     """Fine-tuning with the ablation in place, until the forgotten task's held-out accuracy is back."""
 
-    n_prompts: int = Field(16, ge=1, description="forgotten training prompts that a step learns from, always the same")
-    learning_rate: float = Field(1e-3, gt=0, description="Adam step of every weight")
-    max_steps: int = Field(50, ge=0, description="steps after which the behaviour counts as removed; 0 measures none")
+    n_prompts: int = Field(64, ge=1, description="forgotten training prompts that a step learns from, always the same")
+    learning_rate: float = Field(1e-4, gt=0, description="Adam step of every weight")
+    max_steps: int = Field(24, ge=0, description="steps that are tried at most; 0 measures none")
 
 
 class Removal(Settings):
@@ -133,12 +133,8 @@ class Removal(Settings):
 
     forget: Selection = Field(description="the task to forget, or `{task: pattern}` for those of its prompts")
     retain: Selection = Field(description="what to keep, in learning too: tasks, or patterns by task")
-    paraphrases: Selection = Field(
-        default_factory=dict, description="other wordings of what is forgotten: measured, never learned from"
-    )
-    held_out: Selection = Field(
-        default_factory=dict, description="what to keep that learning does not see: measured only"
-    )
+    paraphrases: Selection = Field({}, description="other wordings of what is forgotten: measured, never learned from")
+    held_out: Selection = Field({}, description="what to keep that learning does not see: measured only")
     methods: tuple[RemovalMethodName, ...] = Field(tuple(REMOVAL_METHODS), min_length=1, description="what to compare")
     ablations: tuple[EdgeAblation, ...] = Field(
         ("optimal", "zero"), min_length=1, description="what takes the place of what is ablated"

@@ -214,8 +214,13 @@ class Config(Settings):
     @model_validator(mode="after")
     def _removal_has_its_tasks(self) -> "Config":
         if self.removal is not None:
+            selected = self.tasks.selected()
             for role, task, _ in self.removal.selections():
-                self._check_tasks(f"removal.{role}", [task])
+                if task not in selected:
+                    raise ValueError(
+                        f"removal.{role}.{task}: unknown key; allowed: the config's tasks: {', '.join(selected)}"
+                        f"{nearest(task, selected)}"
+                    )
         return self
 
     @model_validator(mode="after")

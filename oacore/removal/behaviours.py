@@ -5,7 +5,7 @@ Symbols: N prompts, d model width, A right and W wrong answers, T tokens.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -49,19 +49,13 @@ class Group:
     wrong: Tensor
     cluster: np.ndarray
 
-    def take(self, n: int) -> "Group":
-        """The first n prompts at most."""
-        few = slice(0, n)
-        parts = {name: getattr(self, name)[few] for name in ("final", "answers", "wrong", "cluster")}
-        return replace(self, batch=self.batch.take(few), **parts)
-
 
 @dataclass(frozen=True)
 class Behaviours:
     """The engine, and everybody's prompts.
 
     Args:
-        groups: by role, then by split.
+        groups: by role, then by split; of what is only measured the test prompts alone.
         learning: forgotten and retained prompts together, whose loss is `RemovalLoss`.
         forgotten: the forgotten ones alone, whose losses are KL and the log odds lost.
         provenance: of what is computed from these prompts.
@@ -122,11 +116,20 @@ def behaviours(
     groups: dict[str, dict[str, list[Group]]] = {
         role: {split: [] for split in SPLITS} for role in ("forget", "retain", "paraphrases", "held_out")
     }
+    fewest = dict[str, int]()  # forgotten prompts of each split, which come first
     for role, task, pattern in settings.selections():
         key = f"removal.{role}: {task}"
         rows = {split: _rows(prompts, pattern, key) for split, prompts in splits[task].items()}
+        fewest = fewest or {split: len(of_split) for split, of_split in rows.items()}
+        if role in ("paraphrases", "held_out"):
+            rows["train"], rows["validation"] = [], []
+        elif role == "retain":
+            # As many as of the forgotten, so that a step sees of each task about as much.
+            rows |= {split: rows[split][: fewest[split]] for split in ("train", "validation")}
         answers = _answers(splits[task], rows, key) if role in ("forget", "paraphrases") else None
         for split, prompts in splits[task].items():
+            if not rows[split]:
+                continue
             groups[role][split].append(_group(engine.model, prompts, rows[split], answers, n_tokens))
     passes, alone, memory_bytes = (
         dict[str, Passes](),
@@ -135,8 +138,7 @@ def behaviours(
     )
     for split in ("train", "validation"):
         (forget,) = groups["forget"][split]
-        # Equal numbers, so that a step sees of each task about as much.
-        retain = [group.take(len(forget.batch)) for group in groups["retain"][split]]
+        retain = groups["retain"][split]
         loss = _loss([forget, *retain], settings.weight)
         passes[split] = Passes(engine, _examples(engine, [forget, *retain]), memory_bytes, loss)
         alone[split] = Passes(engine, _examples(engine, [forget]), memory_bytes, objective_losses)

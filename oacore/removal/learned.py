@@ -41,8 +41,8 @@ class ComponentSampler(EdgeSampler):
         source: [E] the source of each edge.
     """
 
-    def __init__(self, source: Tensor):
-        super().__init__()
+    def __init__(self, source: Tensor, dynamic_window: bool = False):
+        super().__init__(dynamic_window)
         self.source, n_edges = source, len(source)
         self.count = torch.bincount(source).to(torch.float32)  # [S] edges out of each
         order = torch.arange(n_edges, device=source.device)
@@ -52,25 +52,27 @@ class ComponentSampler(EdgeSampler):
 
     def sample(self, parameters: State, noise: Tensor, second: State, step_share: float) -> tuple[Tensor, Tensor]:
         """Masks alpha [F, R, E], and [F, E], over whose edges a component's share of being ablated is spread."""
-        alpha, ablated = super().sample({"logit": self._logit(parameters)}, noise[..., self.first], second, step_share)
+        alpha, ablated = super().sample(
+            self._by_source(parameters), noise[..., self.first], self._by_source(second), step_share
+        )
         is_input = self.source == 0
         edges = alpha[..., self.source].masked_fill(is_input, 1.0)
         return edges, (ablated / self.count)[..., self.source].masked_fill(is_input, 0.0)
 
     def score(self, parameters: State) -> Tensor:
         """theta [F, E], of the edge's source."""
-        return self._logit(parameters).sigmoid()[..., self.source].masked_fill(self.source == 0, 1.0)
+        return self._by_source(parameters)["logit"].sigmoid()[..., self.source].masked_fill(self.source == 0, 1.0)
 
-    def _logit(self, parameters: State) -> Tensor:
-        """[F, S] of [F, E]."""
-        logit = parameters["logit"]
-        total = logit.new_zeros(len(logit), len(self.count)).index_add(1, self.source, logit)
-        return total / self.count
+    def _by_source(self, of_edges: State) -> State:
+        """Means [F, S] of values [F, E]."""
+        values = of_edges["logit"]
+        total = values.new_zeros(len(values), len(self.count)).index_add(1, self.source, values)
+        return {"logit": total / self.count}
 
 
 def edges(request: RemovalRequest) -> list[Chosen]:
     """Ablations of edges, one for each price and seed."""
-    scores = _scores(request, EdgeSampler())
+    scores = _scores(request, EdgeSampler(request.settings.masks.dynamic_window))
     return with_edges(request, (scores > KEPT) & _valid(request.behaviours.engine.graph))
 
 
@@ -78,7 +80,7 @@ def components(request: RemovalRequest) -> list[Chosen]:
     """Ablations of components, one for each price and seed."""
     graph, device = request.behaviours.engine.graph, request.behaviours.model.device
     source = Edges.of(graph, device).index % graph.n_sources
-    scores = _scores(request, ComponentSampler(source))
+    scores = _scores(request, ComponentSampler(source, request.settings.masks.dynamic_window))
     return with_components(request, ((scores <= KEPT) & _valid(graph)).any(1))
 
 

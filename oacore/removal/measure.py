@@ -77,10 +77,12 @@ def front(behaviours: Behaviours, method: str, ablation: str, knobs: Sequence[Kn
         for role, name in names.items():
             mean, error = _mean(behaviours, role, item.tensors)
             row |= {f"{name}_{'accuracy' if role in ANSWERED else 'kl_nats'}": mean, f"{name}_se": error}
-        steps, back = item.facts["relearned"] or (None, None)
+        steps, back, highest = item.facts["relearned"] or (None, None, math.nan)
         converged, taken, left = item.facts["fit"]
         fit = Convergence(converged, taken, math.nan if left is None else left)
-        row |= {"relearn_steps": steps, "relearned": back} | dict(zip(columns_in("nats"), fit, strict=True))
+        row |= {"relearn_steps": steps, "relearned": back, "relearn_accuracy": highest} | dict(
+            zip(columns_in("nats"), fit, strict=True)
+        )
         rows.append(row | {"validation_loss_nats": item.facts["validation"]})
     table = typed(pd.DataFrame(rows))
     return table.astype({"relearn_steps": "Int64", "relearned": "boolean"})

@@ -111,11 +111,7 @@ def relearning(front: pd.DataFrame) -> Figure:
                 some["forget_accuracy"], some["relearn_steps"].astype(float), linestyle="none", marker=look.marker,
                 color=look.color, markerfacecolor=face, markersize=6, alpha=0.85,
             )  # fmt: skip
-    ax.set_yscale("symlog", linthresh=1, base=2)
-    most = int(rows["relearn_steps"].max())
-    ticks = [0, *(2**n for n in range(most.bit_length()) if 2**n <= most)]
-    ax.set_yticks(ticks, [str(tick) for tick in ticks])
-    ax.set(xlim=(-0.03, 1.03), ylim=(-0.3, 1.5 * max(most, 1)), xlabel="forgotten accuracy", ylabel="steps to relearn")
+    ax.set(xlim=(-0.03, 1.03), xlabel="forgotten accuracy", ylabel="steps to relearn")
     legend_below(figure, _keys(_methods(rows)))
     return figure
 

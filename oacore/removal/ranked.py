@@ -15,7 +15,7 @@ from oacore.removal.request import Chosen, RemovalRequest
 
 def by_gap(request: RemovalRequest) -> list[Chosen]:
     """Those whose ablation alone has the largest KL on the forgotten validation prompts; its constants are fitted to
-    that KL, where the ablation type fits any.
+    that KL for one round, where the ablation type fits any.
     """
     task = request.behaviours.forgotten
     graph, start, device = task.engine.graph, task.start(request.ablation), task.engine.model.device
@@ -24,13 +24,15 @@ def by_gap(request: RemovalRequest) -> list[Chosen]:
         masks[row, :, row + 1] = 0
     masks, constants = masks.to(device), None
     if request.fitted:
+        refit = request.settings.refit
+        one_round = refit.model_copy(update={"max_steps": refit.first_round})  # an order needs no more
         constants, _ = refit_constants(
             task.passes["train"],
             task.passes["validation"],
             start,
             task.constant_scales,
             masks,
-            request.settings.refit,
+            one_round,
             names=list(graph.source_names[1:]),
             seed=task.seed,
             resumable=request.resumable.part("gaps"),

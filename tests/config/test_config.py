@@ -13,6 +13,7 @@ import yaml
 from oacore.config.explain import describe_fields, describe_names
 from oacore.config.model import ARCHITECTURES
 from oacore.config.read import load_config, parse_config
+from oacore.config.removal import ROLES
 from oacore.config.run import Config
 from oacore.errors import UserError
 
@@ -176,6 +177,12 @@ CIRCUITS = {"tasks": {"ioi": None}}
         ({"interactions": {"tasks": ["facts"]}}, ["interactions.tasks", "facts", "ioi"]),
         ({"interactions": {"n_components": 0}}, ["interactions.n_components: 0", "allowed"]),
         ({"interactions": {"components": ["m1", "m1"]}}, ["interactions.components", "repeats"]),
+        ({"removal": {"forget": "ioi"}}, ["removal.retain", "missing"]),
+        ({"removal": {"forget": "fact", "retain": "ioi"}}, ["removal.forget", "fact", "ioi"]),
+        ({"removal": {"forget": {"ioi": "("}, "retain": "ioi"}}, ["removal", "'('", "no regular expression"]),
+        ({"removal": {"forget": [], "retain": "ioi"}}, ["removal.forget: nothing", "one task"]),
+        ({"removal": {"forget": "ioi", "retain": "ioi", "ablations": ["resample"]}}, ["'resample'", "optimal"]),
+        ({"removal": {"forget": "ioi", "retain": "ioi", "methods": ["ugz"]}}, ["'ugz'", "did you mean 'ugs'"]),
         ({"circuits": {"tasks": ["facts"]}}, ["circuits.tasks", "facts", "ioi"]),
         ({"circuits": {"methods": ["manual"]}}, ["'manual'", "GPT-2-small"]),
         ({"circuits": {"lambdas": [0.001, 0.001]}}, ["lambdas", "repeats"]),
@@ -341,6 +348,7 @@ def test_every_misspelled_key_is_refused(path):
 
 # A key that takes what the others refuse.
 TAKES = {"run": (-3,), "model": ("none of these",), "tracing.pictures": (["none of these"],)}
+TAKES |= {f"removal.{role}.facts": ("none of these",) for role in ROLES}  # a pattern that the prompts refuse
 
 
 @pytest.mark.parametrize("path", paths_in(TINY), ids=".".join)

@@ -1,4 +1,4 @@
-"""Removal against the truth: a planted model that says four words again along one path, and four others along another."""
+"""Removal against the truth: a planted model that says four words again along one path, four others along another."""
 
 from dataclasses import replace
 
@@ -8,11 +8,13 @@ import pytest
 import torch
 from planted.effects import ANSWER, MESSAGE, ONE_OF_EACH, WORD, WORDS, linear, planted
 
+from oacore.circuits.edges import Edges
 from oacore.circuits.search import Knob
 from oacore.config.read import parse_config
 from oacore.config.removal import REMOVAL_METHODS
 from oacore.engine.masked import Engine
 from oacore.removal.behaviours import behaviours
+from oacore.removal.learned import START, ComponentSampler, EdgeSampler
 from oacore.removal.measure import front, measured
 from oacore.removal.relearn import relearn
 from oacore.removal.request import RemovalRequest
@@ -121,7 +123,7 @@ def test_nothing_is_relearned_where_nothing_was_removed():
     settings, of_all = opened()
     nothing = removed("random", "zero", sizes=[1])[0]
     nothing.heads[:], nothing.mlps[:] = False, False
-    assert tuple(relearn(of_all, nothing, 1.0, settings.relearn)) == (0, True)
+    assert tuple(relearn(of_all, nothing, 1.0, settings.relearn)) == (0, True, 1.0)
 
 
 def test_fine_tuning_leaves_the_ablation_in_place():
@@ -141,6 +143,26 @@ def test_fine_tuning_leaves_the_ablation_in_place():
 def test_other_components_relearn_what_one_did():
     settings, of_all = opened()
     before = of_all.model.blocks[0].W_V.clone()
-    steps, back = relearn(of_all, removed("gap", "zero")[0], 1.0, settings.relearn)
-    assert back and 0 < steps <= settings.relearn.max_steps
+    steps, back, accuracy = relearn(of_all, removed("gap", "zero")[0], 1.0, settings.relearn)
+    assert back and accuracy == 1 and 0 < steps <= settings.relearn.max_steps
     assert torch.equal(of_all.model.blocks[0].W_V, before)
+
+
+def test_samplers_count_what_is_ablated():
+    """Sizes add up to the expected number of ablated edges, or components; a component's edges share one mask."""
+    graph = opened()[1].engine.graph
+    source = Edges.of(graph, torch.device("cpu")).index % graph.n_sources
+    noise = torch.rand(1, 64, graph.n_edges, generator=torch.Generator().manual_seed(0))
+    gone = 1 - torch.tensor(START).sigmoid()
+    for sampler, n in ((EdgeSampler(), graph.n_edges), (ComponentSampler(source), graph.n_sources - 1)):
+        for window in (False, True):
+            sampler.dynamic_window = window
+            state = sampler.start(1, graph.n_edges)
+            alpha, sizes = sampler.sample(state, noise, {"logit": torch.rand(1, graph.n_edges)}, 0.0)
+            assert torch.allclose(sizes.sum(), n * gone)
+            assert ((alpha >= 0) & (alpha <= 1)).all() and 0.8 < alpha.mean() < 1
+            if n < graph.n_edges:
+                assert all(
+                    (alpha[..., source == s].amin(-1) == alpha[..., source == s].amax(-1)).all() for s in range(n)
+                )
+                assert (alpha[..., source == 0] == 1).all() and not sizes[..., source == 0].any()

@@ -37,7 +37,19 @@ if HERE not in ("AVX2", "AVX512"):
 
 # All other tests are of files, processes, configurations and text; in these rooms, files, memory and pictures compute
 # nothing.
-ROOMS = ("ablation", "circuits", "engine", "fits", "interactions", "kernels", "lenses", "models", "planted", "tracing")
+ROOMS = (
+    "ablation",
+    "circuits",
+    "engine",
+    "fits",
+    "interactions",
+    "kernels",
+    "lenses",
+    "models",
+    "planted",
+    "removal",
+    "tracing",
+)
 NOT_NUMERIC = r"test_(demo|numbers|resume|\w+_plots)\.py"
 NUMERIC = [TESTS / "test_metrics.py", TESTS / "test_poison.py"]
 NUMERIC += sorted(

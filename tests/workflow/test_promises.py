@@ -28,6 +28,8 @@ LOST = {
     "ranking": (lambda layout: layout.interactions("ioi", "ranking.csv"), {"interaction_ranking", "interactions"}),
     "effects": (lambda layout: layout.interactions("ioi", "mean/effects.csv"), {"interactions"}),
     "paths": (lambda layout: layout.interactions("ioi", "figures/paths_mean.svg"), {"interaction_figures"}),
+    "front": (lambda layout: layout.removal("front.csv"), {"removal_figures"}),
+    "ablations": (lambda layout: layout.removal("gap-optimal/ablations.safetensors"), {"removal"}),
     "facts": (lambda layout: layout.tracing("facts.json"), {"tracing"}),
     "lens": (lambda layout: layout.lens("text", "grad.safetensors"), {"lens_fit"}),
     "drawing": (lambda layout: layout.lens("text", "figures/prompt_0.svg"), {"lens_figures"}),

@@ -78,7 +78,11 @@ def test_the_workflow_is_a_module_of_another(tiny_run, tmp_path):
     _, layout = tiny_run
     shutil.copytree(layout.model_dir, tmp_path / "sub/cache" / Path(layout.model_dir).name)
     own = TINY | {"ablation": {"tasks": ["ioi"], "methods": ["zero", "mean", "counterfactual"]}}
-    own = {key: value for key, value in own.items() if key not in ("circuits", "interactions", "tracing", "lenses")}
+    own = {
+        key: value
+        for key, value in own.items()
+        if key not in ("circuits", "interactions", "removal", "tracing", "lenses")
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"oa": own}))
     (tmp_path / "Snakefile").write_text(MODULE)
     command = [sys.executable, "-m", "snakemake", "--cores", "1"]

@@ -37,7 +37,13 @@ def place(tmp_path, tiny_run):
             "results_dir": str(results_dir),
         }
         values["ablation"]["tasks"] = ["ioi"]
-        del values["circuits"], values["interactions"], values["tracing"], values["lenses"]  # of other tasks
+        del (
+            values["circuits"],
+            values["interactions"],
+            values["removal"],
+            values["tracing"],
+            values["lenses"],
+        )  # of other tasks
         path = folder / f"{run}.yaml"
         path.write_text(yaml.safe_dump(values))
         layout = Layout(load_config(path))
