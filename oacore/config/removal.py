@@ -12,7 +12,7 @@ from oacore.config.circuits import EDGE_ABLATIONS, EdgeAblation, MaskFit, Refit
 from oacore.config.colors import ACCENT, BLUE, GREEN, PALE, PURPLE, TEAL
 from oacore.config.rows import Look, Row, registry
 
-ROLES = ("forget", "retain", "paraphrases", "held_out")
+ROLES = ("forget", "paraphrases", "retain", "held_out")  # what is to go first
 
 
 @dataclass(frozen=True)

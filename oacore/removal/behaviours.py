@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oacore.circuits.passes import Examples, Passes, objective_losses, pass_bytes
 from oacore.circuits.task import CircuitTask
-from oacore.config.removal import Removal
+from oacore.config.removal import ROLES, Removal
 from oacore.config.run import Config
 from oacore.config.tasks import task_row
 from oacore.engine.activations import statistics_of
@@ -29,6 +29,7 @@ from oacore.removal.loss import RemovalLoss
 from oacore.store.provenance import Provenance
 from oacore.tasks.prompts import SPLITS, Prompts
 
+ANSWERED, MEASURED = ("forget", "paraphrases"), ("paraphrases", "held_out")  # roles: whose answers count; only measured
 FEWEST = 2  # prompts of a selection in each split
 
 
@@ -113,20 +114,28 @@ def behaviours(
         UserError: as `Behaviours.open`.
     """
     n_tokens = config.limits.tokens_per_batch
-    groups: dict[str, dict[str, list[Group]]] = {
-        role: {split: [] for split in SPLITS} for role in ("forget", "retain", "paraphrases", "held_out")
-    }
+    groups: dict[str, dict[str, list[Group]]] = {role: {split: [] for split in SPLITS} for role in ROLES}
     fewest = dict[str, int]()  # forgotten prompts of each split, which come first
+    to_go = dict[tuple[str, str], set[int]]()  # prompts of a task's split that are to go
     for role, task, pattern in settings.selections():
         key = f"removal.{role}: {task}"
         rows = {split: _rows(prompts, pattern, key) for split, prompts in splits[task].items()}
         fewest = fewest or {split: len(of_split) for split, of_split in rows.items()}
-        if role in ("paraphrases", "held_out"):
+        for split, of_split in rows.items():
+            gone = to_go.setdefault((task, split), set())
+            if role in ANSWERED:
+                gone.update(of_split)
+            elif both := gone.intersection(of_split):
+                raise UserError(
+                    f"{key}: {pattern!r} finds {splits[task][split].text[min(both)]!r}, which is to be forgotten; "
+                    "allowed: patterns that find other prompts"
+                )
+        if role in MEASURED:
             rows["train"], rows["validation"] = [], []
         elif role == "retain":
             # As many as of the forgotten, so that a step sees of each task about as much.
             rows |= {split: rows[split][: fewest[split]] for split in ("train", "validation")}
-        answers = _answers(splits[task], rows, key) if role in ("forget", "paraphrases") else None
+        answers = _answers(splits[task], rows, key) if role in ANSWERED else None
         for split, prompts in splits[task].items():
             if not rows[split]:
                 continue

@@ -17,14 +17,13 @@ from oacore.engine.forward import unembed
 from oacore.fits.convergence import Convergence, columns_in, typed
 from oacore.metrics import clustered_mean_and_se, kl_divergence
 from oacore.removal.ablated import Ablated
-from oacore.removal.behaviours import Behaviours, Group
+from oacore.removal.behaviours import ANSWERED, Behaviours, Group
 from oacore.removal.loss import correct
 from oacore.removal.relearn import relearn
 from oacore.removal.request import Chosen
 from oacore.removal.validation import validation_loss
 from oacore.store.items import Item
 
-ANSWERED = ("forget", "paraphrases")  # roles whose accuracy is measured; of the others it is KL
 PART = "ablation/"  # of an item: what its ablation is made of
 
 

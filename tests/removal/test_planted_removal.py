@@ -1,5 +1,6 @@
 """Removal against the truth: a planted model that says four words again along one path, four others along another."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from oacore.circuits.search import Knob
 from oacore.config.read import parse_config
 from oacore.config.removal import REMOVAL_METHODS
 from oacore.engine.masked import Engine
+from oacore.errors import UserError
 from oacore.removal.behaviours import behaviours
 from oacore.removal.learned import START, ComponentSampler, EdgeSampler
 from oacore.removal.measure import front, measured
@@ -166,3 +168,15 @@ def test_samplers_count_what_is_ablated():
                     (alpha[..., source == s].amin(-1) == alpha[..., source == s].amax(-1)).all() for s in range(n)
                 )
                 assert (alpha[..., source == 0] == 1).all() and not sizes[..., source == 0].any()
+
+
+def test_what_no_pattern_finds_or_two_do_is_refused():
+    for changed, said in (
+        (
+            {"forget": {"facts": "third"}},
+            "removal.forget: facts: 'third' finds 0 of 8 train prompts, such as 'first 1'",
+        ),
+        ({"retain": {"facts": "[4567]"}}, "removal.retain: facts: '[4567]' finds 'first 4', which is to be forgotten"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            opened(**changed)
