@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from oacore.config.circuits import EDGE_ABLATIONS
-from oacore.config.colors import PALE, SLATE
+from oacore.config.colors import PALE
 from oacore.config.removal import REMOVAL_METHODS
 from oacore.report.figures import HEIGHT, WIDTH, decades, legend_below, styled
 from oacore.report.numbers import Z95
@@ -95,23 +95,28 @@ def held_out(front: pd.DataFrame) -> Figure:
 
 @styled()
 def relearning(front: pd.DataFrame) -> Figure:
-    """Steps of fine-tuning until the forgotten accuracy is back, over that accuracy; hollow marks were not back when
-    the steps ended.
+    """The highest forgotten accuracy while fine-tuning over that before it; full marks, with the number of steps, were
+    back where the ablation has not been.
     """
     rows = front[front["relearn_steps"].notna()]
-    figure = Figure(figsize=(WIDTH, HEIGHT - 0.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     ax = figure.subplots()
+    ax.plot([0, 1], [0, 1], color=PALE, linewidth=0.9, zorder=1)
     for method in _methods(rows):
         look = REMOVAL_METHODS[method].look
         of_method = rows[rows["method"] == method]
-        for back in (True, False):
-            some = of_method[of_method["relearned"] == back]
-            face = look.color if back else "none"
+        for back, some in of_method.groupby("relearned"):
             ax.plot(
-                some["forget_accuracy"], some["relearn_steps"].astype(float), linestyle="none", marker=look.marker,
-                color=look.color, markerfacecolor=face, markersize=6, alpha=0.85,
+                some["forget_accuracy"], some["relearn_accuracy"], linestyle="none", marker=look.marker,
+                color=look.color, markerfacecolor=look.color if back else "none", markersize=6, alpha=0.85,
             )  # fmt: skip
-    ax.set(xlim=(-0.03, 1.03), xlabel="forgotten accuracy", ylabel="steps to relearn")
+            for steps, x, y in zip(
+                some["relearn_steps"], some["forget_accuracy"], some["relearn_accuracy"], strict=True
+            ):
+                if back and steps:
+                    ax.annotate(f"{steps}", (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7.5)
+    limits = (-0.03, 1.05)
+    ax.set(xlim=limits, ylim=limits, xlabel="forgotten accuracy", ylabel="highest while fine-tuning")
     legend_below(figure, _keys(_methods(rows)))
     return figure
 
@@ -129,6 +134,6 @@ def _methods(front: pd.DataFrame) -> list[str]:
 def _keys(methods: list[str]) -> list[Line2D]:
     looks = {method: REMOVAL_METHODS[method].look for method in methods}
     return [
-        Line2D([], [], linestyle="none", marker=look.marker, color=look.color or SLATE, label=method)
+        Line2D([], [], linestyle="none", marker=look.marker, color=look.color, label=method)
         for method, look in looks.items()
     ]

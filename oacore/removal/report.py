@@ -25,7 +25,8 @@ CAPTIONS = {
     "with 95\u00a0% intervals. Numbers count ablated edges, components or directions; the line is the accuracy before.",
     "held_out": "What learning did not see against what it saw. Above the diagonal an ablation does worse there: "
     "paraphrases are still answered, or held-out tasks suffer more.",
-    "relearning": "Steps of fine-tuning until the behaviour is back; hollow marks were not when the steps ended.",
+    "relearning": "The highest accuracy on forgotten prompts while a few others of them are fine-tuned on, over the accuracy "
+    "before. Full marks were back at 90\u00a0% of what it was without an ablation; the number is of steps.",
 }
 
 
@@ -41,7 +42,7 @@ def removal_section(forget: str, front: pd.DataFrame, figures: Mapping[str, str]
     parts: list[Part] = [Figure(svg, _caption(name)) for name, svg in figures.items()]
     parts.append(_table(best, ablations))
     before = human(float(front["accuracy_before"].iloc[0]))
-    sentences = [f"Forgotten: {forget}. Without an ablation {before} of its held-out prompts are answered rightly."]
+    sentences = [f"Forgotten: {forget}. Without an ablation the accuracy on its test prompts is {before}."]
     sentences += [cost_sentence(best, ablation) for ablation in ablations]
     sentences += [held_out_sentence(best), relearning_sentence(best)]
     sentences.append(convergence_sentence(front, "", "left_nats", "lower the removal loss, in nats,"))
@@ -74,13 +75,13 @@ def cost_sentence(best: pd.DataFrame, ablation: str) -> str:
     if gone.empty:
         return f"Under {ablation} ablation no method halves that."
     least = gone.sort_values("retain_kl_nats", kind="stable").iloc[0]
-    n, unit = int(least["ablations"]), REMOVAL_METHODS[least["method"]].unit
     others = [name for name in rows["method"] if name not in set(gone["method"])]
     return (
-        f"Under {ablation} ablation {least['method']} costs least: with {human(n)} {unit}{'s' * (n != 1)} "
-        f"the accuracy is {human(Estimate(least['forget_accuracy'], least['forget_se']))} at a retained KL of "
-        f"{human(Estimate(least['retain_kl_nats'], least['retain_se']))} nats, the lowest of the {len(gone)} of "
-        f"{len(rows)} methods that halve the accuracy{f' ({human(others)} not)' if others else ''}."
+        f"Under {ablation} ablation {least['method']} costs least: with "
+        f"{_counted(int(least['ablations']), least['method'])} the accuracy is "
+        f"{human(Estimate(least['forget_accuracy'], least['forget_se']))} at a retained KL of "
+        f"{human(Estimate(least['retain_kl_nats'], least['retain_se']))} nats, the lowest of the methods that halve the "
+        f"accuracy{f'; {human(others)} do not' if others else ''}."
     )
 
 
@@ -98,7 +99,7 @@ def held_out_sentence(best: pd.DataFrame) -> str:
             f"held-out tasks have a KL of {human(float(gone['held_out_kl_nats'].median()))} nats "
             f"(retained ones: {human(float(gone['retain_kl_nats'].median()))})"
         )
-    return f"In the median of these, {' and '.join(parts)}." if parts else ""
+    return f"In the median of the ablations that halve it, {' and '.join(parts)}." if parts else ""
 
 
 def relearning_sentence(best: pd.DataFrame) -> str:
@@ -107,8 +108,12 @@ def relearning_sentence(best: pd.DataFrame) -> str:
     if gone.empty:
         return ""
     back = gone[gone["relearned"]]
-    said = f" (the median after {human(float(back['relearn_steps'].median()))} steps)" if len(back) else ""
-    return f"Fine-tuning brings the behaviour back in {len(back)} of {len(gone)} of them that it can tune{said}."
+    said = f", in the median after {back['relearn_steps'].median():g} steps" if len(back) else ""
+    return f"Of the {len(gone)} of these that can be fine-tuned it brings the behaviour back in {len(back)}{said}."
+
+
+def _counted(n: int, method: str) -> str:
+    return f"{human(n)} {REMOVAL_METHODS[method].unit}{'s' * (n != 1)}"
 
 
 def _table(best: pd.DataFrame, ablations: Sequence[str]) -> Table:
@@ -118,9 +123,7 @@ def _table(best: pd.DataFrame, ablations: Sequence[str]) -> Table:
     columns: dict[str, Sequence[object]] = {
         "method": rows["method"].tolist(),
         "ablation": rows["ablation"].tolist(),
-        "ablated": [
-            f"{int(n)} {REMOVAL_METHODS[m].unit}s" for n, m in zip(rows["ablations"], rows["method"], strict=True)
-        ],
+        "ablated": [_counted(int(n), m) for n, m in zip(rows["ablations"], rows["method"], strict=True)],
     }
     names = {
         "forgotten accuracy": ("forget_accuracy", "forget_se"),
