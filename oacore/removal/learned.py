@@ -16,7 +16,8 @@ from oacore.models.graph import Graph
 from oacore.removal.constants import with_components, with_edges
 from oacore.removal.request import Chosen, RemovalRequest
 
-# Logit: at 2 a step ablates so many edges that the behaviour is gone whatever the next one does, at 4 too few.
+# Logit: at 4 too few ablated edges are seen: 150 steps under zero ablation left the demo model's forgotten accuracy at
+# 0.94 and 1.00, from 3 at 0.85 and 0.90.
 START = 3.0
 
 

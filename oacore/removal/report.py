@@ -25,8 +25,8 @@ CAPTIONS = {
     "with 95\u00a0% intervals. Numbers count ablated edges, components or directions; the line is the accuracy before.",
     "held_out": "What learning did not see against what it saw. Above the diagonal an ablation does worse there: "
     "paraphrases are still answered, or held-out tasks suffer more.",
-    "relearning": "The highest accuracy on forgotten prompts while a few others of them are fine-tuned on, over the accuracy "
-    "before. Full marks were back at 90\u00a0% of what it was without an ablation; the number is of steps.",
+    "relearning": "The highest accuracy on forgotten prompts while a few others of them are fine-tuned on, over the "
+    "accuracy before. Full marks were back at 90\u00a0% of what it was without an ablation; the number is of steps.",
 }
 
 
@@ -80,8 +80,8 @@ def cost_sentence(best: pd.DataFrame, ablation: str) -> str:
         f"Under {ablation} ablation {least['method']} costs least: with "
         f"{_counted(int(least['ablations']), least['method'])} the accuracy is "
         f"{human(Estimate(least['forget_accuracy'], least['forget_se']))} at a retained KL of "
-        f"{human(Estimate(least['retain_kl_nats'], least['retain_se']))} nats, the lowest of the methods that halve the "
-        f"accuracy{f'; {human(others)} do not' if others else ''}."
+        f"{human(Estimate(least['retain_kl_nats'], least['retain_se']))} nats, the lowest of the methods that halve "
+        f"the accuracy{f'; {human(others)} do not' if others else ''}."
     )
 
 
