@@ -76,12 +76,13 @@ def cost_sentence(best: pd.DataFrame, ablation: str) -> str:
         return f"Under {ablation} ablation no method halves that."
     least = gone.sort_values("retain_kl_nats", kind="stable").iloc[0]
     others = [name for name in rows["method"] if name not in set(gone["method"])]
+    do = "does" if len(others) == 1 else "do"
     return (
         f"Under {ablation} ablation {least['method']} costs least: with "
         f"{_counted(int(least['ablations']), least['method'])} the accuracy is "
         f"{human(Estimate(least['forget_accuracy'], least['forget_se']))} at a retained KL of "
         f"{human(Estimate(least['retain_kl_nats'], least['retain_se']))} nats, the lowest of the methods that halve "
-        f"the accuracy{f'; {human(others)} do not' if others else ''}."
+        f"the accuracy{f'; {human(others)} {do} not' if others else ''}."
     )
 
 
