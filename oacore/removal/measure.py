@@ -49,7 +49,7 @@ def measured(behaviours: Behaviours, chosen: Chosen, settings: Relearn) -> Item:
 def accuracy_before(behaviours: Behaviours) -> float:
     """Of the forgotten test prompts, without an ablation."""
     (group,) = behaviours.groups["forget"]["test"]
-    return float(correct(unembed(behaviours.model, group.final), group.answers, group.wrong).mean())
+    return float(correct(unembed(behaviours.model, group.final), group.answers, group.wrong).double().mean())
 
 
 def _values(behaviours: Behaviours, ablated: Ablated, role: str, group: Group) -> Tensor:

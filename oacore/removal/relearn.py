@@ -50,7 +50,7 @@ def relearn(behaviours: Behaviours, ablated: Ablated, before: float, settings: R
     adam = torch.optim.Adam(weights, lr=settings.learning_rate)
     best = 0.0
     for step in range(settings.max_steps + 1):
-        best = max(best, float(accuracy(behaviours, ablated, model, test).mean()))
+        best = max(best, float(accuracy(behaviours, ablated, model, test).double().mean()))
         if best >= BACK * before or step == settings.max_steps:
             break
         adam.zero_grad()

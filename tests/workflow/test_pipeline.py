@@ -177,7 +177,7 @@ def test_an_exported_removal_answers_as_the_table_says(finished, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
         logits = model(input_ids=batch.tokens).logits[torch.arange(len(rows)), batch.lengths - 1]
-    assert float(correct(logits, answers, wrong).mean()) == pytest.approx(front["forget_accuracy"], abs=1e-9)
+    assert float(correct(logits, answers, wrong).double().mean()) == pytest.approx(front["forget_accuracy"], abs=1e-9)
     for arguments, said in (
         (("ugs", "optimal", 1), "--method: 'ugs'; allowed: methods of the run that ablate components: gap"),
         (("gap", "optimal", 7), "--knob, --seed: 7-s0; allowed: 1-s0"),
