@@ -1,4 +1,6 @@
-"""Optimal ablation: model -> prompts -> activations -> constants, gaps, circuits, interactions, tracing, lenses, vision -> report."""
+"""Optimal ablation: model -> prompts -> activations -> constants, gaps, circuits, interactions, removal, tracing, lenses,
+vision -> report.
+"""
 
 import sys
 
@@ -93,6 +95,7 @@ include: "workflow/rules/activations.smk"
 include: "workflow/rules/ablation.smk"
 include: "workflow/rules/circuits.smk"
 include: "workflow/rules/interactions.smk"
+include: "workflow/rules/removal.smk"
 include: "workflow/rules/tracing.smk"
 include: "workflow/rules/lenses.smk"
 include: "workflow/rules/vision.smk"

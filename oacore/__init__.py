@@ -5,7 +5,7 @@ The house, from the top down; imports point down:
 * `__main__`, the workflow and `api`, whose functions are this package's own (`oacore.load`, ...), are the three ways
   in; `runner` runs a stage: memory retry, signals, logs; `estimate` says before what it will take
 * `stages/`, one module per rule: read files, call one experiment, write files
-* `interactions/`, the experiment that stands on `circuits/`
+* `interactions/  removal/`, the experiments that stand on `circuits/`
 * `ablation/  circuits/  tracing/  lenses/  vision/`, the experiments: each has its science, figures and part of
   the report, and none knows another
 * `inputs`: the gated model and a task's prompts for all of them; `engine/`: clean and masked passes, statistics, parity

@@ -95,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
         of_mib.add_argument("--circuit", type=Path, required=True, help="a circuit file")
         of_mib.add_argument("--task", help="its task, where the file names none")
     of_export.add_argument("--output", type=Path, required=True, help="a folder")
+    says = "an ablation of components that removes a behaviour, as a Hugging Face model directory"
+    of_removal = command("removal-export", says, _removal_export)
+    _with_config(of_removal)
+    of_removal.add_argument("--method", default="ugs_components", help="what chose the components (%(default)s)")
+    of_removal.add_argument("--ablation", default="optimal", help="what takes their place (%(default)s)")
+    of_removal.add_argument("--knob", type=float, required=True, help="the price or size, as in front.csv")
+    of_removal.add_argument("--seed", type=int, default=0, help="the seed, as in front.csv (%(default)s)")
+    of_removal.add_argument("--output", type=Path, required=True, help="a folder")
     of_completion = command("completion", "what makes a shell complete these commands and options", _completion)
     of_completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="which shell")
     for each in commands.choices.values():
@@ -201,6 +209,13 @@ def _mib_export(given: Given) -> int:
     from oacore.circuits.mib_tools import export_circuit  # imports torch
 
     export_circuit(load_config(given.config), given.circuit, given.output, given.task)
+    return 0
+
+
+def _removal_export(given: Given) -> int:
+    from oacore.removal.export import export  # imports torch
+
+    export(load_config(given.config), given.output, given.method, given.ablation, given.knob, given.seed)
     return 0
 
 

@@ -88,6 +88,14 @@ def provenance_of(config: Config, model_json: Path, task: str) -> Provenance:
     return Provenance(required, {"model": facts["model"], "dtype": config.dtype, "seed": config.seed})
 
 
+def provenance_of_several(config: Config, model_json: Path, name: str, tasks: Sequence[str]) -> Provenance:
+    """Where the files of an experiment that reads several tasks come from; `name` stands for the task."""
+    facts, layout = read_json(model_json), Layout(config)
+    folders = {task: Path(layout.task_dir(task)).name for task in tasks}
+    required = {"model_hash": facts["model_hash"], "task": name, "task_folders": folders}
+    return Provenance(required, {"model": facts["model"], "dtype": config.dtype, "seed": config.seed})
+
+
 def read_splits(config: Config, inputs: Files, task: str) -> tuple[dict[str, Prompts], Provenance]:
     """A task's prompts by split, and the provenance of what is computed from them, which requires these prompts.
 

@@ -25,6 +25,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "interaction_ranking": ("rank components by what ablating each alone costs", ("task",)),
     "interactions": ("measure direct and indirect effects, and what pairs cost", ("task", "ablation")),
     "interaction_figures": ("draw effects, paths and interactions", ("task",)),
+    "removal": ("ablate a behaviour by one method, and measure what is kept", ("method", "ablation")),
+    "removal_figures": ("draw what is forgotten against what is kept", ()),
     "tracing_fit": ("fit optimal constants for causal tracing", ("task",)),
     "tracing": ("trace where subjects' facts are recalled", ("task",)),
     "tracing_figures": ("draw where facts are recalled", ("task",)),
@@ -40,7 +42,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "report": ("write the HTML report", ()),
 }
 DRAWING = (
-    "figures", "circuit_figures", "interaction_figures", "tracing_figures", "lens_figures", "vision_figures", "report",
+    "figures", "circuit_figures", "interaction_figures", "removal_figures", "tracing_figures", "lens_figures",
+    "vision_figures", "report",
 )  # fmt: skip
 WITHOUT_GPU = ("demo", "vision_model", "vision", *DRAWING)
 
@@ -108,6 +111,11 @@ def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
         for ablation in config.interactions.ablations:
             yield "interactions", {"task": task, "ablation": ablation}
         yield "interaction_figures", {"task": task}
+    if config.removal is not None:
+        for ablation in config.removal.ablations:
+            for method in config.removal.methods:
+                yield "removal", {"method": method, "ablation": ablation}
+        yield "removal_figures", {}
     for task in config.tracing_tasks():
         assert config.tracing is not None
         if config.tracing.fitted:
@@ -258,6 +266,30 @@ def _interaction_figures(layout: Layout, task: str) -> tuple[Named, Named]:
     return inputs, outputs | {"figures": _drawn(layout.interactions(task, "figures/"), settings.figures())}
 
 
+def _removal(layout: Layout, method: str, ablation: str) -> tuple[Named, Named]:
+    settings = layout.config.removal
+    assert settings is not None
+    inputs: Named = {"model": layout.model_json, "prompts": [layout.prompts(task) for task in settings.tasks()]}
+    folder = f"{method}-{ablation}"
+    return inputs, {
+        "front": layout.removal(f"{folder}/front.csv"),
+        "ablations": layout.removal(f"{folder}/ablations.safetensors"),
+    }
+
+
+def _removal_figures(layout: Layout) -> tuple[Named, Named]:
+    settings = layout.config.removal
+    assert settings is not None
+    fronts = [
+        layout.removal(f"{method}-{ablation}/front.csv")
+        for ablation in settings.ablations
+        for method in settings.methods
+    ]
+    inputs: Named = {"model": layout.model_json, "fronts": fronts}
+    outputs: Named = {"front": layout.removal("front.csv")}
+    return inputs, outputs | {"figures": _drawn(layout.removal("figures/"), settings.figures())}
+
+
 def _tracing_fit(layout: Layout, task: str) -> tuple[Named, Named]:
     return _of_task(layout, task), {"constants": layout.tracing(task, "constants.safetensors")}
 
@@ -369,6 +401,7 @@ def _report(layout: Layout) -> tuple[Named, Named]:
     ]
     stages += [("circuit_figures", task) for task in config.circuit_tasks()]
     stages += [("interaction_figures", task) for task in config.interaction_tasks()]
+    stages += [("removal_figures", "")] if config.removal is not None else []
     stages += [(name, task) for task in config.tracing_tasks() for name in ("tracing", "tracing_figures")]
     for task in config.lens_tasks():
         assert config.lenses is not None
@@ -378,7 +411,7 @@ def _report(layout: Layout) -> tuple[Named, Named]:
     if config.vision is not None:
         inputs["vision_model"] = layout.vision_model("model.json")
     for stage, task in stages:
-        wildcards = {} if stage == "vision_figures" else {"task": task}
+        wildcards = {} if stage in ("removal_figures", "vision_figures") else {"task": task}
         for name, paths in files_of(layout, stage, **wildcards)[1].named().items():
             inputs[f"{stage}_{name}_{task}".rstrip("_")] = [path for path in paths if not path.endswith(".png")]
     return inputs, {"report": layout.report}
@@ -389,6 +422,7 @@ _FILES: dict[str, Callable[..., tuple[Named, Named]]] = {
     "gaps": _gaps, "figures": _figures, "circuits": _circuits,
     "circuit_figures": _circuit_figures, "interaction_ranking": _interaction_ranking,
     "interactions": _interactions, "interaction_figures": _interaction_figures,
+    "removal": _removal, "removal_figures": _removal_figures,
     "tracing_fit": _tracing_fit, "tracing": _tracing,
     "tracing_figures": _tracing_figures, "lens_activations": _lens_activations, "lens_fit": _lens_fit,
     "lens_evaluation": _lens_evaluation, "lens_faithfulness": _lens_faithfulness,

@@ -12,15 +12,21 @@ CIRCUITS = {
     "ablation": {"tasks": ["ioi"]},
     "circuits": {"methods": ["ugs", "topk", "eap", "acdc"], "ablations": ["optimal"]},
     "interactions": None,
+    "removal": None,
     "tracing": None,
     "lenses": None,
     "vision": None,
 }
-COMPONENTS = {"circuits": None, "interactions": None, "tracing": None, "lenses": None, "vision": None}
-INTERACTIONS = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "tracing": None, "lenses": None, "vision": None}
-TRACING = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "lenses": None, "vision": None}
-LENSES = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "tracing": None, "vision": None}
-VISION = {"ablation": {"tasks": ["ioi"]}, "circuits": None, "interactions": None, "tracing": None, "lenses": None}
+EXPERIMENTS = ("circuits", "interactions", "removal", "tracing", "lenses", "vision")
+
+
+def only(experiment):
+    """What takes the others away, and components of other tasks."""
+    return {"ablation": {"tasks": ["ioi"]}} | {name: None for name in EXPERIMENTS if name != experiment}
+
+
+COMPONENTS = dict.fromkeys(EXPERIMENTS)
+INTERACTIONS, REMOVAL, TRACING, LENSES, VISION = map(only, EXPERIMENTS[1:])
 N_CURVES = 3 * 3 * 2  # of the tiny run: sites, positions, windows
 
 # What changes in a part, and the new items by job, as far as they are known before the first of them is computed.
@@ -83,6 +89,12 @@ CHANGES = {
         INTERACTIONS,
         {"interactions": {"ablations": ["optimal", "mean", "zero"]}},
         {"interactions ioi zero": 23},
+    ),
+    "a price of edges": (REMOVAL, {"removal": {"edge_prices": [1e-2, 1e-1]}}, {"removal ugs optimal": 1}),
+    "how removal is weighed": (
+        REMOVAL,
+        {"removal": {"weight": 2.0}},
+        {"removal ugs optimal": 1, "removal gap optimal": 1},
     ),
     "what vision shows elsewhere": (
         VISION,

@@ -88,11 +88,20 @@ class Gradients(NamedTuple):
     constants: Tensor | None  # [F, S, Q, d]
 
 
-class Passes:
-    """Runs rows through the engine in parts."""
+RowLosses = Callable[[Engine, Objective, Tensor, Examples, Tensor], Tensor]  # as `objective_losses`
 
-    def __init__(self, engine: Engine, examples: Examples, memory_bytes: float):
-        self.engine, self.examples, self.memory = engine, examples, memory_bytes
+
+class Passes:
+    """Runs rows through the engine in parts.
+
+    Args:
+        losses_of: what a row's loss is; where another one is given, it stands wherever KL is spoken of below.
+    """
+
+    def __init__(
+        self, engine: Engine, examples: Examples, memory_bytes: float, losses_of: RowLosses = objective_losses
+    ):
+        self.engine, self.examples, self.memory, self.losses_of = engine, examples, memory_bytes, losses_of
         self._most = sys.maxsize  # rows a part may have after an out-of-memory
 
     def gradients(
@@ -140,7 +149,7 @@ class Passes:
                 plan=self.engine.weights.plan(own_masks) if skip_dead else None,
                 keep_inputs=keep_inputs,
             )
-            of_rows = objective_losses(self.engine, objective, logits, self.examples, chosen[slot])
+            of_rows = self.losses_of(self.engine, objective, logits, self.examples, chosen[slot])
             of_rows.sum().backward()
             losses[rows] = of_rows.detach()
             assert own_masks.grad is not None
@@ -177,7 +186,7 @@ class Passes:
                 slot if owned else None,
                 plan=self.engine.weights.plan(row_masks),
             )
-            kl[rows] = objective_losses(self.engine, "kl", logits, examples, prompts)
+            kl[rows] = self.losses_of(self.engine, "kl", logits, examples, prompts)
             logit_diff[rows] = logit_difference(logits, examples.answers[prompts], examples.wrong[prompts])
 
         self._parts(part, len(slots), len(masks), 1 if owned else len(replacement), len(masks), gradient=False)

@@ -10,6 +10,7 @@ from oacore.config.ablation import ABLATION_TYPES
 from oacore.config.base import nearest
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
 from oacore.config.lenses import LENSES
+from oacore.config.removal import REMOVAL_METHODS
 from oacore.config.rows import Row
 from oacore.config.run import Config
 from oacore.config.tasks import PAIRS, TASKS, Pairs, Tasks
@@ -101,6 +102,7 @@ def describe_names() -> list[tuple[str, str, str]]:
         "ablation.methods": ABLATION_TYPES,
         "circuits.methods": CIRCUIT_METHODS,
         "circuits.ablations": EDGE_ABLATIONS,
+        "removal.methods": REMOVAL_METHODS,
         "tracing.corruptions": CORRUPTIONS,
         "lenses.lenses": LENSES,
         "vision.replacements": REPLACEMENTS,

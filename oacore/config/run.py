@@ -16,13 +16,21 @@ from oacore.config.circuits import CIRCUIT_METHODS, Circuits
 from oacore.config.interactions import Interactions
 from oacore.config.lenses import Lenses
 from oacore.config.model import DEMO, DEMO_TRAINED, DemoModel
+from oacore.config.removal import Removal
 from oacore.config.tasks import TASKS, Tasks, task_row
 from oacore.config.tracing import Tracing
 from oacore.config.vision import Vision
 
 FACTS = "facts"  # the task that is traced unless others are named
 LOGIT_DIFFERENCE = "takes the logit difference, since KL has no gradient at the clean run"
-OPTIONAL_SECTIONS = ("circuits", "interactions", "tracing", "lenses", "vision")  # whose presence asks for an experiment
+OPTIONAL_SECTIONS = (
+    "circuits",
+    "interactions",
+    "removal",
+    "tracing",
+    "lenses",
+    "vision",
+)  # whose presence asks for an experiment
 
 
 class Limits(Settings):
@@ -90,6 +98,7 @@ class Config(Settings):
     ablation: Ablation = Ablation()
     circuits: Circuits | None = None
     interactions: Interactions | None = None
+    removal: Removal | None = None
     tracing: Tracing | None = None
     lenses: Lenses | None = None
     vision: Vision | None = None
@@ -211,6 +220,18 @@ class Config(Settings):
         if self.tracing is None:
             return ()
         return self.tracing.tasks or (FACTS,)
+
+    @model_validator(mode="after")
+    def _removal_has_its_tasks(self) -> "Config":
+        if self.removal is not None:
+            selected = self.tasks.selected()
+            for role, task, _ in self.removal.selections():
+                if task not in selected:
+                    raise ValueError(
+                        f"removal.{role}.{task}: unknown key; allowed: the config's tasks: {', '.join(selected)}"
+                        f"{nearest(task, selected)}"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _tracing_has_subjects(self) -> "Config":

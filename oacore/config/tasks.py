@@ -161,7 +161,7 @@ PAIRS = TaskRow(
     check="oacore.tasks.pairs:check",
 )
 NAME = re.compile(r"[a-z][a-z0-9_]*")
-RESERVED = ("logs",)  # beside the tasks' folders in a run's results
+RESERVED = ("logs", "removal")  # beside the tasks' folders in a run's results
 
 
 def task_row(name: str) -> TaskRow:

@@ -113,6 +113,28 @@ def write_activations(
             _put_statistics(writer, model, moments)
 
 
+@torch.no_grad()
+def statistics_of(model: Model, batch: Batch, tokens_per_batch: int = 16384) -> Statistics:
+    """The pooled moments over some prompts, without tables by position."""
+    moments = Moments(int(batch.lengths.min()))
+    for part in batch.split(tokens_per_batch):
+        _add_sources(moments, clean_pass(model, part.tokens, part.lengths), part.lengths)
+    shapes = _shapes(model)
+    return Statistics(
+        moments.shortest,
+        {name: moments.mean(f"{name}/mean", shape) for name, shape in shapes.items()},
+        {name: moments.std(name, shape) for name, shape in shapes.items()},
+        {},
+        {},
+    )
+
+
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Of what each kind of source computes, over all layers."""
+    n_layers, d = model.n_layers, model.d_model
+    return {"input": (d,), "head": (n_layers, model.n_heads, model.d_head), "mlp": (n_layers, d)}
+
+
 def _write_last(writer: Writer, split: str, model: Model, part: Batch, moments: Moments | None) -> None:
     """One batch; its clean pass is freed on return, before the next one's."""
     clean = clean_pass(model, part.tokens, part.lengths)
@@ -171,7 +193,7 @@ def _size(prompts: Prompts) -> int:
 
 def _put_statistics(writer: Writer, model: Model, moments: Moments) -> None:
     n_layers, d = model.n_layers, model.d_model
-    shapes = {"input": (d,), "head": (n_layers, model.n_heads, model.d_head), "mlp": (n_layers, d)}
+    shapes = _shapes(model)
     writer.put("statistics/shortest", np.array([moments.shortest]))
     for kind, shape in shapes.items():
         tables = {

@@ -24,13 +24,14 @@ from oacore.estimate.interactions import interaction_ranking, interactions
 from oacore.estimate.lens_evaluation import lens_evaluation, lens_faithfulness, lens_truthfulness
 from oacore.estimate.lenses import lens_activations, lens_fit
 from oacore.estimate.need import Need
+from oacore.estimate.removal import removal
 from oacore.estimate.tracing import tracing, tracing_fit
 
 RULES: dict[str, Callable[..., Need]] = {
     stage.__name__: stage
     for stage in (
         model, prompts, activations, optimal, gaps, circuits, interaction_ranking, interactions,
-        tracing_fit, tracing,
+        removal, tracing_fit, tracing,
         lens_activations, lens_fit, lens_evaluation, lens_faithfulness, lens_truthfulness,
     )
 }  # fmt: skip

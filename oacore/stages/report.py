@@ -6,10 +6,12 @@ from oacore.ablation.report import ablation_section, methods_section
 from oacore.circuits.report import circuit_methods_section, circuit_section
 from oacore.config.run import Config
 from oacore.config.vision import Vision
-from oacore.inputs import provenance_of
+from oacore.inputs import provenance_of, provenance_of_several
 from oacore.interactions.report import interaction_methods_section, interaction_section
 from oacore.jobs import INTERACTION_TABLES, VISION_TABLES, Files
 from oacore.lenses.report import lens_methods_section, lens_section
+from oacore.removal.plots import TYPES
+from oacore.removal.report import removal_methods_section, removal_section
 from oacore.report.page import provenance_section, write
 from oacore.report.parts import Section
 from oacore.store.artefacts import read_json, read_svg, read_table
@@ -37,6 +39,8 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
             sections.append(_tracing(config, inputs, task, provenance))
         if task in config.lens_tasks():
             sections.append(_lenses(inputs, task, provenance))
+    if config.removal is not None:
+        sections.append(_removal(config, inputs))
     if config.vision is not None:
         sections.append(_vision(config.vision, inputs))
     appendix = [methods_section(config.ablation.methods)] if config.ablation_tasks() else []
@@ -44,6 +48,8 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
         appendix.append(circuit_methods_section(config.circuits.methods, config.circuits.ablations))
     if config.interactions is not None:
         appendix.append(interaction_methods_section(config.interactions.ablations))
+    if config.removal is not None:
+        appendix.append(removal_methods_section(config.removal.methods, config.removal.ablations))
     if config.tracing is not None:
         appendix.append(tracing_methods_section(config.tracing.corruption_names()))
     if config.lenses is not None:
@@ -103,6 +109,15 @@ def _circuits(config: Config, inputs: Files, task: str, provenance: Provenance) 
 def _interactions(inputs: Files, task: str, provenance: Provenance) -> Section:
     tables = {name: read_table(inputs[f"interaction_figures_{name}_{task}"], provenance) for name in INTERACTION_TABLES}
     return interaction_section(task, **tables, figures=_svgs(inputs, f"interaction_figures_figures_{task}", provenance))
+
+
+def _removal(config: Config, inputs: Files) -> Section:
+    assert config.removal is not None
+    provenance = provenance_of_several(config, inputs["model"], "removal", config.removal.tasks())
+    front = read_table(inputs["removal_figures_front"], provenance, dtype=TYPES)
+    figures = _svgs(inputs, "removal_figures_figures", provenance)
+    (forget,) = (f"{task} ({pattern})" if pattern else task for task, pattern in config.removal.forget.items())
+    return removal_section(forget, front, figures)
 
 
 def _tracing(config: Config, inputs: Files, task: str, provenance: Provenance) -> Section:

@@ -139,6 +139,10 @@ class Layout:
         """A file of a task's effects and interactions."""
         return f"{self.results_dir}/{task}/interactions/{file}"
 
+    def removal(self, file: str) -> str:
+        """A file of behaviour removal."""
+        return f"{self.results_dir}/removal/{file}"
+
     def lens(self, task: str, file: str) -> str:
         """A file of a task's lenses."""
         return f"{self.results_dir}/{task}/lens/{file}"

@@ -14,6 +14,7 @@ import yaml
 from oacore.config.explain import describe_fields, describe_names
 from oacore.config.model import ARCHITECTURES
 from oacore.config.read import load_config, parse_config
+from oacore.config.removal import ROLES
 from oacore.config.run import Config
 from oacore.errors import UserError
 
@@ -184,6 +185,12 @@ CIRCUITS = {"tasks": {"ioi": None}}
         ({"vision": {"network": {"widths": [4, 0]}}}, ["vision.network.widths[1]: 0", "greater than or equal to 1"]),
         ({"vision": {"budgets": [0]}}, ["vision.budgets[0]: 0", "greater than or equal to 1"]),
         ({"vision": {"images": {"n_test": 1000}}}, ["vision.images.n_network: 2350 images", "1797 in all"]),
+        ({"removal": {"forget": "ioi"}}, ["removal.retain", "missing"]),
+        ({"removal": {"forget": "fact", "retain": "ioi"}}, ["removal.forget", "fact", "ioi"]),
+        ({"removal": {"forget": {"ioi": "("}, "retain": "ioi"}}, ["removal", "'('", "no regular expression"]),
+        ({"removal": {"forget": [], "retain": "ioi"}}, ["removal.forget: nothing", "one task"]),
+        ({"removal": {"forget": "ioi", "retain": "ioi", "ablations": ["resample"]}}, ["'resample'", "optimal"]),
+        ({"removal": {"forget": "ioi", "retain": "ioi", "methods": ["ugz"]}}, ["'ugz'", "did you mean 'ugs'"]),
         ({"circuits": {"tasks": ["facts"]}}, ["circuits.tasks", "facts", "ioi"]),
         ({"circuits": {"methods": ["manual"]}}, ["'manual'", "GPT-2-small"]),
         ({"circuits": {"lambdas": [0.001, 0.001]}}, ["lambdas", "repeats"]),
@@ -352,6 +359,7 @@ def test_every_misspelled_key_is_refused(path):
 
 # A key that takes what the others refuse.
 TAKES = {"run": (-3,), "model": ("none of these",), "tracing.pictures": (["none of these"],)}
+TAKES |= {f"removal.{role}.facts": ("none of these",) for role in ROLES}  # a pattern that the prompts refuse
 
 
 @pytest.mark.parametrize("path", paths_in(TINY), ids=".".join)

@@ -246,6 +246,21 @@ def test_effects_are_costed_by_their_sets_of_edges(sizes):
         assert table.RULES[job[0]](case, *job[1:]).flop == judged.flop > 0
 
 
+def test_removal_is_costed_by_what_is_ablated_and_fitted(sizes):
+    def flop(method, ablation, **changed):
+        section = {"forget": "ioi", "retain": "ioi", "relearn": {"max_steps": 0}} | changed
+        return table.RULES["removal"](
+            Case(parse_config(CONFIG | {"removal": section}), sizes, gpu=True), method, ablation
+        ).flop
+
+    assert flop("random", "zero") == 0 < flop("gap", "zero") < flop("gap", "optimal")
+    assert flop("ugs", "zero", edge_prices=[1e-3, 1e-2]) == 2 * flop("ugs", "zero", edge_prices=[1e-3])
+    fitted = [flop("random", "optimal", sizes=sizes_) for sizes_ in ([1], [1, 2, 3])]
+    assert fitted[1] == 3 * fitted[0] == 3 * flop("linear_erasure", "optimal", ranks=[2]) > 0
+    tuned = [flop("random", "zero", relearn={"max_steps": steps, "n_prompts": 8}) for steps in (2, 4)]
+    assert tuned[1] == 2 * tuned[0] > 0 and flop("ugs", "zero", relearn={"max_steps": 4}) == flop("ugs", "zero")
+
+
 def toy_formula(case, task, method, ablation):
     assert method.name == "ugs" and not ablation.per_prompt
     return circuits.CircuitCost({"toy": 7e12}, 11)

@@ -47,6 +47,7 @@ ROOMS = (
     "lenses",
     "models",
     "planted",
+    "removal",
     "tracing",
     "vision",
 )

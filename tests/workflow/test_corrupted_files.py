@@ -215,6 +215,14 @@ READ_BY = {
     ),
     "interactions": (lambda layout: layout.interactions("ioi", "interactions.csv"), "report", {}),
     "paths drawn": (lambda layout: layout.interactions("ioi", "figures/paths_mean.svg"), "report", {}),
+    "front of a method": (lambda layout: layout.removal("ugs-optimal/front.csv"), "removal_figures", {}),
+    "facts forgotten": (
+        lambda layout: layout.prompts("facts"),
+        "removal",
+        {"method": "gap", "ablation": "optimal"},
+    ),
+    "front of all": (lambda layout: layout.removal("front.csv"), "report", {}),
+    "front drawn": (lambda layout: layout.removal("figures/front_optimal.svg"), "report", {}),
     "weights of the network": (
         lambda layout: layout.vision_model("weights.safetensors"),
         "vision",

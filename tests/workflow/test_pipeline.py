@@ -137,6 +137,55 @@ def test_effects_are_complete(finished):
     assert repair.abs().max() < 1e-12
 
 
+def test_removal_is_complete(finished):
+    config, layout, _ = finished
+    settings, folder = config.removal, Path(layout.removal(""))
+    of_each = {f"{method}-{ablation}" for method in settings.methods for ablation in settings.ablations}
+    assert names_in(folder) == {"front.csv", "figures", *of_each}
+    assert all(names_in(folder / name) == {"front.csv", "ablations.safetensors"} for name in of_each)
+    figures = {f"{name}.{kind}" for name in settings.figures() for kind in ("svg", "png")}
+    assert {path.name for path in (folder / "figures").iterdir()} == figures
+    front = pd.read_csv(folder / "front.csv")
+    roles = ["forget_accuracy", "forget_se", "paraphrase_accuracy", "paraphrase_se"]
+    roles += ["retain_kl_nats", "retain_se", "held_out_kl_nats", "held_out_se"]
+    columns = ["method", "ablation", "knob", "seed", "ablations", "accuracy_before", *roles]
+    columns += ["relearn_steps", "relearned", "relearn_accuracy", "converged", "steps", "left_nats"]
+    assert list(front.columns) == [*columns, "validation_loss_nats"]
+    assert list(front["method"]) == ["ugs", "gap"] and (front["accuracy_before"] > 0.9).all()
+    assert front[roles].notna().all(axis=None) and front["relearn_steps"].isna().tolist() == [True, False]
+
+
+def test_an_exported_removal_answers_as_the_table_says(finished, tmp_path):
+    """The plain model of the directory, on the forgotten test prompts."""
+    from transformers import AutoModelForCausalLM
+
+    from oacore.removal.export import export
+    from oacore.removal.loss import correct
+
+    config, layout, _ = finished
+    assert export(config, tmp_path, "gap", "optimal", 1) < 1e-5
+    front = pd.read_csv(layout.removal("front.csv")).set_index("method").loc["gap"]
+    prompts, task = read_prompts(layout.prompts("facts"), "test"), config.removal.forget
+    rows = [row for row, text in enumerate(prompts.text) if re.search(task["facts"], text)]
+    every = [read_prompts(layout.prompts("facts"), split) for split in ("train", "validation", "test")]
+    known = {
+        int(of.answers[row, 0]) for of in every for row, text in enumerate(of.text) if re.search(task["facts"], text)
+    }
+    answers = torch.from_numpy(prompts.answers[rows]).long()
+    wrong = torch.tensor([sorted(known - {int(answer)}) for (answer,) in answers])
+    batch = batch_of(prompts).take(torch.tensor(rows))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = model(input_ids=batch.tokens).logits[torch.arange(len(rows)), batch.lengths - 1]
+    assert float(correct(logits, answers, wrong).double().mean()) == pytest.approx(front["forget_accuracy"], abs=1e-9)
+    for arguments, said in (
+        (("ugs", "optimal", 1), "--method: 'ugs'; allowed: methods of the run that ablate components: gap"),
+        (("gap", "optimal", 7), "--knob, --seed: 7-s0; allowed: 1-s0"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            export(config, tmp_path, *arguments)
+
+
 def test_importances_are_complete(finished):
     config, layout, _ = finished
     settings, folder = config.vision, Path(layout.vision(""))
@@ -640,8 +689,8 @@ def test_report_is_one_offline_page_with_everything(finished):
     of_tracing = len(config.tracing.figures())
     of_lenses = len(config.lenses.figures()) + config.lenses.pictures
     of_ablation = len(config.ablation_tasks()) * len(config.ablation.figures())
-    others = len(config.interactions.figures()) + len(config.vision.figures())
-    assert page.tags.count("figure") == of_ablation + of_circuits + others + of_tracing + of_lenses
+    of_others = sum(len(section.figures()) for section in (config.interactions, config.removal, config.vision))
+    assert page.tags.count("figure") == of_ablation + of_circuits + of_others + of_tracing + of_lenses
     for word in (
         "ioi",
         "facts",
@@ -726,12 +775,18 @@ def test_nothing_to_be_done_and_what_each_key_re_runs(finished, tmp_path):
         | every_circuit
         | every_effect
     )
+    every_removal = {"removal": 2, "removal_figures": 1}
+    assert stale({"removal": tiny["removal"] | {"weight": 2}}) == every_removal | {"report": 1}
     other_run = stale({"run": "other"})
     assert other_run == {
         "optimal": 4,
         "gaps": 2,
         "figures": 2,
-    } | every_circuit | every_effect | every_trace | of_oca | {"lens_fit": 6, "vision": 2, "vision_figures": 1}
+    } | every_circuit | every_effect | every_removal | every_trace | of_oca | {
+        "lens_fit": 6,
+        "vision": 2,
+        "vision_figures": 1,
+    }
     assert stale({"dtype": "bf16"})["model"] == 1
 
 
@@ -768,6 +823,8 @@ def test_the_command_line_computes_the_same_bits(finished, tmp_path):
         layout.interactions("ioi", "optimal"),
         layout.vision(""),
         layout.vision("channels"),
+        layout.removal(""),
+        layout.removal("ugs-optimal"),
     ):
         for path in Path(folder).iterdir():
             if path.is_file():
@@ -793,7 +850,7 @@ def fresh(finished, tmp_path):
     }
     values["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"], "tasks": ["ioi"]}
     values["circuits"] |= {"methods": ["ugs"], "ablations": ["optimal"], "seeds": [0]}
-    del values["tracing"], values["lenses"], values["vision"]  # of other tasks
+    del values["removal"], values["tracing"], values["lenses"], values["vision"]  # of other tasks
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     layout = Layout(load_config(path))
@@ -896,13 +953,15 @@ def test_bad_facts_stop_before_any_job(tmp_path):
     (tmp_path / "facts.csv").write_text("subject,prompt,answer\nParis,Paris is in,France\nRome,It is in,Italy\n")
     path = tmp_path / "bad.yaml"
     values = yaml.safe_load(TINY.read_text()) | {"tasks": {"facts": {"path": str(tmp_path / "facts.csv")}}}
-    del (
-        values["circuits"],
-        values["interactions"],
-        values["lenses"],
-        values["vision"],
-        values["ablation"]["tasks"],
-    )  # of other tasks
+    for section in (
+        "circuits",
+        "interactions",
+        "removal",
+        "lenses",
+        "vision",
+    ):  # of other tasks, or patterns of other facts
+        del values[section]
+    del values["ablation"]["tasks"]  # of other tasks
     path.write_text(yaml.safe_dump(values))
     result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
     assert result.returncode != 0 and "Traceback" not in result.stderr
@@ -917,13 +976,9 @@ def test_bad_input_in_a_job_gives_one_error(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     path = tmp_path / "bad.yaml"
     text = yaml.safe_load(TINY.read_text()) | {"tasks": {"text": {"path": str(tmp_path / "empty.txt")}}}
-    del (
-        text["circuits"],
-        text["interactions"],
-        text["tracing"],
-        text["vision"],
-        text["ablation"]["tasks"],
-    )  # of other tasks
+    for section in ("circuits", "interactions", "removal", "tracing", "vision"):  # of other tasks
+        del text[section]
+    del text["ablation"]["tasks"]
     path.write_text(yaml.safe_dump(text))
     config = load_config(path).model_copy(update={"cache_dir": tmp_path / "cache"})
     assert isinstance(config, Config)

@@ -28,6 +28,8 @@ LOST = {
     "ranking": (lambda layout: layout.interactions("ioi", "ranking.csv"), {"interaction_ranking", "interactions"}),
     "effects": (lambda layout: layout.interactions("ioi", "mean/effects.csv"), {"interactions"}),
     "paths": (lambda layout: layout.interactions("ioi", "figures/paths_mean.svg"), {"interaction_figures"}),
+    "front": (lambda layout: layout.removal("front.csv"), {"removal_figures"}),
+    "ablations": (lambda layout: layout.removal("gap-optimal/ablations.safetensors"), {"removal"}),
     "importance": (lambda layout: layout.vision("blocks/importance.csv"), {"vision"}),
     "importances": (lambda layout: layout.vision("figures/importance_blocks.png"), {"vision_figures"}),
     "facts": (lambda layout: layout.tracing("facts", "facts.json"), {"tracing"}),

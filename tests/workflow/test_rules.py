@@ -81,7 +81,7 @@ def test_the_workflow_is_a_module_of_another(tiny_run, tmp_path):
     own = {
         key: value
         for key, value in own.items()
-        if key not in ("circuits", "interactions", "tracing", "lenses", "vision")
+        if key not in ("circuits", "interactions", "removal", "tracing", "lenses", "vision")
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"oa": own}))
     (tmp_path / "Snakefile").write_text(MODULE)

@@ -40,6 +40,7 @@ def place(tmp_path, tiny_run):
         del (
             values["circuits"],
             values["interactions"],
+            values["removal"],
             values["tracing"],
             values["lenses"],
             values["vision"],

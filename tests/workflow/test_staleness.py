@@ -58,6 +58,9 @@ CONSTANTS = {
 DRAWN = {"interaction_figures": 1} | REPORT
 INTERACTIONS = {"interactions": 2} | DRAWN
 RANKED = {"interaction_ranking": 1} | INTERACTIONS
+COMPARED = {"removal_figures": 1} | REPORT
+REMOVED = {"removal": 2} | COMPARED
+ONE_REMOVED = {"removal": 1} | COMPARED
 TRACED = {"tracing": 1, "tracing_figures": 1} | REPORT
 TRACING = {"tracing_fit": 1} | TRACED
 MEASURED = {"lens_evaluation": 1, "lens_figures": 1} | REPORT
@@ -69,9 +72,9 @@ TRUTHFULNESS = {"lens_truthfulness": 1, "lens_figures": 1} | REPORT
 IMPORTANCE = {"vision": 2, "vision_figures": 1} | REPORT
 NETWORK = {"vision_model": 1} | IMPORTANCE
 OF_IOI = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1, "circuits": 16} | SHOWN | RANKED
-OF_FACTS = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1} | TRACING
+OF_FACTS = {"prompts": 1, "activations": 1, "optimal": 2, "gaps": 1, "figures": 1} | TRACING | REMOVED
 OF_TEXT = {"prompts": 1, "activations": 1} | LENSES
-RESULTS = {"optimal": 4, "circuits": 16} | GAPS | SHOWN | RANKED | TRACING | LENSES | IMPORTANCE
+RESULTS = {"optimal": 4, "circuits": 16} | GAPS | SHOWN | RANKED | REMOVED | TRACING | LENSES | IMPORTANCE
 OF_MODEL = {"model": 1, "prompts": 3, "activations": 3} | {k: v for k, v in RESULTS.items() if "vision" not in k}
 PROMPTS = {"prompts": 3, "activations": 3} | RESULTS
 EVERYTHING = OF_MODEL | NETWORK
@@ -136,6 +139,27 @@ KEYS = {
     "interactions.mediators": ("component", INTERACTIONS),
     **{f"interactions.refit.{key}": (7, RANKED) for key in ("learning_rate", "batch_size", "first_round", "max_steps")},
     "interactions.refit.tolerance": (0.5, RANKED),
+    "removal.forget": ({"facts": "lives in the city"}, REMOVED),
+    "removal.retain": ({"facts": "works as"}, REMOVED),
+    "removal.paraphrases": ({"facts": "Friends"}, REMOVED),
+    "removal.held_out": ({"facts": "Clients"}, REMOVED),
+    "removal.methods": (["ugs"], COMPARED),
+    "removal.ablations": (["optimal", "zero"], REMOVED),  # of the new one
+    "removal.weight": (0.5, REMOVED),
+    "removal.edge_prices": ([1e-1], ONE_REMOVED),
+    "removal.component_prices": ([1e-1], REPORT),
+    "removal.sizes": ([2], ONE_REMOVED),
+    "removal.ranks": ([2], REPORT),
+    "removal.seeds": ([1], REMOVED),
+    **{f"removal.{key}": (7, REPORT) for key in ("n_prompts", "ig_steps")},
+    **{
+        f"removal.masks.{key}": (7, ONE_REMOVED)
+        for key in ("n_steps", "n_samples", "n_prompts", "learning_rate", "constants_rate", "record_every")
+    },
+    "removal.masks.dynamic_window": (True, ONE_REMOVED),
+    **{f"removal.refit.{key}": (7, REMOVED) for key in ("learning_rate", "batch_size", "first_round", "max_steps")},
+    "removal.refit.tolerance": (0.5, REMOVED),
+    **{f"removal.relearn.{key}": (7, REMOVED) for key in ("n_prompts", "learning_rate", "max_steps")},
     "tracing.corruptions": (["gaussian"], TRACED),
     "tracing.noise_scales": ([1, 2], TRACED),
     "tracing.n_draws": (3, TRACED),
@@ -372,10 +396,10 @@ def test_comments_docstrings_and_formatting_re_run_nothing(finished, code):
 # Which rules take up what a rule makes.
 NEXT = {
     "model": "prompts activations optimal gaps figures circuits circuit_figures interaction_ranking interactions "
-    "interaction_figures tracing_fit tracing tracing_figures lens_fit lens_evaluation lens_faithfulness "
-    "lens_truthfulness lens_figures report",
-    "prompts": "activations optimal gaps circuits interaction_ranking interactions tracing_fit tracing lens_fit "
-    "lens_evaluation lens_faithfulness lens_truthfulness report",
+    "interaction_figures removal removal_figures tracing_fit tracing tracing_figures lens_fit lens_evaluation "
+    "lens_faithfulness lens_truthfulness lens_figures report",
+    "prompts": "activations optimal gaps circuits interaction_ranking interactions removal tracing_fit tracing "
+    "lens_fit lens_evaluation lens_faithfulness lens_truthfulness report",
     "activations": "optimal gaps circuits interaction_ranking interactions lens_fit lens_evaluation lens_faithfulness "
     "lens_truthfulness",
     "optimal": "gaps figures circuits",
@@ -386,6 +410,8 @@ NEXT = {
     "interaction_ranking": "interactions",
     "interactions": "interaction_figures",
     "interaction_figures": "report",
+    "removal": "removal_figures",
+    "removal_figures": "report",
     "tracing_fit": "tracing",
     "tracing": "tracing_figures report",
     "tracing_figures": "report",
@@ -410,17 +436,19 @@ MODULES = {
     "prompts": "engine/clean stages/prompts tasks/generate",
     "prompts vision_model": "draws",
     "activations": "engine/activations engine/prompts engine/statistics stages/activations",
-    "optimal interaction_ranking tracing_fit lens_fit vision": "fits/descent fits/record fits/resume fits/watch "
-    "metrics",
+    "optimal interaction_ranking removal tracing_fit lens_fit vision": "fits/descent fits/record fits/resume "
+    "fits/watch metrics",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
-    "gaps circuits interaction_ranking tracing lens_evaluation vision": "fits/convergence",
+    "gaps circuits interaction_ranking removal tracing lens_evaluation vision": "fits/convergence",
     "gaps": "ablation/gaps ablation/replacements stages/gaps",
     "figures": "ablation/plots ablation/tables fits/curves stages/figures",
-    "figures circuit_figures interaction_figures tracing_figures lens_figures vision_figures": "report/figures "
-    "report/numbers",
-    "figures circuit_figures interaction_figures tracing_figures vision_figures": "report/series",
-    "circuits": "circuits/circuit circuits/mib_file circuits/search stages/circuits",
-    "circuits interaction_ranking": "circuits/constants circuits/evaluate circuits/judge circuits/numbers "
+    "figures circuit_figures interaction_figures removal_figures tracing_figures lens_figures vision_figures": ""
+    "report/figures report/numbers",
+    "figures circuit_figures interaction_figures removal_figures tracing_figures vision_figures": "report/series",
+    "circuits": "circuits/mib_file stages/circuits",
+    "circuits removal": "circuits/circuit circuits/search",
+    "circuits interaction_ranking": "circuits/judge",
+    "circuits interaction_ranking removal": "circuits/constants circuits/evaluate circuits/numbers "
     "circuits/passes circuits/replacements circuits/task engine/buffers engine/folded engine/masked "
     "engine/masked_backward engine/masked_blocks engine/masked_pass "
     "oakernels/constants oakernels/masked_mix oakernels/masked_mix_backward oakernels/masked_read oakernels/operands "
@@ -429,6 +457,10 @@ MODULES = {
     "interaction_ranking": "interactions/edges interactions/ranking stages/interaction_ranking",
     "interactions": "interactions/effects stages/interactions",
     "interaction_figures": "interactions/plots stages/interaction_figures",
+    "removal": "removal/ablated removal/behaviours removal/constants removal/loss removal/measure removal/relearn "
+    "removal/request removal/validation stages/removal",
+    "removal_figures": "stages/removal_figures",
+    "removal_figures report": "removal/plots",
     "tracing_fit": "stages/tracing_fit tracing/facts tracing/fit tracing/places tracing/recall tracing/restore "
     "tracing/subjects",
     "tracing": "stages/tracing tracing/corruptions tracing/effects tracing/pictures tracing/tables tracing/trace",
@@ -443,8 +475,8 @@ MODULES = {
     "vision": "stages/vision vision/agreement vision/attributions vision/budgets vision/curves vision/fit "
     "vision/measures vision/passes vision/replacements vision/shapley vision/study vision/tables vision/units",
     "vision_figures": "stages/vision_figures vision/plots",
-    "report": "ablation/report circuits/report interactions/report lenses/report report/cells report/convergence "
-    "report/page report/parts report/svg stages/report tracing/peaks tracing/report "
+    "report": "ablation/report circuits/report interactions/report lenses/report removal/report report/cells "
+    "report/convergence report/page report/parts report/svg stages/report tracing/peaks tracing/report "
     "vision/report",
     # Settings and rows reach rules as parameters; messages, paths and locks are no results; tools and estimates are in
     # no rule, and what no row of the tiny run names is in none of its jobs.
@@ -453,12 +485,13 @@ MODULES = {
     "api/experiments api/model api/results api/running api/settings api/tasks circuits/__init__ "
     "circuits/manual circuits/mib circuits/mib_tools config/__init__ config/__main__ config/ablation config/base "
     "config/circuits config/colors config/explain config/interactions config/lenses config/model config/read "
-    "config/rows config/run config/tasks config/tracing config/vision config/yaml_file "
+    "config/removal config/rows config/run config/tasks config/tracing config/vision config/yaml_file "
     "engine/__init__ estimate/__init__ estimate/ablation estimate/case "
     "estimate/circuits estimate/families estimate/inputs estimate/interactions estimate/lens_evaluation "
     "estimate/lenses estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
-    "estimate/throughput estimate/tracing fits/__init__ interactions/__init__ lenses/__init__ models/__init__ "
-    "models/architecture models/demo report/__init__ stages/__init__ stages/demo tasks/greater_than tasks/pairs "
+    "estimate/removal estimate/throughput estimate/tracing fits/__init__ interactions/__init__ lenses/__init__ "
+    "models/__init__ models/architecture models/demo removal/__init__ removal/erasure removal/export report/__init__ "
+    "stages/__init__ stages/demo tasks/greater_than tasks/pairs "
     "tasks/template stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint "
     "store/housekeeping store/layout store/locks "
     "tasks/__init__ tracing/__init__ vision/__init__ oakernels/__init__",
@@ -471,15 +504,17 @@ TRAINING += "tasks/greater_than tasks/ioi tasks/prompts"
 
 # What computes some rows of a registry, and what these share: the jobs of these rows alone.
 OF_ROWS = {
-    "circuits/ugs": {"circuits": 4} | SHOWN,  # topk learns with its sampler
+    "circuits/ugs": {"circuits": 4} | SHOWN | ONE_REMOVED,  # topk learns with its sampler
     "circuits/hcgs": {"circuits": 2} | SHOWN,
     "circuits/topk": {"circuits": 2} | SHOWN,
-    "circuits/learn": {"circuits": 6} | SHOWN,
-    "circuits/edges": {"circuits": 6} | SHOWN,
-    "circuits/eap": {"circuits": 4} | SHOWN,
+    "circuits/learn": {"circuits": 6} | SHOWN | ONE_REMOVED,
+    "circuits/edges": {"circuits": 6} | SHOWN | ONE_REMOVED,
+    "circuits/eap": {"circuits": 4} | SHOWN | ONE_REMOVED,
     "circuits/exact": {"circuits": 2} | SHOWN,
     "circuits/acdc": {"circuits": 2} | SHOWN,
     "circuits/random": {"circuits": 2} | SHOWN,
+    "removal/learned": ONE_REMOVED,
+    "removal/ranked": ONE_REMOVED,
     "lenses/constant": LENSES | {"lens_fit": 3},
     "lenses/affine": {"lens_fit": 4} | MEASURED,
     "tasks/facts": OF_FACTS,

@@ -15,6 +15,7 @@ from snakemake.logging import get_event, logger
 from oacore.config.ablation import ABLATION_TYPES
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
 from oacore.config.lenses import LENS_SECTIONS, LENSES, lens_and_init
+from oacore.config.removal import REMOVAL_METHODS
 from oacore.config.rows import computed, shown
 from oacore.config.tasks import task_row
 from oacore.config.tracing import CORRUPTIONS
@@ -97,6 +98,7 @@ def inputs_of(stage):
 
 CIRCUITS = run_config.circuits
 INTERACTIONS = run_config.interactions
+REMOVAL = run_config.removal
 TRACING = run_config.tracing
 LENS_SETTINGS = run_config.lenses
 VISION = run_config.vision

@@ -1,0 +1,1 @@
+"""Removing a behaviour by few ablations that keep the others."""

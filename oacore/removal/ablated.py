@@ -1,0 +1,147 @@
+"""What an ablation is, once it is chosen: how the model answers under it, and its tensors.
+
+Components and directions are ablated at every position, the first (BOS) included, since the weights themselves are
+edited and have no way to tell it apart; edges, which need the masked pass, at every position but BOS.
+
+Symbols: B prompts, T tokens, V vocabulary, L layers, H heads, k head width, d model width, r directions.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from oacore.circuits.constants import Constants
+from oacore.engine.clean import Batch
+from oacore.engine.forward import embed, last_residual_from, logits_of, run_block
+from oacore.engine.masked import Engine
+from oacore.models.weights import Model
+
+Tensors = dict[str, Tensor]
+
+
+class Ablated(Protocol):
+    """An ablation; `tunable` where it stays what it is whatever the weights become, and its logits are differentiable
+    in them.
+    """
+
+    tunable: ClassVar[bool]
+
+    @property
+    def size(self) -> int:
+        """How many edges, components or directions it ablates."""
+
+    def logits(self, engine: Engine, model: Model, batch: Batch) -> Tensor:
+        """Logits [B, V] at each prompt's last position.
+
+        Args:
+            model: the engine's, or one fine-tuned from it.
+        """
+
+    def tensors(self) -> Tensors:
+        """All that it is made of, by name, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """Heads and MLPs whose outputs are constants. A head's is z, before W_O; an MLP's is what it adds to the stream, or
+    what goes into its post-norm.
+    """
+
+    heads: Tensor  # bool [L, H]
+    mlps: Tensor  # bool [L]
+    head: Tensor  # [L, H, k]
+    mlp: Tensor  # [L, d]
+    tunable: ClassVar[bool] = True
+
+    @property
+    def size(self) -> int:
+        """Heads and MLPs."""
+        return int(self.heads.sum()) + int(self.mlps.sum())
+
+    def edited(self, model: Model) -> Model:
+        """The model with the ablation in its weights: no W_O, or W_out, of what is ablated, and constants in biases;
+        differentiable in the weights and constants.
+        """
+        blocks = []
+        for layer, block in enumerate(model.blocks):
+            changed: dict[str, Any] = {}
+            if self.heads[layer].any():
+                kept = ~self.heads[layer][:, None, None]  # [H, 1, 1]
+                writes = torch.einsum("hk,hkd->d", self.head[layer].to(block.W_O.dtype), block.W_O * ~kept)
+                changed = {"W_O": block.W_O * kept, "b_O": writes if block.b_O is None else block.b_O + writes}
+            if self.mlps[layer]:
+                changed |= {"W_out": block.W_out * 0, "b_out": self.mlp[layer].to(block.W_out.dtype)}
+            blocks.append(replace(block, **changed))
+        return replace(model, blocks=tuple(blocks))
+
+    def logits(self, engine: Engine, model: Model, batch: Batch) -> Tensor:
+        """As `Ablated`."""
+        return plain_logits(self.edited(model), batch)
+
+    def tensors(self) -> Tensors:
+        """As `Ablated`."""
+        return {field.name: getattr(self, field.name).cpu() for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Directions of the residual stream that enters a layer (or, of layer L, the final norm), along which it is the
+    same everywhere.
+    """
+
+    layer: int
+    basis: Tensor  # [d, r] orthonormal
+    along: Tensor  # [r] where the stream is along them
+    tunable: ClassVar[bool] = True
+
+    @property
+    def size(self) -> int:
+        """How many directions."""
+        return self.basis.shape[1]
+
+    def logits(self, engine: Engine, model: Model, batch: Batch) -> Tensor:
+        """As `Ablated`."""
+        residual = embed(model, batch.tokens)
+        for layer in range(self.layer):
+            residual = run_block(model, layer, residual)
+        basis, along = (part.to(residual.dtype) for part in (self.basis, self.along))
+        residual = residual + (along - residual @ basis) @ basis.T  # [B, T, d]
+        return logits_of(model, last_residual_from(model, self.layer, residual, batch.lengths - 1))
+
+    def tensors(self) -> Tensors:
+        """As `Ablated`."""
+        return {"layer": torch.tensor(self.layer), "basis": self.basis.cpu(), "along": self.along.cpu()}
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Edges of the residual graph that carry constants of their sources."""
+
+    kept: Tensor  # bool [J, S]
+    constants: Constants  # F = 1
+    n_edges: int  # of the whole graph
+    tunable: ClassVar[bool] = False
+
+    @property
+    def size(self) -> int:
+        """How many edges are cut."""
+        return self.n_edges - int(self.kept.sum())
+
+    def logits(self, engine: Engine, model: Model, batch: Batch) -> Tensor:
+        """As `Ablated`, of the engine's own model alone."""
+        if model is not engine.model:
+            raise ValueError("edges: the masked pass has weights of its own; allowed: the engine's model")
+        prompts, rows = engine.prompts(batch), torch.arange(len(batch), device=model.device)
+        written = self.constants.writes(engine, prompts.n_tokens)
+        return engine.logits(prompts, rows, self.kept.float()[None], written)
+
+    def tensors(self) -> Tensors:
+        """As `Ablated`."""
+        return {"kept": self.kept.cpu()} | {name: part.cpu() for name, part in self.constants._asdict().items()}
+
+
+def plain_logits(model: Model, batch: Batch) -> Tensor:
+    """Logits [B, V] of the model at each prompt's last position."""
+    return logits_of(model, last_residual_from(model, 0, embed(model, batch.tokens), batch.lengths - 1))
