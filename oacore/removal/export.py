@@ -19,6 +19,7 @@ from oacore.models.hub import load_hugging_face, load_tokenizer
 from oacore.models.weights import Model
 from oacore.removal.ablated import Components
 from oacore.store.artefacts import read_json, read_tensors
+from oacore.store.atomic import atomic_directory
 from oacore.store.layout import Layout
 from oacore.store.provenance import Provenance
 
@@ -107,20 +108,23 @@ def export(config: Config, output: Path, method: str, ablation: str, knob: float
         The largest difference between a logit of the directory's plain model and the ablated model's.
 
     Raises:
-        UserError: there is no such ablation, it is not one of components, or as `edit`.
+        UserError: there is no such ablation, it is not one of components, the folder exists, or as `edit`.
     """
+    if output.exists():
+        raise UserError(f"--output: {output} exists; allowed: a folder that does not")
     layout = Layout(config)
     ablated = _read(config, layout, method, ablation, knob, seed)
     loaded = gated_model(config, Path(layout.model_json))
     source = model_source(config, Path(layout.model_json))
     hf = load_hugging_face(source, revision=loaded.revision, dtype=config.dtype)
     edit(hf, loaded.model, ablated)
-    hf.save_pretrained(output)
-    load_tokenizer(source, loaded.revision).save_pretrained(output)
     tokens, lengths = parity_prompts(hf.config.vocab_size, hf.config.max_position_embeddings)
-    plain = hugging_face_logits(load_hugging_face(output, dtype=config.dtype), tokens, lengths)
-    edited = ablated.edited(loaded.model)
-    parity = check_parity(edited, tokens, lengths, plain, PARITY_TOLERANCE[config.dtype])
+    with atomic_directory(output) as folder:
+        hf.save_pretrained(folder)
+        load_tokenizer(source, loaded.revision).save_pretrained(folder)
+        plain = hugging_face_logits(load_hugging_face(folder, dtype=config.dtype), tokens, lengths)
+        edited = ablated.edited(loaded.model)
+        parity = check_parity(edited, tokens, lengths, plain, PARITY_TOLERANCE[config.dtype])
     print(
         f"{output}: {ablated.size} components ablated; logits within {parity.max_abs_logit:.1e} of the ablated model's"
     )

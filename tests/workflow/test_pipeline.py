@@ -163,7 +163,8 @@ def test_an_exported_removal_answers_as_the_table_says(finished, tmp_path):
     from oacore.removal.loss import correct
 
     config, layout, _ = finished
-    assert export(config, tmp_path, "gap", "optimal", 1) < 1e-5
+    folder = tmp_path / "without"
+    assert export(config, folder, "gap", "optimal", 1) < 1e-5
     front = pd.read_csv(layout.removal("front.csv")).set_index("method").loc["gap"]
     prompts, task = read_prompts(layout.prompts("facts"), "test"), config.removal.forget
     rows = [row for row, text in enumerate(prompts.text) if re.search(task["facts"], text)]
@@ -174,7 +175,7 @@ def test_an_exported_removal_answers_as_the_table_says(finished, tmp_path):
     answers = torch.from_numpy(prompts.answers[rows]).long()
     wrong = torch.tensor([sorted(known - {int(answer)}) for (answer,) in answers])
     batch = batch_of(prompts).take(torch.tensor(rows))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         logits = model(input_ids=batch.tokens).logits[torch.arange(len(rows)), batch.lengths - 1]
     assert float(correct(logits, answers, wrong).double().mean()) == pytest.approx(front["forget_accuracy"], abs=1e-9)
@@ -183,7 +184,10 @@ def test_an_exported_removal_answers_as_the_table_says(finished, tmp_path):
         (("gap", "optimal", 7), "--knob, --seed: 7-s0; allowed: 1-s0"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
-            export(config, tmp_path, *arguments)
+            export(config, tmp_path / "other", *arguments)
+    with pytest.raises(UserError, match="--output: .*without exists; allowed: a folder that does not"):
+        export(config, folder, "gap", "optimal", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"without"}
 
 
 def test_importances_are_complete(finished):
