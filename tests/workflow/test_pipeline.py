@@ -185,7 +185,7 @@ def test_an_exported_removal_answers_as_the_table_says(finished, tmp_path):
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             export(config, tmp_path / "other", *arguments)
-    with pytest.raises(UserError, match="--output: .*without exists; allowed: a folder that does not"):
+    with pytest.raises(UserError, match=r"--output: .*without exists; allowed: a folder that does not"):
         export(config, folder, "gap", "optimal", 1)
     assert {path.name for path in tmp_path.iterdir()} == {"without"}
 
