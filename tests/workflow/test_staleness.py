@@ -401,7 +401,8 @@ MODULES = {
     "models/stored models/weights stages/model store/artefacts store/checksums store/items store/provenance "
     "store/reader store/writer tasks/prompts tasks/stored",
     "prompts": "draws engine/clean stages/prompts tasks/generate",
-    "activations": "engine/activations engine/prompts engine/statistics stages/activations",
+    "activations removal": "engine/activations engine/prompts engine/statistics",
+    "activations": "stages/activations",
     "optimal interaction_ranking removal tracing_fit lens_fit": "fits/descent fits/record fits/resume fits/watch "
     "metrics",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
