@@ -435,7 +435,8 @@ MODULES = {
     "model vision": "store/items",
     "prompts": "engine/clean stages/prompts tasks/generate",
     "prompts vision_model": "draws",
-    "activations": "engine/activations engine/prompts engine/statistics stages/activations",
+    "activations removal": "engine/activations engine/prompts engine/statistics",
+    "activations": "stages/activations",
     "optimal interaction_ranking removal tracing_fit lens_fit vision": "fits/descent fits/record fits/resume "
     "fits/watch metrics",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
