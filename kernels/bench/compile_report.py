@@ -23,7 +23,6 @@ import torch
 import triton  # type: ignore[import-untyped]
 from oakernels.masked_mix import mix_kernel, mix_tiles
 from oakernels.masked_mix_backward import mix_backward_kernel, mix_backward_tiles
-from oakernels.masked_read import READ_TILES, read_kernel
 from oakernels.projection import PROJECT_BACKWARD_TILES, project_backward_kernel
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.backends.nvidia.compiler import get_ptxas  # type: ignore[import-untyped]
@@ -32,7 +31,6 @@ from triton.compiler import ASTSource  # type: ignore[import-untyped]
 KERNELS = {
     "mix": mix_kernel,
     "mix_backward": mix_backward_kernel,
-    "read": read_kernel,
     "project_backward": project_backward_kernel,
 }
 ARITHMETIC = {"ieee": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee")}
@@ -66,7 +64,7 @@ class Report:
 
 def builds() -> list[Build]:
     """What the report has a line or a part of one for."""
-    sizes = {"mix": (16, 64), "mix_backward": (16, 64), "read": (16,), "project_backward": (1,)}
+    sizes = {"mix": (16, 64), "mix_backward": (16, 64), "project_backward": (1,)}
     each = [(kernel, J) for kernel in KERNELS for J in sizes[kernel]]
     full = [
         Build(kernel, J, arithmetic, arch, "full")
@@ -84,7 +82,6 @@ def tiles(build: Build) -> dict[str, int]:
     return {
         "mix": lambda: mix_tiles(build.destinations, dtype, precision),
         "mix_backward": lambda: mix_backward_tiles(build.destinations, dtype, precision),
-        "read": lambda: READ_TILES,
         "project_backward": lambda: PROJECT_BACKWARD_TILES,
     }[build.kernel]()
 

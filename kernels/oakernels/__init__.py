@@ -3,7 +3,6 @@
 from oakernels.constants import constant_gradient
 from oakernels.masked_mix import mix, mix_and_scale
 from oakernels.masked_mix_backward import mix_backward
-from oakernels.masked_read import read
 from oakernels.operands import Operands, Projection
 from oakernels.projection import project, project_backward
 
@@ -16,5 +15,4 @@ __all__ = [
     "mix_backward",
     "project",
     "project_backward",
-    "read",
 ]

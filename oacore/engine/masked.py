@@ -38,14 +38,11 @@ class Engine:
 
     Args:
         precision: of fp32 mixes and projections on a GPU.
-        fused: where inputs are not stored, project them in the kernel that mixes them, so that they are never written.
-            By default on a GPU only, where the kernel is picked for the shapes on which it is the faster one.
     """
 
-    def __init__(self, model: Model, precision: Precision = "ieee", fused: bool | None = None):
+    def __init__(self, model: Model, precision: Precision = "ieee"):
         self.model, self.graph, self.weights = model, model.graph, Weights(model)
         self.precision: Precision = precision
-        self.fused = model.device.type == "cuda" if fused is None else fused
         # Entries that are no edges count as 1 where constants look for ablated edges.
         self.no_edge = torch.tensor(~model.graph.valid).to(model.device)
 
@@ -130,7 +127,6 @@ class Engine:
             self.no_edge,
             contrast,
             precision=self.precision,
-            fused=self.fused and not keep_inputs,
             keep_inputs=keep_inputs,
         )
         return _MaskedForward.apply(masks, replacement, setup)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from oakernels.masked_mix import mix, mix_and_scale
-from oakernels.masked_read import read
 from oakernels.operands import Operands, Projection
 from oakernels.projection import project
 from oakernels.runtime import Precision
@@ -30,7 +29,6 @@ class MaskedPass:
     no_edge: Tensor  # bool [J, S] of the whole graph
     contrast: Tensor | None  # [S, B, t, d] what a mask's gradient multiplies; None: what its edge changes in this pass
     precision: Precision
-    fused: bool  # mix and project in one kernel; not where inputs are kept
     keep_inputs: bool  # store the destinations' inputs for the backward pass
 
 
@@ -119,10 +117,10 @@ class Forward:
             tape.reads.append(self._read(layer, tape.base, layer.kv, slice(layer.n_heads, None), self.every)[0])
         else:
             # The MLP's row comes along, so that early sources are gone through once.
-            rows = slice(layer.q.start, layer.kv.stop if self.setup.fused else layer.mlp.stop)
+            rows = slice(layer.q.start, layer.mlp.stop)
             own, x = self._read(layer, tape.base, rows, slice(None), self.every)
             tape.reads.append(own)
-            x_mlp = x[-1] if x is not None and layer.has_mlp else None
+            x_mlp = x[-1] if layer.has_mlp else None
         H, KV = layer.n_heads, layer.n_kv_heads
         with torch.set_grad_enabled(self.keep):
             first, *rest = (own.y.requires_grad_(self.keep) for own in tape.reads)
@@ -136,10 +134,8 @@ class Forward:
             target.add_(written)
         return x_mlp
 
-    def _read(
-        self, layer: Layer, base: Tensor, rows: slice, weights: slice, buffer: Buffer
-    ) -> tuple[Read, Tensor | None]:
-        """Mix and project the inputs of destinations; also the inputs [J (+ 1), B, q, d], if they were written.
+    def _read(self, layer: Layer, base: Tensor, rows: slice, weights: slice, buffer: Buffer) -> tuple[Read, Tensor]:
+        """Mix and project the inputs of destinations; also the inputs [J (+ 1), B, q, d].
 
         `rows` may hold the MLP's row beyond the projections, which is mixed and left alone.
         """
@@ -147,13 +143,10 @@ class Forward:
         projection = Projection(layer.read[weights], bias, layer.folded.block.attention_norm.eps)
         n, precision, base = layer.first_source, self.setup.precision, buffer.base(base)
         operands = Operands(self.masks[:, rows, :n], buffer.delta[:n], precision)
-        if self.setup.fused:
-            y, scale, x = read(base, operands, projection)
-        else:
-            x, scale = mix_and_scale(base, operands, projection.eps)
-            n_projected = len(projection.weight)
-            scale = scale[:n_projected]
-            y = project(x[:n_projected], scale, projection, precision=precision)
+        x, scale = mix_and_scale(base, operands, projection.eps)
+        n_projected = len(projection.weight)
+        scale = scale[:n_projected]
+        y = project(x[:n_projected], scale, projection, precision=precision)
         stored = x if self.keep and self.setup.keep_inputs else None
         return Read(rows, buffer, projection, y, scale, stored), x
 

@@ -3,7 +3,16 @@
 from typing import Any
 
 import torch
-from oakernels import Operands, Projection, constant_gradient, mix, mix_backward, project_backward, read
+from oakernels import (
+    Operands,
+    Projection,
+    constant_gradient,
+    mix,
+    mix_and_scale,
+    mix_backward,
+    project,
+    project_backward,
+)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -63,8 +72,9 @@ class _MaskedRead(torch.autograd.Function):
         store_inputs: bool,
         how: dict[str, Any],
     ) -> Tensor:
-        y, rstd, x = read(base, Operands(masks, delta, **how), projection, store_inputs=store_inputs)
-        ctx.save_for_backward(base, masks, delta, y, rstd, x)
+        x, rstd = mix_and_scale(base, Operands(masks, delta, **how), projection.eps)
+        y = project(x, rstd, projection, precision=how.get("precision", "ieee"))
+        ctx.save_for_backward(base, masks, delta, y, rstd, x if store_inputs else None)
         ctx.projection, ctx.shapes, ctx.how = projection, (base.shape, _shape(constants)), how
         return y
 
