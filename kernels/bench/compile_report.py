@@ -60,6 +60,7 @@ class Report:
     spilled_bytes: int
     shared_bytes: int
     products: str  # wgmma, mma or fma
+    to_nearest: bool  # factors are rounded to TF32, not cut off
 
 
 def builds() -> list[Build]:
@@ -111,8 +112,9 @@ def compile_one(build: Build) -> Report:
     source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=options)
     registers, spilled = _assemble(compiled.asm["ptx"], build.arch)
-    products = "wgmma" if "wgmma.mma" in compiled.asm["ptx"] else "mma" if "mma.sync" in compiled.asm["ptx"] else "fma"
-    return Report(registers, spilled, compiled.metadata.shared, products)
+    ptx = compiled.asm["ptx"]
+    products = "wgmma" if "wgmma.mma" in ptx else "mma" if "mma.sync" in ptx else "fma"
+    return Report(registers, spilled, compiled.metadata.shared, products, "cvt.rna.tf32.f32" in ptx)
 
 
 def _assemble(ptx: str, arch: int) -> tuple[int, int]:

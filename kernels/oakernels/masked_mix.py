@@ -19,6 +19,7 @@ from oakernels.runtime import (
     INTERPRETED,
     Precision,
     accumulator_dtype,
+    factor,
     in_one_batch,
     matmul_precision,
     rounded,
@@ -147,9 +148,8 @@ def mix_kernel(  # type: ignore[no-untyped-def]
                 other=0.0,
             )
             weights = tl.load(mask_rows + s[None, :], mask=(j[:, None] < J) & (s[None, :] < S), other=0.0)
-            if UP:
-                out = out.to(tl.float32)
-            acc = tl.dot(weights.to(out.dtype), out, acc, input_precision=PRECISION)
+            weights = factor(weights.to(out.dtype), PRECISION, UP)
+            acc = tl.dot(weights, factor(out, PRECISION, UP), acc, input_precision=PRECISION)
         squares += tl.sum(acc * acc, 1)
         at = x + (j[:, None].to(tl.int64) * R + token) * d + i[None, :]
         tl.store(at, rounded(acc, x.dtype.element_ty, UP), mask=(j[:, None] < J) & (i[None, :] < d))

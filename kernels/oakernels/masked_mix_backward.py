@@ -16,6 +16,7 @@ from oakernels.runtime import (
     INTERPRETED,
     Precision,
     accumulator_dtype,
+    factor,
     in_one_batch,
     matmul_precision,
     rounded,
@@ -121,6 +122,7 @@ def mix_backward_kernel(  # type: ignore[no-untyped-def]
         mask=edge,
         other=0.0,
     )
+    weights = factor(weights.to(delta.dtype.element_ty), PRECISION, UP)
     dm = tl.zeros([BJ, BS], tl.float32)
     for chunk in range(split * chunks_per_split, tl.minimum((split + 1) * chunks_per_split, tl.cdiv(d, BD))):
         i = chunk * BD + tl.arange(0, BD)
@@ -133,14 +135,12 @@ def mix_backward_kernel(  # type: ignore[no-untyped-def]
             at = (s[:, None].to(tl.int64) * R + token) * d + i[None, :]
             out = tl.load(delta + at, mask=is_delta, other=0.0)
             grad = tl.load(d_delta + at, mask=is_delta, other=0.0).to(tl.float32)
-            if UP:
-                g = g.to(tl.float32)
-                out = out.to(tl.float32)
-            dm = tl.dot(g, tl.trans(out), dm, input_precision=PRECISION)
-            grad = tl.dot(tl.trans(weights.to(g.dtype)), g, grad, input_precision=PRECISION)
-            tl.store(d_delta + at, rounded(grad, d_delta.dtype.element_ty, UP), mask=is_delta)
             if sums is not None:
                 total += g.to(tl.float32)
+            g = factor(g, PRECISION, UP)
+            dm = tl.dot(g, tl.trans(factor(out, PRECISION, UP)), dm, input_precision=PRECISION)
+            grad = tl.dot(tl.trans(weights), g, grad, input_precision=PRECISION)
+            tl.store(d_delta + at, rounded(grad, d_delta.dtype.element_ty, UP), mask=is_delta)
         if sums is not None:
             tl.store(sums + (j[:, None].to(tl.int64) * (R // T) + b) * d + i[None, :], total, mask=is_dx & (block == 0))
     at = partial + ((b * splits + split) * J + j[:, None]) * S + s[None, :]
@@ -150,15 +150,18 @@ def mix_backward_kernel(  # type: ignore[no-untyped-def]
 def mix_backward_tiles(J: int, dtype: torch.dtype, precision: Precision) -> dict[str, int]:
     """Tile sizes and launch options of `mix_backward_kernel`, which takes J <= MAX_BJ.
 
-    BD is 128 bytes of d, a cache line; for the rest see `mix_tiles`.
+    BD is a cache line; for the rest see `mix_tiles`.
     """
     BJ = destinations_of_program(J)
-    tiles = {"BJ": BJ, "num_warps": 8 if BJ == MAX_BJ else 4, "num_stages": 3 if BJ == MAX_BJ else 2}
-    if dtype == torch.bfloat16:
-        return tiles | {"BS": 32, "BD": 64}
-    if precision == "ieee":  # a stage less spilled 12 and 40 bytes
-        return tiles | {"BS": 32, "BD": 32, "num_stages": tiles["num_stages"] + 1}
-    return tiles | {"BS": 64, "BD": 32}
+    in_bf16, on_cuda_cores = dtype == torch.bfloat16, dtype == torch.float32 and precision == "ieee"
+    return {
+        "BJ": BJ,
+        "BS": 32,
+        "BD": 128 // dtype.itemsize,
+        "num_warps": 8 if BJ == MAX_BJ else 4,
+        # 2 spilled 40 bytes on the CUDA cores; 3 spilled 8 in TF32, and 12 in bf16 for few destinations.
+        "num_stages": 3 if on_cuda_cores or (in_bf16 and BJ == MAX_BJ) else 2,
+    }
 
 
 def _mix_backward_triton(

@@ -122,6 +122,24 @@ def in_one_batch(x: Tensor) -> bool:
 
 
 @triton.jit
+def factor(x, PRECISION: tl.constexpr, UP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x as a factor of `tl.dot`: for TF32, fp32 rounded to the nearest number of 10 mantissa bits, ties away from zero.
+
+    Tensor cores ignore the other 13 bits, so that unrounded factors would be cut off towards zero: twice the error, and
+    all of one sign. The interpreter has no assembly, and no products of bf16.
+    """
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        if UP:
+            bits = x.to(tl.int32, bitcast=True)
+            nearest = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+            x = tl.where(x == x, nearest, x)
+        else:
+            bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.int32, is_pure=True, pack=1)
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(tl.float32) if UP else x
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr, UP: tl.constexpr):  # type: ignore[no-untyped-def]
     """fp32 x in the dtype that it is stored in, to nearest even as a GPU does; the interpreter truncates to bf16."""
     if UP and dtype == tl.bfloat16:

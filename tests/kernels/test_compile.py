@@ -34,6 +34,7 @@ def test_kernels_compile_for_sm_80_and_sm_90_within_their_limits() -> None:
     assert len(combinations) == 3 * 3 * 2
     for row in rows:
         assert int(row["shared_bytes"]) <= SHARED_MEMORY[row["arch"]], row
+        assert row["to_nearest"] == str(row["arithmetic"] == "tf32"), row
         if row["arithmetic"] != "ieee":
             assert row["spilled_bytes"] == "0", row
             assert row["products"] in ("mma", "wgmma"), row  # tensor cores
