@@ -26,7 +26,7 @@ def work_of(shape: Shape, case: Case) -> list[Work]:
 
     def backward(operands: Operands) -> object:
         x = mix(base, operands)
-        return mix_backward(backward_of_projection(operands, x, x), operands, d_delta=d_delta, token_sums=True)
+        return mix_backward(backward_of_projection(operands, x, x), operands, d_delta=d_delta)
 
     return [
         Work(
@@ -47,7 +47,7 @@ def work_of(shape: Shape, case: Case) -> list[Work]:
             "backward of reads, x mixed again",
             # x lives in dx: written and read once more than the mix's own backward
             (3 * S + 2 * J) * tokens + 2 * heads + weights,
-            2 * edges + J * B * d,
+            2 * edges,
             3 * mixing + projecting,
             backward,
         ),

@@ -22,7 +22,7 @@ from itertools import product
 import torch
 import triton  # type: ignore[import-untyped]
 from oakernels.masked_mix import mix_kernel, mix_tiles
-from oakernels.masked_mix_backward import mix_backward_kernel, mix_backward_tiles
+from oakernels.masked_mix_backward import MIX_BACKWARD_TILES, mix_backward_kernel
 from oakernels.projection import PROJECT_BACKWARD_TILES, project_backward_kernel
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.backends.nvidia.compiler import get_ptxas  # type: ignore[import-untyped]
@@ -34,10 +34,10 @@ KERNELS = {
     "project_backward": project_backward_kernel,
 }
 ARITHMETIC = {"ieee": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee")}
-OPTIONAL = ("rstd", "sums", "bias")
-SUMS = ("rstd", "masks", "partial", "sums")  # fp32 whatever the dtype
+OPTIONAL = ("rstd", "bias")
+SUMS = ("rstd", "masks", "partial")  # fp32 whatever the dtype
 POINTERS = ("x", "base", "delta", "dx", "d_delta", "y", "dy", "weight", *OPTIONAL, *SUMS)
-ALIGNED = ("d", "k")
+ALIGNED = ("d", "k", "n")
 ARCHITECTURES = (80, 90)
 
 
@@ -65,7 +65,7 @@ class Report:
 
 def builds() -> list[Build]:
     """What the report has a line or a part of one for."""
-    sizes = {"mix": (16, 64), "mix_backward": (16, 64), "project_backward": (1,)}
+    sizes = {"mix": (16, 64), "mix_backward": (1,), "project_backward": (1,)}
     each = [(kernel, J) for kernel in KERNELS for J in sizes[kernel]]
     full = [
         Build(kernel, J, arithmetic, arch, "full")
@@ -82,7 +82,7 @@ def tiles(build: Build) -> dict[str, int]:
     dtype, precision = ARITHMETIC[build.arithmetic]
     return {
         "mix": lambda: mix_tiles(build.destinations, dtype, precision),
-        "mix_backward": lambda: mix_backward_tiles(build.destinations, dtype, precision),
+        "mix_backward": lambda: MIX_BACKWARD_TILES,
         "project_backward": lambda: PROJECT_BACKWARD_TILES,
     }[build.kernel]()
 
@@ -90,7 +90,13 @@ def tiles(build: Build) -> dict[str, int]:
 def compile_one(build: Build) -> Report:
     """Compile to PTX with Triton, and assemble that."""
     kernel, (dtype, precision) = KERNELS[build.kernel], ARITHMETIC[build.arithmetic]
-    constants = {**tiles(build), "BASE_PER_TOKEN": build.variant == "full", "PRECISION": precision, "UP": False}
+    constants = {
+        **tiles(build),
+        "BASE_PER_TOKEN": build.variant == "full",
+        "ADD": build.variant == "full",
+        "PRECISION": precision,
+        "UP": False,
+    }
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):

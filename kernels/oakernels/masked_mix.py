@@ -32,7 +32,7 @@ def mix(base: Tensor, operands: Operands, *, out: Tensor | None = None) -> Tenso
 
     Args:
         base: [F, Q, d]; B / F consecutive rows share one.
-        out: [J, B, T, d], contiguous, to write to. With J = 1, F = B, Q = T it may be base's own memory.
+        out: [J, B, T, d], contiguous, to write to; not base's own memory.
 
     Returns:
         x [J, B, T, d]: out, or new.
@@ -87,8 +87,7 @@ def _mix_eager(base: Tensor, operands: Operands, x: Tensor) -> Tensor:
     masks, delta = operands.masks.to(operands.delta.dtype), operands.delta
     B, F = x.shape[1], base.shape[0]
     if in_one_batch(x):
-        if base.data_ptr() != x.data_ptr():  # else in place: base is there already
-            x.unflatten(1, (F, -1)).copy_(base[:, None])  # [J, F, B / F, T, d]
+        x.unflatten(1, (F, -1)).copy_(base[:, None])  # [J, F, B / F, T, d]
         with matmul_precision(operands.precision):
             operands.by_mask(x).baddbmm_(masks, operands.by_mask(delta))
         return x

@@ -126,7 +126,8 @@ def factor(x, PRECISION: tl.constexpr, UP: tl.constexpr):  # type: ignore[no-unt
     """x as a factor of `tl.dot`: for TF32, fp32 rounded to the nearest number of 10 mantissa bits, ties away from zero.
 
     Tensor cores ignore the other 13 bits, so that unrounded factors would be cut off towards zero: twice the error, and
-    all of one sign. The interpreter has no assembly, and no products of bf16.
+    all of one sign. The interpreter has no assembly, and no products of bf16. The assembly is not declared pure: else the
+    compiler moves it behind the change to each product's layout, and no longer copies ahead what it loads.
     """
     if PRECISION == "tf32" and x.dtype == tl.float32:
         if UP:
@@ -134,7 +135,7 @@ def factor(x, PRECISION: tl.constexpr, UP: tl.constexpr):  # type: ignore[no-unt
             nearest = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
             x = tl.where(x == x, nearest, x)
         else:
-            bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.int32, is_pure=True, pack=1)
+            bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.int32, is_pure=False, pack=1)
             x = bits.to(tl.float32, bitcast=True)
     return x.to(tl.float32) if UP else x
 

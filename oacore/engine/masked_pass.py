@@ -30,6 +30,7 @@ class MaskedPass:
     contrast: Tensor | None  # [S, B, t, d] what a mask's gradient multiplies; None: what its edge changes in this pass
     precision: Precision
     keep_inputs: bool  # store the destinations' inputs for the backward pass
+    layers_at_once: int  # whose sources get their gradient at a time
 
 
 @dataclass
@@ -71,6 +72,12 @@ class Forward:
         self.masks = masks if plan.sources is None else masks[:, plan.destinations][:, :, plan.sources]
         self.every = EveryPosition(rows, plan.layers[-1].first_source, replacement)
         self.last = LastPosition(rows, plan.n_sources, replacement)
+        # All inputs at every position, over which their gradients are written for the sources whose turn comes later.
+        self.inputs: Tensor | None = None
+        if keep and setup.layers_at_once < len(plan.layers):
+            final = plan.layers[-1]
+            self.inputs = replacement.new_empty((final.kv.stop, *self.every.delta.shape[1:]))
+            self.inputs[final.q] = 0  # these are at the last position alone, and no part of this
         self.blocks: list[BlockTape] = []
 
     def run(self) -> Tensor:
@@ -143,7 +150,8 @@ class Forward:
         projection = Projection(layer.read[weights], bias, layer.folded.block.attention_norm.eps)
         n, precision, base = layer.first_source, self.setup.precision, buffer.base(base)
         operands = Operands(self.masks[:, rows, :n], buffer.delta[:n], precision)
-        x, scale = mix_and_scale(base, operands, projection.eps)
+        out = None if self.inputs is None or buffer is self.last else self.inputs[rows]
+        x, scale = mix_and_scale(base, operands, projection.eps, out=out)
         n_projected = len(projection.weight)
         scale = scale[:n_projected]
         y = project(x[:n_projected], scale, projection, precision=precision)
@@ -166,6 +174,8 @@ class Forward:
             x = self.mix(before, layer.mlp, slice(reach), buffer)[0]
         elif not parallel:
             x = x + self.mix(middle - tape.base, layer.mlp, slice(n, m), buffer)[0]
+        elif self.inputs is not None:
+            x = x.clone()  # what is written to the other inputs would count as a change of this one, too
         x = x.detach().requires_grad_(self.keep)
         with torch.set_grad_enabled(self.keep):
             out = masked_mlp(self.setup.model.activation, layer.folded, x)

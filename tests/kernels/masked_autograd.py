@@ -111,9 +111,9 @@ def _mix_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """All gradients of a mix from dx [J, B, T, d]: of base, masks, delta and constants (None without their shape)."""
     (F, Q, _), (_, B, T, d) = base_shape, dx.shape
-    dx, d_delta = dx.contiguous(), torch.zeros_like(operands.delta)
-    d_masks, sums = mix_backward(dx, operands, d_delta=d_delta, token_sums=True)
-    assert sums is not None
+    dx, d_delta = dx.contiguous(), torch.empty_like(operands.delta)
+    d_masks = mix_backward(dx, operands, d_delta=d_delta, add=False)
+    sums = dx.sum(2, dtype=torch.promote_types(dx.dtype, torch.float32))
     d_base = (dx if Q == T else sums).sum(0).view(F, B // F, -1, d).sum(1)
     d_constants = None
     if constants_shape is not None:

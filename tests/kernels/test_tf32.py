@@ -66,7 +66,7 @@ def mixed(p: Problem, precision: str) -> tuple[Tensor, ...]:
 def mixed_backward(p: Problem, precision: str) -> tuple[Tensor, ...]:
     J, d_delta = p.masks.shape[1], torch.zeros_like(p.delta)
     dx = p.weight.flatten()[: J * d_delta[0].numel()].view(J, *d_delta.shape[1:])
-    d_masks, _ = mix_backward(dx, p.operands("triton", precision), d_delta=d_delta)
+    d_masks = mix_backward(dx, p.operands("triton", precision), d_delta=d_delta)
     return d_delta, d_masks
 
 
