@@ -126,8 +126,10 @@ def factor(x, PRECISION: tl.constexpr, UP: tl.constexpr):  # type: ignore[no-unt
     """x as a factor of `tl.dot`: for TF32, fp32 rounded to the nearest number of 10 mantissa bits, ties away from zero.
 
     Tensor cores ignore the other 13 bits, so that unrounded factors would be cut off towards zero: twice the error, and
-    all of one sign. The interpreter has no assembly, and no products of bf16. The assembly is not declared pure: else the
-    compiler moves it behind the change to each product's layout, and no longer copies ahead what it loads.
+    all of one sign. The interpreter has no assembly, and no products of bf16.
+
+    The assembly is not declared pure: else the compiler moves it behind the change to each product's layout, and no
+    longer copies ahead what it loads.
     """
     if PRECISION == "tf32" and x.dtype == tl.float32:
         if UP:
