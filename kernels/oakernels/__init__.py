@@ -1,6 +1,6 @@
 """Fused kernels of the masked-edge engine; see kernels/README.md."""
 
-from oakernels.constants import constant_gradient
+from oakernels.constants import ablated_shares, constant_gradient
 from oakernels.masked_mix import mix, mix_and_scale
 from oakernels.masked_mix_backward import mix_backward
 from oakernels.operands import Operands, Projection
@@ -9,6 +9,7 @@ from oakernels.projection import project, project_backward
 __all__ = [
     "Operands",
     "Projection",
+    "ablated_shares",
     "constant_gradient",
     "mix",
     "mix_and_scale",

@@ -79,6 +79,7 @@ class Buffer(ABC):
         self.rows = rows
         self.delta = like.new_empty((n_sources, len(rows), n_positions, like.shape[-1]))
         self.opened, self.d_delta = slice(0, 0), self.delta[:0]
+        self._hidden: dict[int | None, Tensor] = {}
 
     def open(self, sources: slice) -> Tensor:
         """Memory for the gradient of a run of sources [n, B, q, d], not filled, in place of what was open before."""
@@ -96,6 +97,16 @@ class Buffer(ABC):
     def negated(self, values: Tensor) -> Tensor:
         """Minus the replacements [F, n, Q, d] of n sources, for each row: [n, B or 1, 1 or q, d]."""
         return -(values if len(values) == 1 else values[self.rows.owner]).transpose(0, 1)
+
+    def hidden(self, window: int | None) -> Tensor:
+        """Which of T keys, BOS counted, queries of a layer with this window do not see: bool [q, T] or [B, 1, T]; made
+        once for all layers.
+        """
+        if window not in self._hidden:
+            key, query = torch.arange(self.rows.prompts.n_tokens + 1, device=self.delta.device), self.query
+            seen = key <= query
+            self._hidden[window] = ~(seen if window is None else seen & (key > query - window))
+        return self._hidden[window]
 
     @property
     @abstractmethod

@@ -10,7 +10,7 @@ Symbols: as in masked_pass.py.
 from collections.abc import Iterator
 
 import torch
-from oakernels.constants import constant_gradient
+from oakernels.constants import ablated_shares, constant_gradient
 from oakernels.masked_mix_backward import mix_backward
 from oakernels.operands import Operands
 from oakernels.projection import project_backward
@@ -44,7 +44,8 @@ class Backward:
             self.d_constants = torch.zeros_like(forward.replacement, dtype=masks.dtype)
             read = masks if destinations is None else masks[:, destinations]
             no_edge = setup.no_edge if destinations is None else setup.no_edge[destinations]
-            self.edge_masks = read.masked_fill(no_edge, 1.0)
+            n_fits, n_rows = len(self.d_constants), len(setup.rows)
+            self.ablated = ablated_shares(read.masked_fill(no_edge, 1.0), n_rows, n_fits)
 
     def run(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of masks [M, J, S] and constants [F, S, Q, d] from that of the residual [B, d]."""
@@ -132,7 +133,7 @@ class Backward:
         if self.d_constants is not None:
             per_position = self.d_constants.shape[2] > 1
             where = buffer.extended(dx) if per_position else dx.sum(2, dtype=accumulator_dtype(dx.dtype))
-            self.d_constants += constant_gradient(self.edge_masks[:, rows], where, len(self.d_constants))
+            self.d_constants += constant_gradient(self.ablated[:, :, rows], where)
 
     def _mix_of(self, dx: Tensor, rows: slice, sources: slice, buffer: Buffer, *, add: bool = True) -> None:
         """Backward of a mix but for constants, of sources that are open."""
@@ -142,4 +143,4 @@ class Backward:
         if self.setup.contrast is not None:
             contrast = buffer.restricted(self.setup.contrast[sources])
             d_masks = mix_backward(dx, Operands(masks, contrast), d_delta=torch.zeros_like(contrast))
-        self.d_masks[:, rows, sources] += d_masks
+        self.d_masks[:, rows, sources].add_(d_masks)  # += would copy the sum onto itself

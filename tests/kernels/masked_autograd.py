@@ -6,6 +6,7 @@ import torch
 from oakernels import (
     Operands,
     Projection,
+    ablated_shares,
     constant_gradient,
     mix,
     mix_and_scale,
@@ -118,7 +119,7 @@ def _mix_gradients(
     d_constants = None
     if constants_shape is not None:
         at = dx if constants_shape[2] == T else sums
-        d_constants = constant_gradient(operands.masks, at, constants_shape[0])
+        d_constants = constant_gradient(ablated_shares(operands.masks, B, constants_shape[0]), at)
     return d_base, d_masks, d_delta, d_constants
 
 

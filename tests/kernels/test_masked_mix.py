@@ -17,7 +17,7 @@ from kernel_cases import (
     problem,
 )
 from masked_autograd import masked_mix
-from oakernels import Operands, constant_gradient, masked_mix_backward, mix, mix_and_scale, mix_backward
+from oakernels import Operands, ablated_shares, constant_gradient, masked_mix_backward, mix, mix_and_scale, mix_backward
 from oakernels.constants import ABLATED
 from oakernels.runtime import run
 
@@ -99,7 +99,7 @@ def test_with_binary_masks_the_constants_get_their_true_gradient(backend: str) -
 
 def test_the_threshold_of_the_constants() -> None:
     masks = torch.tensor([[[0.0, 5e-4, ABLATED, 2e-3, 1.0]]])
-    gradient = constant_gradient(masks, torch.ones(1, 1, 1), n_fits=1)
+    gradient = constant_gradient(ablated_shares(masks, 1, n_fits=1), torch.ones(1, 1, 1))
     assert gradient.flatten().tolist() == pytest.approx([1, 1 - 5e-4, 0, 0, 0])
 
 
