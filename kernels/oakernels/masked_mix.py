@@ -102,7 +102,7 @@ def _mix_eager(base: Tensor, operands: Operands, x: Tensor) -> Tensor:
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["J", "S", "R", "T", "rows_per_mask", "rows_per_base"])
 def mix_kernel(  # type: ignore[no-untyped-def]
     x,  # [J, R, d], R = B * T tokens
     rstd,  # [J, R], or None

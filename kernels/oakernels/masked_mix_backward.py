@@ -77,7 +77,7 @@ def _mix_backward_eager(dx: Tensor, operands: Operands, d_delta: Tensor, add: bo
 
 
 # Longer than 60 lines: both gradients come from one pass over dx and delta, d_delta with its sum in registers.
-@triton.jit
+@triton.jit(do_not_specialize=["J", "S", "B", "rows_per_mask", "splits", "tiles_per_split"])
 def mix_backward_kernel(  # type: ignore[no-untyped-def]
     dx,  # [J, B, n], n = T * d
     masks,  # [M, J, S]

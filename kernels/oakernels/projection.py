@@ -89,7 +89,7 @@ def _project_backward_eager(
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def project_backward_kernel(  # type: ignore[no-untyped-def]
     dx,  # [J, R, d], may be x
     dy,  # [J, R, k]
