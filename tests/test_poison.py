@@ -65,11 +65,9 @@ def test_masked_passes(name, dtype, skip_dead, memory_gb):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
-def test_fused_reads(name):
-    from oacore.engine.masked import Engine
-
+def test_inputs_mixed_again(name):
     setting = Setting(name, n=4)
-    engine = Engine(setting.model, fused=True)
+    engine = setting.engine
     masks = torch.rand(4, *engine.graph.valid.shape, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         engine.graph.valid
     )

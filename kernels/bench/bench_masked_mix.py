@@ -26,9 +26,9 @@ def work_of(shape: Shape, case: Case) -> list[Work]:
         Work(
             "mix_backward",
             (3 * S + J) * tokens,  # delta and dx read, d_delta read and written
-            2 * edges + J * B * d,
+            2 * edges,
             2 * products,
-            lambda operands: mix_backward(case.dx, operands, d_delta=d_delta, token_sums=True),
+            lambda operands: mix_backward(case.dx, operands, d_delta=d_delta),
         ),
     ]
 

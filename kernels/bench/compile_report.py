@@ -1,11 +1,14 @@
-"""Compile every kernel for sm_80 and sm_90, no GPU needed, and print registers, spills and shared memory of each.
+"""Compile every kernel for sm_80, sm_90 and sm_100, no GPU needed, and print registers, spills and shared memory of
+each, how it multiplies, and how many of its loads are 16 bytes wide.
 
     python kernels/bench/compile_report.py [--csv]
 
 The shapes are those of GPT-2-small (up to 37 destinations of a layer, k 64) and an 8B Llama (49 destinations, d 4096,
 k 128, up to 1057 sources). They share their tiles, which depend on J, dtype and precision alone; d and k are multiples
 of 16 in both.
-Variants: all optional operands given, or none; `ones`: every size is 1, which Triton compiles in as a constant.
+Variants: `full`, as the engine runs them: all optional operands given, masks that start anywhere and whose rows are of
+any length; `aligned`: masks that start at multiples of 16 bytes, in rows of multiples of 16; `bare`: no optional
+operands; `ones`: every size is 1, which Triton compiles in as a constant.
 """
 
 import argparse
@@ -22,8 +25,7 @@ from itertools import product
 import torch
 import triton  # type: ignore[import-untyped]
 from oakernels.masked_mix import mix_kernel, mix_tiles
-from oakernels.masked_mix_backward import mix_backward_kernel, mix_backward_tiles
-from oakernels.masked_read import READ_TILES, read_kernel
+from oakernels.masked_mix_backward import MIX_BACKWARD_TILES, mix_backward_kernel
 from oakernels.projection import PROJECT_BACKWARD_TILES, project_backward_kernel
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.backends.nvidia.compiler import get_ptxas  # type: ignore[import-untyped]
@@ -32,15 +34,15 @@ from triton.compiler import ASTSource  # type: ignore[import-untyped]
 KERNELS = {
     "mix": mix_kernel,
     "mix_backward": mix_backward_kernel,
-    "read": read_kernel,
     "project_backward": project_backward_kernel,
 }
 ARITHMETIC = {"ieee": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee")}
-OPTIONAL = ("rstd", "sums", "bias")
-SUMS = ("rstd", "masks", "partial", "sums")  # fp32 whatever the dtype
+OPTIONAL = ("rstd", "bias")
+SUMS = ("rstd", "masks", "partial")  # fp32 whatever the dtype
 POINTERS = ("x", "base", "delta", "dx", "d_delta", "y", "dy", "weight", *OPTIONAL, *SUMS)
-ALIGNED = ("d", "k")
-ARCHITECTURES = (80, 90)
+ALIGNED = ("d", "k", "n")
+ARCHITECTURES = (80, 90, 100)
+FAILED = "does not compile"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Build:
     destinations: int  # of a program
     arithmetic: str
     arch: int
-    variant: str  # full, bare or ones
+    variant: str  # full, aligned, bare or ones
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,22 @@ class Report:
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    products: str  # wgmma, mma or fma
+    products: str  # wgmma, tcgen05 (sm_100), mma or fma
+    wide_loads: int  # of 16 bytes, in the code as it stands
+    loads: int  # from global memory, all
+    to_nearest: bool  # factors are rounded to TF32, not cut off
 
 
 def builds() -> list[Build]:
     """What the report has a line or a part of one for."""
-    sizes = {"mix": (16, 64), "mix_backward": (16, 64), "read": (16,), "project_backward": (1,)}
+    sizes = {"mix": (16, 64), "mix_backward": (1,), "project_backward": (1,)}
     each = [(kernel, J) for kernel in KERNELS for J in sizes[kernel]]
     full = [
         Build(kernel, J, arithmetic, arch, "full")
         for (kernel, J), arithmetic, arch in product(each, ARITHMETIC, ARCHITECTURES)
     ]
-    others = [
-        Build(kernel, max(sizes[kernel]), "tf32", 90, variant) for kernel, variant in product(KERNELS, ("bare", "ones"))
-    ]
-    return full + others
+    variants = product(KERNELS, ("aligned", "bare", "ones"))
+    return full + [Build(kernel, max(sizes[kernel]), "tf32", 90, variant) for kernel, variant in variants]
 
 
 def tiles(build: Build) -> dict[str, int]:
@@ -83,16 +86,21 @@ def tiles(build: Build) -> dict[str, int]:
     dtype, precision = ARITHMETIC[build.arithmetic]
     return {
         "mix": lambda: mix_tiles(build.destinations, dtype, precision),
-        "mix_backward": lambda: mix_backward_tiles(build.destinations, dtype, precision),
-        "read": lambda: READ_TILES,
+        "mix_backward": lambda: MIX_BACKWARD_TILES,
         "project_backward": lambda: PROJECT_BACKWARD_TILES,
     }[build.kernel]()
 
 
 def compile_one(build: Build) -> Report:
-    """Compile to PTX with Triton, and assemble that."""
+    """Compile to PTX with Triton, and assemble that; what the compiler refuses is said, and in the report."""
     kernel, (dtype, precision) = KERNELS[build.kernel], ARITHMETIC[build.arithmetic]
-    constants = {**tiles(build), "BASE_PER_TOKEN": build.variant == "full", "PRECISION": precision, "UP": False}
+    constants = {
+        **tiles(build),
+        "BASE_PER_TOKEN": build.variant == "full",
+        "ADD": build.variant == "full",
+        "PRECISION": precision,
+        "UP": False,
+    }
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -102,20 +110,37 @@ def compile_one(build: Build) -> Report:
             signature[name], values[index,] = "constexpr", None
         elif name in POINTERS:
             element = "fp32" if name in SUMS or dtype == torch.float32 else "bf16"
-            signature[name], attributes[index,] = f"*{element}", [["tt.divisibility", 16]]
+            signature[name] = f"*{element}"
+            if name != "masks" or build.variant == "aligned":
+                attributes[index,] = [["tt.divisibility", 16]]
         elif name == "eps":
             signature[name] = "fp32"
-        elif build.variant == "ones":
+        elif build.variant == "ones" and not kernel.params[index].do_not_specialize:
             signature[name], values[index,] = "constexpr", 1
         else:
             signature[name] = "i32"
-            if name in ALIGNED:
+            if name in ALIGNED or (build.variant == "aligned" and name in ("mask_stride", "destination_stride")):
                 attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=options)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=options)
+    except RuntimeError as error:
+        print(f"{build}: {error}", file=sys.stderr)
+        return Report(0, 0, 0, FAILED, 0, 0, False)
     registers, spilled = _assemble(compiled.asm["ptx"], build.arch)
-    products = "wgmma" if "wgmma.mma" in compiled.asm["ptx"] else "mma" if "mma.sync" in compiled.asm["ptx"] else "fma"
-    return Report(registers, spilled, compiled.metadata.shared, products)
+    ptx = compiled.asm["ptx"]
+    kinds = {"wgmma.mma": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
+    products = next((kind for instruction, kind in kinds.items() if instruction in ptx), "fma")
+    wide, loads = _loads(ptx)
+    return Report(registers, spilled, compiled.metadata.shared, products, wide, loads, "cvt.rna.tf32.f32" in ptx)
+
+
+def _loads(ptx: str) -> tuple[int, int]:
+    """Instructions that load 16 bytes a thread from global memory, and all that load from there."""
+    copied = re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    loaded = re.findall(r"ld\.global\S*", ptx)
+    wide = sum(int(size, 0) == 16 for size in copied) + sum(".v4.b32" in name for name in loaded)
+    return wide, len(copied) + len(loaded)
 
 
 def _assemble(ptx: str, arch: int) -> tuple[int, int]:
@@ -144,13 +169,14 @@ def main() -> None:
             {**asdict(build), **asdict(report)} for build, report in zip(todo, pool.map(compile_one, todo), strict=True)
         ]
     if markdown:
-        print("registers / bytes spilled / KiB of shared memory / how products are made")
+        print("registers / bytes spilled / KiB of shared memory / how products are made / loads of 16 bytes, of all")
         print("| kernel | destinations | arithmetic | variant |" + "".join(f" sm_{arch} |" for arch in ARCHITECTURES))
         print("|" + "---|" * (4 + len(ARCHITECTURES)))
         lines: dict[tuple[str, ...], dict[int, str]] = {}
         for row in rows:
             key = tuple(str(row[name]) for name in ("kernel", "destinations", "arithmetic", "variant"))
             entry = f"{row['registers']} / {row['spilled_bytes']} / {row['shared_bytes'] / 1024:g} / {row['products']}"
+            entry += f" / {row['wide_loads']}, {row['loads']}"
             lines.setdefault(key, {})[row["arch"]] = entry
         for key, entries in lines.items():
             print("| " + " | ".join((*key, *(entries.get(arch, "") for arch in ARCHITECTURES))) + " |")

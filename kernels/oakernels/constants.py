@@ -15,21 +15,34 @@ A partially kept edge would bias it (Li & Janson, appendix).
 """
 
 
-def constant_gradient(masks: Tensor, dx: Tensor, n_fits: int) -> Tensor:
-    """Gradient of the constants of a mix: (1 - m) dx summed over destinations and rows, where m < ABLATED.
+def ablated_shares(masks: Tensor, n_rows: int, n_fits: int) -> Tensor:
+    """How much of what each destination reads is a constant's, where it trains it: 1 - m where m < ABLATED, else 0.
 
     Args:
-        masks: [M, J, S].
+        masks: [M, J, S], each for n_rows / M consecutive rows.
+        n_fits: Fc, a divisor of the rows.
+
+    Returns:
+        [Fc, g, J, S], for g runs of rows with one mask in each fit.
+    """
+    n_runs = n_rows // math.gcd(n_rows // len(masks), n_rows // n_fits)
+    shares = torch.where(masks < ABLATED, 1 - masks, 0)
+    if n_runs > len(masks):
+        shares = shares.repeat_interleave(n_runs // len(masks), 0)
+    return shares.unflatten(0, (n_fits, -1))
+
+
+def constant_gradient(shares: Tensor, dx: Tensor) -> Tensor:
+    """Gradient of the constants of a mix: shares times dx, summed over destinations and rows.
+
+    Args:
+        shares: [Fc, g, J, S], from `ablated_shares`.
         dx: [J, B, T, d], or its token sums [J, B, d].
-        n_fits: Fc, a divisor of B.
 
     Returns:
         [Fc, S, Q, d] with Q = T, or 1 for token sums.
     """
-    B, (M, _, S) = dx.shape[1], masks.shape
-    n_groups = B // math.gcd(B // M, B // n_fits)  # runs of rows with one mask and one fit
-    ablated = torch.where(masks < ABLATED, 1 - masks, 0).to(dx.dtype)  # [M, J, S]
-    ablated = ablated.repeat_interleave(n_groups // M, 0).view(n_fits, -1, S)  # [Fc, groups * J, S]
-    summed = dx.flatten(2).unflatten(1, (n_groups, -1)).sum(2)  # [J, groups, Q * d]
-    summed = summed.transpose(0, 1).reshape(n_fits, -1, summed.shape[-1])  # [Fc, groups * J, Q * d]
-    return (ablated.mT @ summed).unflatten(2, (-1, dx.shape[-1]))
+    n_fits, n_runs = shares.shape[:2]
+    summed = dx.flatten(2).unflatten(1, (n_fits * n_runs, -1)).sum(2)  # [J, Fc g, Q * d]
+    summed = summed.transpose(0, 1).reshape(n_fits, -1, summed.shape[-1])  # [Fc, g * J, Q * d]
+    return (shares.flatten(1, 2).to(dx.dtype).mT @ summed).unflatten(2, (-1, dx.shape[-1]))

@@ -19,6 +19,7 @@ from oakernels.runtime import (
     INTERPRETED,
     Precision,
     accumulator_dtype,
+    factor,
     in_one_batch,
     matmul_precision,
     rounded,
@@ -31,7 +32,7 @@ def mix(base: Tensor, operands: Operands, *, out: Tensor | None = None) -> Tenso
 
     Args:
         base: [F, Q, d]; B / F consecutive rows share one.
-        out: [J, B, T, d], contiguous, to write to. With J = 1, F = B, Q = T it may be base's own memory.
+        out: [J, B, T, d], contiguous, to write to; not base's own memory.
 
     Returns:
         x [J, B, T, d]: out, or new.
@@ -86,8 +87,7 @@ def _mix_eager(base: Tensor, operands: Operands, x: Tensor) -> Tensor:
     masks, delta = operands.masks.to(operands.delta.dtype), operands.delta
     B, F = x.shape[1], base.shape[0]
     if in_one_batch(x):
-        if base.data_ptr() != x.data_ptr():  # else in place: base is there already
-            x.unflatten(1, (F, -1)).copy_(base[:, None])  # [J, F, B / F, T, d]
+        x.unflatten(1, (F, -1)).copy_(base[:, None])  # [J, F, B / F, T, d]
         with matmul_precision(operands.precision):
             operands.by_mask(x).baddbmm_(masks, operands.by_mask(delta))
         return x
@@ -102,7 +102,7 @@ def _mix_eager(base: Tensor, operands: Operands, x: Tensor) -> Tensor:
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["J", "S", "R", "T", "rows_per_mask", "rows_per_base"])
 def mix_kernel(  # type: ignore[no-untyped-def]
     x,  # [J, R, d], R = B * T tokens
     rstd,  # [J, R], or None
@@ -147,9 +147,8 @@ def mix_kernel(  # type: ignore[no-untyped-def]
                 other=0.0,
             )
             weights = tl.load(mask_rows + s[None, :], mask=(j[:, None] < J) & (s[None, :] < S), other=0.0)
-            if UP:
-                out = out.to(tl.float32)
-            acc = tl.dot(weights.to(out.dtype), out, acc, input_precision=PRECISION)
+            weights = factor(weights.to(out.dtype), PRECISION, UP)
+            acc = tl.dot(weights, factor(out, PRECISION, UP), acc, input_precision=PRECISION)
         squares += tl.sum(acc * acc, 1)
         at = x + (j[:, None].to(tl.int64) * R + token) * d + i[None, :]
         tl.store(at, rounded(acc, x.dtype.element_ty, UP), mask=(j[:, None] < J) & (i[None, :] < d))

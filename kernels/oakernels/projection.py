@@ -12,7 +12,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from oakernels.operands import Projection, check_contiguous
-from oakernels.runtime import INTERPRETED, Backend, Precision, matmul_precision, rounded, run
+from oakernels.runtime import INTERPRETED, Backend, Precision, factor, matmul_precision, rounded, run
 
 
 def project(
@@ -89,7 +89,7 @@ def _project_backward_eager(
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def project_backward_kernel(  # type: ignore[no-untyped-def]
     dx,  # [J, R, d], may be x
     dy,  # [J, R, k]
@@ -126,11 +126,8 @@ def project_backward_kernel(  # type: ignore[no-untyped-def]
         w = tl.load(at_weight, mask=(i[:, None] < d) & (column[None, :] < k), other=0.0)  # [BD, BK]
         if bias is not None:
             value -= tl.load(bias + j * k + column, mask=column < k, other=0.0).to(tl.float32)[None, :]
-        if UP:
-            g = g.to(tl.float32)
-            w = w.to(tl.float32)
         inner += tl.sum(g.to(tl.float32) * value, 1)
-        acc = tl.dot(g, tl.trans(w), acc, input_precision=PRECISION)
+        acc = tl.dot(factor(g, PRECISION, UP), tl.trans(factor(w, PRECISION, UP)), acc, input_precision=PRECISION)
     scale = tl.load(rstd + row, mask=r < R, other=0.0)
     at = row[:, None] * d + i[None, :]
     is_x = (r[:, None] < R) & (i[None, :] < d)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.runtime.errors import OutOfResources  # type: ignore[import-untyped]
 
+from oakernels.choices import Choices, size_class
+
 Backend = Literal["auto", "triton", "eager"]
 Precision = Literal["ieee", "tf32"]
 Result = TypeVar("Result")
@@ -23,7 +26,8 @@ Result = TypeVar("Result")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run on CPU tensors in Triton's interpreter. It is read once, here: kernels are decorated by it."""
 
-_fastest: dict[tuple[object, ...], str] = {}
+choices = Choices()
+"""What was measured, in this process or before it."""
 
 
 def run(
@@ -31,9 +35,9 @@ def run(
 ) -> Result:
     """Call the candidate that `backend` names on target, which it writes to or adds to.
 
-    With "auto" that is "eager" on CPU, and on CUDA the fastest one measured: the first call for a key (op, shapes,
-    dtypes) times every candidate on a scratch target and remembers the winner, so that no kernel runs where it does
-    not pay. While a CUDA graph is captured nothing can be timed, and an unmeasured key takes "eager".
+    With "auto" that is "eager" on CPU, and on CUDA the fastest one measured: the first call for a device, op, class of
+    shapes and dtype times every candidate on a scratch target, so that no kernel runs where it does not pay; `choices`
+    keeps the times. While a CUDA graph is captured nothing can be timed, and what is not measured takes "eager".
 
     Raises:
         ValueError: an unknown backend, or "triton" where there is no kernel: CPU tensors outside the interpreter, and
@@ -51,11 +55,21 @@ def run(
         return candidates[backend](target)
     if not (target.is_cuda and has_kernel):
         return candidates["eager"](target)
-    key = (target.device, target.dtype, *key)
-    if key not in _fastest and not torch.cuda.is_current_stream_capturing():
-        times = {name: _milliseconds(name, call, target) for name, call in candidates.items()}
-        _fastest[key] = min(times, key=lambda name: (times[name], name != "eager"))
-    return candidates[_fastest.get(key, "eager")](target)
+    named = " ".join((_device_name(target.device), *map(_named, (target.dtype, *key))))
+    if choices.backend(named) is None and not torch.cuda.is_current_stream_capturing():
+        choices.measured(named, {name: _milliseconds(name, call, target) for name, call in candidates.items()})
+    return candidates[choices.backend(named) or "eager"](target)
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    """The device's model, and the versions whose kernels were measured."""
+    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}:"
+
+
+def _named(part: object) -> str:
+    """A part of a key as text, sizes by their class."""
+    return "x".join(str(size_class(n)) for n in part) if isinstance(part, torch.Size) else str(part)
 
 
 _warned = set[str]()
@@ -119,6 +133,27 @@ def in_one_batch(x: Tensor) -> bool:
     There it took twice the time of one GEMM per mask at S 100, J 37, d 768.
     """
     return x.is_cuda or x.dtype != torch.bfloat16
+
+
+@triton.jit
+def factor(x, PRECISION: tl.constexpr, UP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x as a factor of `tl.dot`: for TF32, fp32 rounded to the nearest number of 10 mantissa bits, ties away from zero.
+
+    Tensor cores ignore the other 13 bits, so that unrounded factors would be cut off towards zero: twice the error, and
+    all of one sign. The interpreter has no assembly, and no products of bf16.
+
+    The assembly is not declared pure: else the compiler moves it behind the change to each product's layout, and no
+    longer copies ahead what it loads.
+    """
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        if UP:
+            bits = x.to(tl.int32, bitcast=True)
+            nearest = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+            x = tl.where(x == x, nearest, x)
+        else:
+            bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], tl.int32, is_pure=False, pack=1)
+            x = bits.to(tl.float32, bitcast=True)
+    return x.to(tl.float32) if UP else x
 
 
 @triton.jit

@@ -180,7 +180,7 @@ class _Sweep:
         parameters = {name: state[name].requires_grad_() for name in self.parameters}
         alpha, theta, penalty = self._sampled(state, noise, step / self.settings.steps)
         masks = edges.full(alpha.flatten(0, 1))  # [F R, J, S]
-        masks = masks * edges.graph.prune(masks.detach() > 0)
+        masks = masks * edges.prune(masks.detach() > 0)
         constants, written = self._written(state, chosen, step)
         computed = passes.gradients(
             self.objective,

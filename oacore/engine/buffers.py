@@ -78,13 +78,17 @@ class Buffer(ABC):
         """Memory for [S, B, q, d] of the dtype and width of `like` [..., d], not filled."""
         self.rows = rows
         self.delta = like.new_empty((n_sources, len(rows), n_positions, like.shape[-1]))
-        self.d_delta: Tensor | None = None
+        self.opened, self.d_delta = slice(0, 0), self.delta[:0]
+        self._hidden: dict[int | None, Tensor] = {}
 
-    def gradient(self) -> Tensor:
-        """What later readers have added to d_delta [S, B, q, d], zero at first; a pass adds to it in place."""
-        if self.d_delta is None:
-            self.d_delta = torch.zeros_like(self.delta)
+    def open(self, sources: slice) -> Tensor:
+        """Memory for the gradient of a run of sources [n, B, q, d], not filled, in place of what was open before."""
+        self.opened, self.d_delta = sources, torch.empty_like(self.delta[sources])
         return self.d_delta
+
+    def gradient(self, sources: slice) -> Tensor:
+        """What readers have added to the gradient of sources that are open [n, B, q, d], to be added to in place."""
+        return self.d_delta[sources.start - self.opened.start : sources.stop - self.opened.start]
 
     def base(self, base: Tensor) -> Tensor:
         """A base [F, Q, d] as a mix takes it: [F, 1 or q, d] if rows come in runs, else [B, 1 or q, d]."""
@@ -93,6 +97,16 @@ class Buffer(ABC):
     def negated(self, values: Tensor) -> Tensor:
         """Minus the replacements [F, n, Q, d] of n sources, for each row: [n, B or 1, 1 or q, d]."""
         return -(values if len(values) == 1 else values[self.rows.owner]).transpose(0, 1)
+
+    def hidden(self, window: int | None) -> Tensor:
+        """Which of T keys, BOS counted, queries of a layer with this window do not see: bool [q, T] or [B, 1, T]; made
+        once for all layers.
+        """
+        if window not in self._hidden:
+            key, query = torch.arange(self.rows.prompts.n_tokens + 1, device=self.delta.device), self.query
+            seen = key <= query
+            self._hidden[window] = ~(seen if window is None else seen & (key > query - window))
+        return self._hidden[window]
 
     @property
     @abstractmethod
@@ -178,5 +192,5 @@ class LastPosition(Buffer):
         self.delta[: len(every.delta)] = self.restricted(every.delta)
 
     def hand_back(self, every: EveryPosition) -> None:
-        """Add the first sources' gradient where their values came from."""
-        every.gradient()[:, self.rows.number, self.rows.last] += self.gradient()[: len(every.delta), :, 0]
+        """Add the gradient of the sources that are open there where their values came from."""
+        every.d_delta[:, self.rows.number, self.rows.last] += self.gradient(every.opened)[:, :, 0]

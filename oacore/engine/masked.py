@@ -10,8 +10,8 @@ gradients for masks and for the constants r. What makes it fast:
 * Position 0 (BOS) is never ablated: its keys and values are those of the clean run, and it is in no buffer.
 * In the last block only keys and values are computed at more than the last position (`oacore.engine.buffers`).
 * The backward pass is written by hand around the mixes (`oacore.engine.masked_backward`): gradients of sources
-  accumulate in one buffer, and the destinations' inputs are stored or mixed again. Attention and MLP are small autograd
-  graphs of their own.
+  accumulate in one buffer, of all sources or of two layers' at a time, and the destinations' inputs are stored or mixed
+  again. Attention and MLP are small autograd graphs of their own.
 
 Symbols: B rows, M masks, F fits, P prompts, t = T - 1 tokens after BOS, S sources, J destinations, H heads,
 KV key/value heads, k head width, d model width, Q = 1 or t positions of a replacement.
@@ -32,20 +32,24 @@ from oacore.engine.masked_blocks import post_norm
 from oacore.engine.masked_pass import Forward, MaskedPass
 from oacore.models.weights import Model
 
+LAYERS_AT_ONCE = 2
+"""Of whose sources a GPU takes the gradient at a time: see kernels/README.md. A CPU takes that of all."""
+
 
 class Engine:
     """Masked-edge passes of one model.
 
     Args:
         precision: of fp32 mixes and projections on a GPU.
-        fused: where inputs are not stored, project them in the kernel that mixes them, so that they are never written.
-            By default on a GPU only, where the kernel is picked for the shapes on which it is the faster one.
+        layers_at_once: where inputs are stored, the sources of so many layers get their gradient at a time, from all
+            later readers; by default `LAYERS_AT_ONCE` on a GPU and all on a CPU.
     """
 
-    def __init__(self, model: Model, precision: Precision = "ieee", fused: bool | None = None):
+    def __init__(self, model: Model, precision: Precision = "ieee", layers_at_once: int | None = None):
         self.model, self.graph, self.weights = model, model.graph, Weights(model)
         self.precision: Precision = precision
-        self.fused = model.device.type == "cuda" if fused is None else fused
+        default = model.n_layers if model.device.type == "cpu" else LAYERS_AT_ONCE
+        self.layers_at_once = default if layers_at_once is None else layers_at_once
         # Entries that are no edges count as 1 where constants look for ablated edges.
         self.no_edge = torch.tensor(~model.graph.valid).to(model.device)
 
@@ -138,8 +142,8 @@ class Engine:
             self.no_edge,
             contrast,
             precision=self.precision,
-            fused=self.fused and not keep_inputs,
             keep_inputs=keep_inputs,
+            layers_at_once=self.layers_at_once if keep_inputs else self.model.n_layers,
         )
         return _MaskedForward.apply(masks, replacement, setup)
 

@@ -36,7 +36,7 @@ def attend(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Ten
     k, v = (torch.cat(pair, 2) for pair in zip(bos, (k, v), strict=True))  # [KV, B, T, k]
     if layer.key_of_head is not None:
         k, v = k[layer.key_of_head], v[layer.key_of_head]
-    z = _attention(block, q, k, v, _seen(block, buffer.query, prompts.n_tokens + 1))
+    z = _attention(block, q, k, v, buffer.hidden(block.window))
     norm = block.attention_post_norm
     if norm is None:
         return z
@@ -68,19 +68,12 @@ def _rms_scale(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
 
 
-def _seen(block: Block, query: Tensor, n_tokens: int) -> Tensor:
-    """Which of T keys a query sees: bool [q, T] or [B, 1, T]."""
-    key = torch.arange(n_tokens, device=query.device)
-    seen = key <= query
-    return seen if block.window is None else seen & (key > query - block.window)
-
-
-def _attention(block: Block, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """q [H, B, q, k], k and v [H, B, T, k], seen bool [., q, T] -> z [H, B, q, k]."""
+def _attention(block: Block, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """q [H, B, q, k], k and v [H, B, T, k], hidden bool [., q, T] -> z [H, B, q, k]."""
     if block.attention_softcap is None and k.shape[2] > MATH_ATTENTION:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=block.attention_scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden, scale=block.attention_scale)
     scores = (q * block.attention_scale) @ k.transpose(2, 3)
     if block.attention_softcap is not None:
         scores = torch.tanh(scores / block.attention_softcap) * block.attention_softcap
     wide = torch.promote_types(scores.dtype, torch.float32)
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=wide).to(v.dtype) @ v
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=wide).to(v.dtype) @ v

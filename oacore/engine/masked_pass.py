@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from oakernels.masked_mix import mix, mix_and_scale
-from oakernels.masked_read import read
 from oakernels.operands import Operands, Projection
 from oakernels.projection import project
 from oakernels.runtime import Precision
@@ -30,8 +29,8 @@ class MaskedPass:
     no_edge: Tensor  # bool [J, S] of the whole graph
     contrast: Tensor | None  # [S, B, t, d] what a mask's gradient multiplies; None: what its edge changes in this pass
     precision: Precision
-    fused: bool  # mix and project in one kernel; not where inputs are kept
     keep_inputs: bool  # store the destinations' inputs for the backward pass
+    layers_at_once: int  # whose sources get their gradient at a time
 
 
 @dataclass
@@ -73,6 +72,12 @@ class Forward:
         self.masks = masks if plan.sources is None else masks[:, plan.destinations][:, :, plan.sources]
         self.every = EveryPosition(rows, plan.layers[-1].first_source, replacement)
         self.last = LastPosition(rows, plan.n_sources, replacement)
+        # All inputs at every position, over which their gradients are written for the sources whose turn comes later.
+        self.inputs: Tensor | None = None
+        if keep and setup.layers_at_once < len(plan.layers):
+            final = plan.layers[-1]
+            self.inputs = replacement.new_empty((final.kv.stop, *self.every.delta.shape[1:]))
+            self.inputs[final.q] = 0  # these are at the last position alone, and no part of this
         self.blocks: list[BlockTape] = []
 
     def run(self) -> Tensor:
@@ -119,10 +124,10 @@ class Forward:
             tape.reads.append(self._read(layer, tape.base, layer.kv, slice(layer.n_heads, None), self.every)[0])
         else:
             # The MLP's row comes along, so that early sources are gone through once.
-            rows = slice(layer.q.start, layer.kv.stop if self.setup.fused else layer.mlp.stop)
+            rows = slice(layer.q.start, layer.mlp.stop)
             own, x = self._read(layer, tape.base, rows, slice(None), self.every)
             tape.reads.append(own)
-            x_mlp = x[-1] if x is not None and layer.has_mlp else None
+            x_mlp = x[-1] if layer.has_mlp else None
         H, KV = layer.n_heads, layer.n_kv_heads
         with torch.set_grad_enabled(self.keep):
             first, *rest = (own.y.requires_grad_(self.keep) for own in tape.reads)
@@ -136,10 +141,8 @@ class Forward:
             target.add_(written)
         return x_mlp
 
-    def _read(
-        self, layer: Layer, base: Tensor, rows: slice, weights: slice, buffer: Buffer
-    ) -> tuple[Read, Tensor | None]:
-        """Mix and project the inputs of destinations; also the inputs [J (+ 1), B, q, d], if they were written.
+    def _read(self, layer: Layer, base: Tensor, rows: slice, weights: slice, buffer: Buffer) -> tuple[Read, Tensor]:
+        """Mix and project the inputs of destinations; also the inputs [J (+ 1), B, q, d].
 
         `rows` may hold the MLP's row beyond the projections, which is mixed and left alone.
         """
@@ -147,13 +150,11 @@ class Forward:
         projection = Projection(layer.read[weights], bias, layer.folded.block.attention_norm.eps)
         n, precision, base = layer.first_source, self.setup.precision, buffer.base(base)
         operands = Operands(self.masks[:, rows, :n], buffer.delta[:n], precision)
-        if self.setup.fused:
-            y, scale, x = read(base, operands, projection)
-        else:
-            x, scale = mix_and_scale(base, operands, projection.eps)
-            n_projected = len(projection.weight)
-            scale = scale[:n_projected]
-            y = project(x[:n_projected], scale, projection, precision=precision)
+        out = None if self.inputs is None or buffer is self.last else self.inputs[rows]
+        x, scale = mix_and_scale(base, operands, projection.eps, out=out)
+        n_projected = len(projection.weight)
+        scale = scale[:n_projected]
+        y = project(x[:n_projected], scale, projection, precision=precision)
         stored = x if self.keep and self.setup.keep_inputs else None
         return Read(rows, buffer, projection, y, scale, stored), x
 
@@ -173,6 +174,8 @@ class Forward:
             x = self.mix(before, layer.mlp, slice(reach), buffer)[0]
         elif not parallel:
             x = x + self.mix(middle - tape.base, layer.mlp, slice(n, m), buffer)[0]
+        elif self.inputs is not None:
+            x = x.clone()  # what is written to the other inputs would count as a change of this one, too
         x = x.detach().requires_grad_(self.keep)
         with torch.set_grad_enabled(self.keep):
             out = masked_mlp(self.setup.model.activation, layer.folded, x)

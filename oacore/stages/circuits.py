@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from oakernels.runtime import choices
 
 from oacore.circuits.circuit import Circuit
 from oacore.circuits.judge import Judge, Judged
@@ -57,6 +58,8 @@ def run(
         print(f"{what}: {len(search.knobs)} circuits of {sizes} edges", flush=True)
         judge = Judge(config, inputs, opened, ablation, settings.refit, what, resumable)
         judged = judge.judge(search.masks, [f"{method} {knob:g}" for knob in search.knobs])
+        if choices.used:  # on a GPU, where they were measured
+            provenance = provenance.noting(backends=choices.used)
         search.save(outputs["search"], provenance)
         _write(opened, provenance, outputs, search, took, judged)
     _remove_orphans(outputs["pareto"].parent, outputs.all("circuits"))

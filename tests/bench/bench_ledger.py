@@ -3,13 +3,17 @@ FLOP. No GPU is needed, nor memory for the model.
 
     python tests/bench/bench_ledger.py [L H D DH V T SAMPLES PROMPTS]   e.g. 12 12 768 64 50257 21 12 5, the default
 
-Products are PyTorch's (the path `plain` of kernels/README.md), inputs are stored, operands are read once and results
-written once. A step is what `oacore.circuits.learn` does: draw, prune, forward, backward, Adam.
+Once with PyTorch's products and once with our kernels, whose launches are counted by their operands, too. Inputs are
+stored, operands are read once and results written once. A step is what `oacore.circuits.learn` does: draw, prune,
+forward, backward, Adam.
 """
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
@@ -17,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 import torch
 from bench_step import random_model
 from emulated import Gpu, Sent
+from oakernels import masked_mix, masked_mix_backward, projection
 
 from oacore.circuits import learn
 from oacore.circuits.constants import Constants
@@ -32,8 +37,51 @@ SIZES = (12, 12, 768, 64, 50257, 21, 12, 5)
 PARTS = {"products": ("mm", "bmm", "addmm", "baddbmm", "baddbmm_"), "copies": ("copy_", "clone", "_to_copy", "cat")}
 
 
-def step_of(gpu: Gpu, sizes: tuple[int, ...]) -> Sent:
-    """What one step of one fit sends, with room to store all inputs."""
+class Counted:
+    """A kernel that counts a launch and the operands that it is given."""
+
+    def __init__(self, name: str, sent: list[Sent]):
+        self.name, self.sent = name, sent
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        """As a kernel is launched."""
+        return self.launched
+
+    def launched(self, *operands: torch.Tensor | None, ADD: bool = False, **sizes: Any) -> None:
+        """Each operand once, and what is added to twice."""
+        tensors = [operand for operand in operands if operand is not None]
+        sent = self.sent[-1]
+        sent.launches[self.name] += 1
+        sent.n_bytes[self.name] += sum(t.numel() * t.element_size() for t in tensors)
+        if self.name == "mix_backward_kernel":
+            J, S, (_, B, *n) = sizes["J"], sizes["S"], operands[0].shape
+            sent.flop += 4 * J * S * B * n[0] * n[1]
+            sent.n_bytes[self.name] += ADD * operands[3].numel() * operands[3].element_size()
+        elif self.name == "mix_kernel":
+            sent.flop += 2 * sizes["S"] * operands[0].numel()
+        else:
+            sent.flop += 2 * operands[0].numel() * sizes["k"]
+
+
+KERNELS = {masked_mix: "mix_kernel", masked_mix_backward: "mix_backward_kernel", projection: "project_backward_kernel"}
+
+
+@contextmanager
+def with_kernels(sent: list[Sent]) -> Iterator[None]:
+    """Every op runs its kernel, which counts into the last of `sent`."""
+
+    def run(backend: object, key: object, target: Any, candidates: dict[str, Callable[..., Any]]) -> Any:
+        return candidates["triton"](target)
+
+    with ExitStack() as stack:
+        for module, name in KERNELS.items():
+            stack.enter_context(mock.patch.object(module, "run", run))
+            stack.enter_context(mock.patch.object(module, name, Counted(name, sent)))
+        yield
+
+
+def step_of(gpu: Gpu, sizes: tuple[int, ...], counting: list[Sent]) -> Sent:
+    """What one step of one fit sends, with room to store all inputs; `counting` gets what is being filled."""
     L, H, D, K, V, T, samples, n_prompts = sizes
     device, t = gpu.device, T - 1
     with gpu.watched():
@@ -57,6 +105,7 @@ def step_of(gpu: Gpu, sizes: tuple[int, ...]) -> Sent:
         state = sweep.initial_state() | {"step": 0}
     for _ in range(2):
         with gpu.watched() as sent:
+            counting.append(sent)
             _, gradients, _ = sweep.gradients(state)
             state["step"] += 1
             sweep.descend(state, gradients)
@@ -64,16 +113,22 @@ def step_of(gpu: Gpu, sizes: tuple[int, ...]) -> Sent:
 
 
 def main() -> None:
-    """Print the ledger."""
+    """Print the ledger, with PyTorch's products and with our kernels."""
     sizes = tuple(map(int, sys.argv[1:])) or SIZES
+    print(f"L H D DH V T SAMPLES PROMPTS = {' '.join(map(str, sizes))}")
     gpu = Gpu()
     with mock.patch.object(learn, "_uniform", lambda g, knob, step, shape: torch.rand(shape, device=gpu.device)):
-        sent = step_of(gpu, sizes)
+        show("PyTorch's products", step_of(gpu, sizes, []))
+        with with_kernels(counting := []):
+            show("our kernels", step_of(gpu, sizes, counting))
+
+
+def show(title: str, sent: Sent) -> None:
+    """A few lines on what was sent."""
     of = {part: sum(sent.launches[name] for name in names) for part, names in PARTS.items()}
     n = sum(sent.launches.values())
-    print(f"L H D DH V T SAMPLES PROMPTS = {' '.join(map(str, sizes))}")
     told = f"{of['products']} products, {of['copies']} copies"
-    print(f"{n} launches ({told}), {sent.uploads} uploads, waits {dict(sent.waits)}")
+    print(f"{title}: {n} launches ({told}), {sent.uploads} uploads, waits {dict(sent.waits)}")
     print(f"{sum(sent.n_bytes.values()) / 1e9:.1f} GB, {sent.flop / 1e12:.3f} TFLOP")
     print("most moved: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sent.n_bytes.most_common(12)))
     print("most launched: " + ", ".join(f"{name} {count}" for name, count in sent.launches.most_common(15)))

@@ -461,3 +461,15 @@ def test_auto_memory_is_what_is_free_on_a_gpu_and_the_same_everywhere_on_a_cpu(m
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12e9)  # by PyTorch, of which 2 GB are in use
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2e9)
     assert pass_bytes(Limits(), torch.device("cuda")) == PASS_SHARE * 60e9
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 4), (4, 6, 2), (9, 2, 1)])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_pruning_by_squaring_is_pruning(shape, parallel):
+    graph = Graph(*shape, parallel)
+    valid = torch.tensor(graph.valid)
+    draws = torch.rand(40, *valid.shape, generator=torch.Generator().manual_seed(0))
+    masks = (draws < torch.linspace(0.01, 0.9, 40)[:, None, None]) & valid
+    pruned = Edges.of(graph, torch.device("cpu")).on_paths(masks)
+    assert torch.equal(pruned, graph.prune(masks))
+    assert 0 < pruned.sum() < masks.sum()

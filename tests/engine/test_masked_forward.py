@@ -202,18 +202,41 @@ def test_sources_are_what_the_brute_force_sums_up(model):
     torch.testing.assert_close(total, engine.weights.centre(clean.entering[-1][:, 1:]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["mixed again", "fused"])
-def test_ways_to_compute_agree(model, fused):
+def test_inputs_mixed_again_are_those_stored(model):
     batch, masks = batch_of(model), random_masks(model, 3)
     found = []
     for keep_inputs in (True, False):
-        engine = Engine(model, fused=fused and not keep_inputs)
+        engine = Engine(model)
         own, constants = masks.clone().requires_grad_(), constants_of(model).requires_grad_()
         logits = engine.logits(engine.prompts(batch), torch.arange(3), own, constants, keep_inputs=keep_inputs)
         logits.square().sum().backward()
         found.append((logits.detach(), own.grad, constants.grad))
     for first, second in zip(*found, strict=True):
         torch.testing.assert_close(first, second, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+@pytest.mark.parametrize("layers_at_once", [1, 2])
+def test_gradients_of_a_few_layers_at_a_time_are_those_of_all(model, layers_at_once, positional):
+    """As on a GPU: sources gather what later readers have left; also where a layer has no heads or no MLP."""
+    batch, masks = batch_of(model), random_masks(model, 3)
+    none = masks.clone()
+    none[..., model.graph.heads(1)], none[..., model.graph.mlp_source(0)] = 0, 0
+    for given_masks, contrast in ((masks, None), (none, None), (masks, Engine(model).sources(batch).transpose(0, 1))):
+        found = []
+        for engine in (Engine(model), Engine(model, layers_at_once=layers_at_once)):
+            constants = constants_of(model)
+            constants = constants.expand(-1, -1, batch.tokens.shape[1] - 1, -1) if positional else constants
+            own, constants = given_masks.clone().requires_grad_(), constants.clone().requires_grad_()
+            given = {
+                "contrast": contrast if contrast is None else contrast.contiguous(),
+                "plan": engine.weights.plan(given_masks),
+            }
+            logits = engine.logits(engine.prompts(batch), torch.arange(3), own, constants, **given)
+            logits.square().sum().backward()
+            found.append((logits.detach(), own.grad, constants.grad))
+        for first, second in zip(*found, strict=True):
+            torch.testing.assert_close(first, second, atol=1e-9, rtol=1e-9)
 
 
 def test_a_plan_leaves_out_only_what_is_not_used(model):

@@ -68,7 +68,9 @@ class _Watch(TorchDispatchMode):
             self.sent.waits[f"{name} {[tuple(leaf.shape) for leaf in tree_leaves(result)]}"] += 1
         elif NAME in made and not function.is_view and name.rstrip("_") not in SPACE:
             self.sent.launches[name] += 1
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            overwritten = name in ("copy_", "fill_", "zero_") or options.get("beta") == 0  # its first operand, not read
+            read = tree_leaves((args[1:] if overwritten else args, kwargs))
+            tensors = [leaf for leaf in (*read, *tree_leaves(result)) if isinstance(leaf, torch.Tensor)]
             self.sent.n_bytes[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             if (formula := flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))) is not None:
                 self.sent.flop += formula(*args, **options, out_val=result)

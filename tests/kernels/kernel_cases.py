@@ -148,7 +148,7 @@ def assert_rivals(kernel: float, eager: float, dtype: torch.dtype, precision: st
     """The kernel's error must not exceed eager's own in the same dtype, + 1e-6.
 
     In bf16 and TF32 twice that is allowed: kernel and BLAS round different intermediate results (masks, sums of more
-    than 64 destinations), and operands to TF32 by truncation or to nearest.
+    than 64 destinations).
     """
     factor = 2 if dtype == torch.bfloat16 or precision == "tf32" else 1
     assert kernel <= factor * eager + 1e-6, f"{what}: error {kernel:.3g}, eager's {eager:.3g}"

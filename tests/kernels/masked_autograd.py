@@ -3,7 +3,17 @@
 from typing import Any
 
 import torch
-from oakernels import Operands, Projection, constant_gradient, mix, mix_backward, project_backward, read
+from oakernels import (
+    Operands,
+    Projection,
+    ablated_shares,
+    constant_gradient,
+    mix,
+    mix_and_scale,
+    mix_backward,
+    project,
+    project_backward,
+)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -63,8 +73,9 @@ class _MaskedRead(torch.autograd.Function):
         store_inputs: bool,
         how: dict[str, Any],
     ) -> Tensor:
-        y, rstd, x = read(base, Operands(masks, delta, **how), projection, store_inputs=store_inputs)
-        ctx.save_for_backward(base, masks, delta, y, rstd, x)
+        x, rstd = mix_and_scale(base, Operands(masks, delta, **how), projection.eps)
+        y = project(x, rstd, projection, precision=how.get("precision", "ieee"))
+        ctx.save_for_backward(base, masks, delta, y, rstd, x if store_inputs else None)
         ctx.projection, ctx.shapes, ctx.how = projection, (base.shape, _shape(constants)), how
         return y
 
@@ -101,14 +112,14 @@ def _mix_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """All gradients of a mix from dx [J, B, T, d]: of base, masks, delta and constants (None without their shape)."""
     (F, Q, _), (_, B, T, d) = base_shape, dx.shape
-    dx, d_delta = dx.contiguous(), torch.zeros_like(operands.delta)
-    d_masks, sums = mix_backward(dx, operands, d_delta=d_delta, token_sums=True)
-    assert sums is not None
+    dx, d_delta = dx.contiguous(), torch.empty_like(operands.delta)
+    d_masks = mix_backward(dx, operands, d_delta=d_delta, add=False)
+    sums = dx.sum(2, dtype=torch.promote_types(dx.dtype, torch.float32))
     d_base = (dx if Q == T else sums).sum(0).view(F, B // F, -1, d).sum(1)
     d_constants = None
     if constants_shape is not None:
         at = dx if constants_shape[2] == T else sums
-        d_constants = constant_gradient(operands.masks, at, constants_shape[0])
+        d_constants = constant_gradient(ablated_shares(operands.masks, B, constants_shape[0]), at)
     return d_base, d_masks, d_delta, d_constants
 
 

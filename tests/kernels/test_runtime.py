@@ -1,8 +1,11 @@
 """Which backend runs, and in which precision: what can be held without a GPU."""
 
+import json
+
 import pytest
 import torch
 from oakernels import runtime
+from oakernels.choices import VARIABLE, Choices, choices_file, size_class
 from oakernels.runtime import matmul_precision
 
 
@@ -39,7 +42,7 @@ def test_an_unknown_precision_is_refused():
 
 
 @pytest.fixture
-def timed(monkeypatch):
+def timed(monkeypatch, tmp_path):
     """`run` where tensors claim to be on a GPU, and calls take the milliseconds that they say."""
     clock = [0.0]
 
@@ -61,7 +64,8 @@ def timed(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(runtime, "_fastest", {})
+    monkeypatch.setattr(runtime, "choices", Choices(tmp_path / "kept" / "choices.json"))
+    monkeypatch.setattr(runtime, "_device_name", lambda device: "some GPU:")
     monkeypatch.setattr(runtime, "_warned", set())
 
     def run(**candidates):
@@ -101,10 +105,10 @@ def test_what_does_not_fit_is_not_taken_and_nothing_is_said(timed, capsys, error
     assert not capsys.readouterr().err
 
 
-def test_without_a_compiler_eager_goes_on_with_one_line(timed, capsys, monkeypatch):
+def test_without_a_compiler_eager_goes_on_with_one_line(timed, capsys, monkeypatch, tmp_path):
     broken = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
-    for _ in range(2):
-        monkeypatch.setattr(runtime, "_fastest", {})
+    for number in range(2):
+        monkeypatch.setattr(runtime, "choices", Choices(tmp_path / f"{number}.json"))
         assert timed(eager=1.0, triton=broken) == "eager"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: Triton's kernels can't be compiled here") and line.endswith(
@@ -115,3 +119,44 @@ def test_without_a_compiler_eager_goes_on_with_one_line(timed, capsys, monkeypat
 def test_an_error_of_eager_is_an_error(timed):
     with pytest.raises(RuntimeError, match="shapes"):
         timed(eager=RuntimeError("shapes"), triton=1.0)
+
+
+def test_another_process_takes_what_was_measured_and_measures_nothing(timed, monkeypatch):
+    """Also where it would find another one the faster: a resumed fit goes on as it began."""
+    assert timed(eager=2.0, triton=1.0) == "triton"
+    again = Choices(runtime.choices.path)
+    monkeypatch.setattr(runtime, "choices", again)
+    assert timed(eager=1.0, triton=2.0) == "triton"
+    (key,) = again.used
+    assert key.startswith("some GPU: torch.float32 op")
+    assert json.loads(again.path.read_text())[key] == {"backend": "triton", "ms": {"eager": 2.0, "triton": 1.0}}
+
+
+def test_what_another_process_kept_meanwhile_stays(tmp_path):
+    first, second = (Choices(tmp_path / "choices.json") for _ in range(2))
+    assert first.backend("a") is None and second.backend("a") is None
+    first.measured("a", {"eager": 1.0, "triton": 2.0})
+    second.measured("a", {"eager": 2.0, "triton": 1.0})
+    second.measured("b", {"eager": 2.0, "triton": float("inf")})
+    assert second.backend("a") == Choices(first.path).backend("a") == "eager"
+    assert json.loads(first.path.read_text())["b"]["ms"] == {"eager": 2.0, "triton": None}
+    assert [path.name for path in tmp_path.iterdir()] == ["choices.json"]
+
+
+def test_a_damaged_file_is_measured_anew_with_a_warning(tmp_path, capsys):
+    path = tmp_path / "choices.json"
+    path.write_text("{")
+    choices = Choices(path)
+    assert choices.backend("a") is None
+    choices.measured("a", {"eager": 1.0})
+    assert "choices.json: not readable" in capsys.readouterr().err
+    assert Choices(path).backend("a") == "eager"
+
+
+def test_the_file_s_place_and_its_classes_of_sizes(monkeypatch, tmp_path):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert choices_file() == tmp_path / "oakernels" / "choices.json"
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "mine.json"))
+    assert choices_file() == tmp_path / "mine.json"
+    assert [size_class(n) for n in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]

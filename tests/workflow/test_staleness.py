@@ -452,7 +452,7 @@ MODULES = {
     "circuits interaction_ranking removal": "circuits/constants circuits/evaluate circuits/numbers "
     "circuits/passes circuits/replacements circuits/task engine/buffers engine/folded engine/masked "
     "engine/masked_backward engine/masked_blocks engine/masked_pass "
-    "oakernels/constants oakernels/masked_mix oakernels/masked_mix_backward oakernels/masked_read oakernels/operands "
+    "oakernels/choices oakernels/constants oakernels/masked_mix oakernels/masked_mix_backward oakernels/operands "
     "oakernels/projection oakernels/runtime",
     "circuit_figures": "circuits/drawing circuits/fronts circuits/plots circuits/stability stages/circuit_figures",
     "interaction_ranking": "interactions/edges interactions/ranking stages/interaction_ranking",

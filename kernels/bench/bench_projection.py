@@ -1,24 +1,24 @@
-"""Speed and peak memory of the masked read, forward and backward, by backend, beside the roofline.
+"""Speed and peak memory of scale and projection, and of the whole backward of a layer's reads, by backend, beside the
+roofline.
 
-python kernels/bench/bench_masked_read.py [--shape J S B T d k] [--repeats N] [--csv FILE]
+python kernels/bench/bench_projection.py [--shape J S B T d k] [--repeats N] [--csv FILE]
 """
 
 import torch
-from oakernels import Operands, mix, mix_backward, project_backward, read
-from roofline import Case, Shape, Work, main
+from oakernels import Operands, mix, mix_and_scale, mix_backward, project, project_backward
+from roofline import EPS, Case, Shape, Work, main
 from torch import Tensor
 
 
 def work_of(shape: Shape, case: Case) -> list[Work]:
-    """The ops of a read."""
+    """What a layer does with its mixed inputs."""
     J, S, B, T, d, k = vars(shape).values()
     tokens, edges, heads, weights = B * T * d, B * J * S, J * B * T * k, J * d * k
     mixing, projecting = J * S * tokens, J * B * T * d * k
     base, projection = case.base, case.projection
     d_delta, dx = torch.zeros_like(case.delta), torch.empty_like(case.dx)
-    by_eager = Operands(case.masks, case.delta, backend="eager")
-    y, rstd, stored = read(base, by_eager, projection, store_inputs=True)
-    assert stored is not None
+    x, rstd = mix_and_scale(base, Operands(case.masks, case.delta, backend="eager"), EPS)
+    y = project(x, rstd, projection)
 
     def backward_of_projection(operands: Operands, x: Tensor, out: Tensor) -> Tensor:
         how = {"backend": operands.backend, "precision": operands.precision}
@@ -26,35 +26,28 @@ def work_of(shape: Shape, case: Case) -> list[Work]:
 
     def backward(operands: Operands) -> object:
         x = mix(base, operands)
-        return mix_backward(backward_of_projection(operands, x, x), operands, d_delta=d_delta, token_sums=True)
+        return mix_backward(backward_of_projection(operands, x, x), operands, d_delta=d_delta)
 
     return [
         Work(
-            "read",
-            S * tokens + heads + weights,
-            edges,
-            mixing + projecting,
-            lambda operands: read(base, operands, projection),
-        ),
-        Work(
-            "read, x stored",
-            (S + J) * tokens + heads + weights,
-            edges,
-            mixing + projecting,
-            lambda operands: read(base, operands, projection, store_inputs=True),
+            "project",
+            J * tokens + 2 * heads + weights,  # y is scaled in place
+            J * B * T,
+            projecting,
+            lambda operands: project(x, rstd, projection, out=y, precision=operands.precision),
         ),
         Work(
             "project_backward",
             2 * J * tokens + 2 * heads + weights,
             J * B * T,
             projecting,
-            lambda operands: backward_of_projection(operands, stored, dx),
+            lambda operands: backward_of_projection(operands, x, dx),
         ),
         Work(
-            "backward of read, x mixed again",
+            "backward of reads, x mixed again",
             # x lives in dx: written and read once more than the mix's own backward
             (3 * S + 2 * J) * tokens + 2 * heads + weights,
-            2 * edges + J * B * d,
+            2 * edges,
             3 * mixing + projecting,
             backward,
         ),
