@@ -115,4 +115,4 @@ def test_other_test_prompts_cost_what_is_measured_on_them(run):
     for task in values["tasks"].values():
         task["n_test"] += 4
     _, new = run(values)
-    assert {kind for kind, _ in new} == {"gaps", "losses", "effects", "lens-losses", "faithfulness"}
+    assert {kind for kind, _ in new} == {"gaps", "losses", "effects", "removals", "lens-losses", "faithfulness"}
