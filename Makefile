@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-kill test-rounding test-slurm lint unlock clean
+.PHONY: help demo test test-kill test-rounding test-slurm gpu lint unlock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,6 +28,9 @@ test-slurm: .venv/.installed-slurm ## bring up a SLURM of two nodes on this mach
 
 test-rounding: .venv/.installed-dev ## the numeric tests and the tiny run as other CPUs round, with two threads; SELECT="..." for some of it
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/rounding --numprocesses 2 -k "$(SELECT)"
+
+gpu: ## right, and how fast, on a GPU: installs nothing, takes PYTHON with torch, triton and what oacore imports; writes docs/gpu/
+	$(PYTHON) tests/bench/gpu_report.py
 
 lint: .venv/.installed-dev ## format check, lint, types, workflow lint
 	$(BIN)/ruff format --check .

@@ -32,6 +32,7 @@ from oacore.config.circuits import MaskFit
 from oacore.engine.buffers import MaskedPrompts
 from oacore.engine.clean import Batch
 from oacore.engine.masked import Engine
+from oacore.models.weights import _map_tensors
 
 SIZES = (12, 12, 768, 64, 50257, 21, 12, 5)
 PARTS = {"products": ("mm", "bmm", "addmm", "baddbmm", "baddbmm_"), "copies": ("copy_", "clone", "_to_copy", "cat")}
@@ -67,48 +68,65 @@ KERNELS = {masked_mix: "mix_kernel", masked_mix_backward: "mix_backward_kernel",
 
 
 @contextmanager
-def with_kernels(sent: list[Sent]) -> Iterator[None]:
-    """Every op runs its kernel, which counts into the last of `sent`."""
+def forced(backend: str) -> Iterator[None]:
+    """Every op runs this backend."""
 
-    def run(backend: object, key: object, target: Any, candidates: dict[str, Callable[..., Any]]) -> Any:
-        return candidates["triton"](target)
+    def run(given: object, key: object, target: Any, candidates: dict[str, Callable[..., Any]]) -> Any:
+        return candidates[backend](target)
 
     with ExitStack() as stack:
-        for module, name in KERNELS.items():
+        for module in KERNELS:
             stack.enter_context(mock.patch.object(module, "run", run))
+        yield
+
+
+@contextmanager
+def with_kernels(sent: list[Sent]) -> Iterator[None]:
+    """Every op runs its kernel, which counts into the last of `sent`."""
+    with ExitStack() as stack:
+        stack.enter_context(forced("triton"))
+        for module, name in KERNELS.items():
             stack.enter_context(mock.patch.object(module, name, Counted(name, sent)))
         yield
 
 
-def step_of(gpu: Gpu, sizes: tuple[int, ...], counting: list[Sent]) -> Sent:
-    """What one step of one fit sends, with room to store all inputs; `counting` gets what is being filled."""
+def sweep_of(device: torch.device, sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> learn._Sweep:
+    """One fit of UGS on random weights, with room to store all inputs."""
     L, H, D, K, V, T, samples, n_prompts = sizes
-    device, t = gpu.device, T - 1
+    t, wide = T - 1, {"device": device, "dtype": dtype}
+    engine = Engine(_map_tensors(random_model(L, H, D, K, V, T, device), lambda weight: weight.to(dtype)))
+    lengths = torch.full((n_prompts,), T, device=device)
+    batch = Batch(torch.zeros(n_prompts, T, dtype=torch.int64, device=device), lengths)
+    bos = tuple((torch.zeros(1, H, K, **wide), torch.zeros(1, H, K, **wide)) for _ in range(L))
+    first = torch.zeros(n_prompts, dtype=torch.int64, device=device)
+    prompts = MaskedPrompts(torch.zeros(n_prompts, t, D, **wide), bos, first, lengths - 2, None)
+    ids = torch.zeros(n_prompts, 1, dtype=torch.int64, device=device)
+    examples = Examples(batch, batch, prompts, torch.zeros(n_prompts, D, **wide), ids, ids)
+    shapes = ((1, 1, D), (1, L, H, 1, K), (1, L, 1, D))
+    start = Constants(*(torch.zeros(shape, device=device) for shape in shapes))
+    replacements = SimpleNamespace(start=start, ablation="optimal", per_prompt=False)
+    scales = Constants(*(torch.ones(shape, device=device) for shape in ((1, 1, 1), (1, L, H, 1, 1), (1, L, 1, 1))))
+    settings = MaskFit(n_steps=1000, n_samples=samples, n_prompts=n_prompts)
+    passes = Passes(engine, examples, 1e12)
+    return learn._Sweep(UniformSampler(), [Knob(1e-3, 0)], [1e-3], passes, replacements, scales, "kl", settings, True)
+
+
+def take_step(sweep: learn._Sweep, state: dict[str, Any]) -> None:
+    """As `learn` does, without looking at what came of it."""
+    _, gradients, _ = sweep.gradients(state)
+    state["step"] += 1
+    sweep.descend(state, gradients)
+
+
+def step_of(gpu: Gpu, sizes: tuple[int, ...], counting: list[Sent]) -> Sent:
+    """What one step of one fit sends; `counting` gets what is being filled."""
     with gpu.watched():
-        engine = Engine(random_model(L, H, D, K, V, T, device))
-        lengths = torch.full((n_prompts,), T, device=device)
-        batch = Batch(torch.zeros(n_prompts, T, dtype=torch.int64, device=device), lengths)
-        bos = tuple((torch.zeros(1, H, K, device=device), torch.zeros(1, H, K, device=device)) for _ in range(L))
-        first = torch.zeros(n_prompts, dtype=torch.int64, device=device)
-        prompts = MaskedPrompts(torch.zeros(n_prompts, t, D, device=device), bos, first, lengths - 2, None)
-        ids = torch.zeros(n_prompts, 1, dtype=torch.int64, device=device)
-        examples = Examples(batch, batch, prompts, torch.zeros(n_prompts, D, device=device), ids, ids)
-        shapes = ((1, 1, D), (1, L, H, 1, K), (1, L, 1, D))
-        start = Constants(*(torch.zeros(shape, device=device) for shape in shapes))
-        replacements = SimpleNamespace(start=start, ablation="optimal", per_prompt=False)
-        scales = Constants(*(torch.ones(shape, device=device) for shape in ((1, 1, 1), (1, L, H, 1, 1), (1, L, 1, 1))))
-        settings = MaskFit(n_steps=10, n_samples=samples, n_prompts=n_prompts)
-        passes = Passes(engine, examples, 1e12)
-        sweep = learn._Sweep(
-            UniformSampler(), [Knob(1e-3, 0)], [1e-3], passes, replacements, scales, "kl", settings, True
-        )
+        sweep = sweep_of(gpu.device, sizes)
         state = sweep.initial_state() | {"step": 0}
     for _ in range(2):
         with gpu.watched() as sent:
             counting.append(sent)
-            _, gradients, _ = sweep.gradients(state)
-            state["step"] += 1
-            sweep.descend(state, gradients)
+            take_step(sweep, state)
     return sent
 
 
