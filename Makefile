@@ -5,7 +5,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Modules are compiled as they are first imported: most never are, and to compile all of them was 34 of 85 s of installing.
 PIP := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help demo test test-kill test-rounding test-slurm lint site unlock clean
+.PHONY: help demo test test-kill test-rounding test-slurm gpu lint site unlock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +30,9 @@ test-slurm: .venv/.installed-slurm ## bring up a SLURM of two nodes on this mach
 
 test-rounding: .venv/.installed-dev ## the numeric tests and the tiny run as other CPUs round, with two threads; SELECT="..." for some of it
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/rounding --numprocesses 2 -k "$(SELECT)"
+
+gpu: ## right, and how fast, on a GPU: installs nothing, takes PYTHON with torch, triton and what oacore imports; writes docs/gpu/
+	$(PYTHON) tests/bench/gpu_report.py
 
 lint: .venv/.installed-dev ## format check, lint, types, workflow lint
 	$(BIN)/ruff format --check .

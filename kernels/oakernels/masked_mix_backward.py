@@ -60,7 +60,7 @@ def _mix_backward_eager(dx: Tensor, operands: Operands, d_delta: Tensor, add: bo
                 product = torch.bmm(weights, by_mask(dx))
                 by_mask(d_delta).add_(product) if add else by_mask(d_delta).copy_(product)
             return torch.bmm(by_mask(dx), by_mask(delta).mT).to(wide)
-    d_masks = torch.empty(operands.masks.shape, dtype=wide)
+    d_masks = dx.new_empty(operands.masks.shape, dtype=wide)
     for m, rows in enumerate(operands.rows_of_masks()):
         block = dx[:, rows].flatten(1)  # [J, n]
         target = d_delta[:, rows].flatten(1)  # [S, n], a view

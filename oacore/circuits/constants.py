@@ -33,8 +33,8 @@ class Constants(NamedTuple):
         heads = self.head
         if not engine.model.post_norm:
             # In the weights' dtype, as the model itself writes; fp32 copies of all W_O would stay in the graph.
-            z = heads.to(engine.model.dtype)
-            written = [_through(z[:, layer], block.W_O) for layer, block in enumerate(engine.model.blocks)]
+            by_layer = heads.to(engine.model.dtype).unbind(1)
+            written = [_through(z, block.W_O) for z, block in zip(by_layer, engine.model.blocks, strict=True)]
             heads = torch.stack(written, 1).to(heads.dtype)
         both = torch.cat((heads, self.mlp[:, :, None]), 2).flatten(1, 2)  # [F, L (H + 1), Q, d]
         table = torch.cat((self.input[:, None], both), 1)

@@ -2,6 +2,7 @@
 FLOP. No GPU is needed, nor memory for the model.
 
     python tests/bench/bench_ledger.py [L H D DH V T SAMPLES PROMPTS]   e.g. 12 12 768 64 50257 21 12 5, the default
+    python tests/bench/bench_ledger.py llama-8b [T SAMPLES PROMPTS]
 
 Once with PyTorch's products and once with our kernels, whose launches are counted by their operands, too. Inputs are
 stored, operands are read once and results written once. A step is what `oacore.circuits.learn` does: draw, prune,
@@ -11,6 +12,7 @@ forward, backward, Adam.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +34,7 @@ from oacore.config.circuits import MaskFit
 from oacore.engine.buffers import MaskedPrompts
 from oacore.engine.clean import Batch
 from oacore.engine.masked import Engine
+from oacore.models.weights import Model, Norm, _map_tensors
 
 SIZES = (12, 12, 768, 64, 50257, 21, 12, 5)
 PARTS = {"products": ("mm", "bmm", "addmm", "baddbmm", "baddbmm_"), "copies": ("copy_", "clone", "_to_copy", "cat")}
@@ -67,60 +70,122 @@ KERNELS = {masked_mix: "mix_kernel", masked_mix_backward: "mix_backward_kernel",
 
 
 @contextmanager
-def with_kernels(sent: list[Sent]) -> Iterator[None]:
-    """Every op runs its kernel, which counts into the last of `sent`."""
+def forced(backend: str) -> Iterator[None]:
+    """Every op runs this backend."""
 
-    def run(backend: object, key: object, target: Any, candidates: dict[str, Callable[..., Any]]) -> Any:
-        return candidates["triton"](target)
+    def run(given: object, key: object, target: Any, candidates: dict[str, Callable[..., Any]]) -> Any:
+        return candidates[backend](target)
 
     with ExitStack() as stack:
-        for module, name in KERNELS.items():
+        for module in KERNELS:
             stack.enter_context(mock.patch.object(module, "run", run))
+        yield
+
+
+@contextmanager
+def with_kernels(sent: list[Sent]) -> Iterator[None]:
+    """Every op runs its kernel, which counts into the last of `sent`."""
+    with ExitStack() as stack:
+        stack.enter_context(forced("triton"))
+        for module, name in KERNELS.items():
             stack.enter_context(mock.patch.object(module, name, Counted(name, sent)))
         yield
 
 
-def step_of(gpu: Gpu, sizes: tuple[int, ...], counting: list[Sent]) -> Sent:
-    """What one step of one fit sends, with room to store all inputs; `counting` gets what is being filled."""
-    L, H, D, K, V, T, samples, n_prompts = sizes
-    device, t = gpu.device, T - 1
-    with gpu.watched():
-        engine = Engine(random_model(L, H, D, K, V, T, device))
-        lengths = torch.full((n_prompts,), T, device=device)
-        batch = Batch(torch.zeros(n_prompts, T, dtype=torch.int64, device=device), lengths)
-        bos = tuple((torch.zeros(1, H, K, device=device), torch.zeros(1, H, K, device=device)) for _ in range(L))
-        first = torch.zeros(n_prompts, dtype=torch.int64, device=device)
-        prompts = MaskedPrompts(torch.zeros(n_prompts, t, D, device=device), bos, first, lengths - 2, None)
-        ids = torch.zeros(n_prompts, 1, dtype=torch.int64, device=device)
-        examples = Examples(batch, batch, prompts, torch.zeros(n_prompts, D, device=device), ids, ids)
-        shapes = ((1, 1, D), (1, L, H, 1, K), (1, L, 1, D))
-        start = Constants(*(torch.zeros(shape, device=device) for shape in shapes))
-        replacements = SimpleNamespace(start=start, ablation="optimal", per_prompt=False)
-        scales = Constants(*(torch.ones(shape, device=device) for shape in ((1, 1, 1), (1, L, H, 1, 1), (1, L, 1, 1))))
-        settings = MaskFit(n_steps=10, n_samples=samples, n_prompts=n_prompts)
-        passes = Passes(engine, examples, 1e12)
-        sweep = learn._Sweep(
-            UniformSampler(), [Knob(1e-3, 0)], [1e-3], passes, replacements, scales, "kl", settings, True
+def llama(T: int, device: torch.device) -> Model:
+    """Llama-3.1-8B's shapes in bf16; its rotary tables come with the prompts."""
+    model, n_kv, width = random_model(32, 32, 4096, 128, 128256, T, device), 8, 14336
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=device)
+
+    norm = Norm(model.final_norm.weight, None, 1e-5, rms=True)
+    mlp = {"W_in": weight(4096, width), "W_gate": weight(4096, width), "W_out": weight(width, 4096)}
+    blocks = tuple(
+        replace(
+            block,
+            attention_norm=norm,
+            mlp_norm=norm,
+            W_K=weight(4096, n_kv, 128),
+            W_V=weight(4096, n_kv, 128),
+            b_O=None,
+            **mlp,
         )
+        for block in model.blocks
+    )
+    model = replace(model, family="llama", blocks=blocks, final_norm=norm, activation="silu")
+    return _map_tensors(model, lambda weight: weight.to(torch.bfloat16))
+
+
+def sweep_of(device: torch.device, sizes: tuple[int, ...]) -> learn._Sweep:
+    """One fit of UGS on random weights, with room to store all inputs."""
+    L, H, D, K, V, T, samples, n_prompts = sizes
+    return sweep_over(random_model(L, H, D, K, V, T, device), T, samples, n_prompts)
+
+
+def sweep_over(model: Model, T: int, samples: int, n_prompts: int) -> learn._Sweep:
+    """`sweep_of` a model."""
+    engine, device, L, H, D, K = (
+        Engine(model),
+        model.device,
+        model.n_layers,
+        model.n_heads,
+        model.d_model,
+        model.d_head,
+    )
+    t, of_model = T - 1, {"device": device, "dtype": model.dtype}
+    lengths = torch.full((n_prompts,), T, device=device)
+    batch = Batch(torch.zeros(n_prompts, T, dtype=torch.int64, device=device), lengths)
+    clean = torch.zeros(1, model.n_kv_heads, K, **of_model)
+    bos = ((clean, clean),) * L
+    first = torch.zeros(n_prompts, dtype=torch.int64, device=device)
+    rotary = (torch.ones(t, K, **of_model), torch.ones(t, K, **of_model)) if model.family == "llama" else None
+    prompts = MaskedPrompts(torch.zeros(n_prompts, t, D, **of_model), bos, first, lengths - 2, rotary)
+    ids = torch.zeros(n_prompts, 1, dtype=torch.int64, device=device)
+    examples = Examples(batch, batch, prompts, torch.zeros(n_prompts, D, **of_model), ids, ids)
+    shapes = ((1, 1, D), (1, L, H, 1, K), (1, L, 1, D))
+    start = Constants(*(torch.zeros(shape, device=device) for shape in shapes))
+    replacements = SimpleNamespace(start=start, ablation="optimal", per_prompt=False)
+    scales = Constants(*(torch.ones(shape, device=device) for shape in ((1, 1, 1), (1, L, H, 1, 1), (1, L, 1, 1))))
+    settings = MaskFit(n_steps=1000, n_samples=samples, n_prompts=n_prompts)
+    passes = Passes(engine, examples, 1e12)
+    return learn._Sweep(UniformSampler(), [Knob(1e-3, 0)], [1e-3], passes, replacements, scales, "kl", settings, True)
+
+
+def take_step(sweep: learn._Sweep, state: dict[str, Any]) -> None:
+    """As `learn` does, without looking at what came of it."""
+    _, gradients, _ = sweep.gradients(state)
+    state["step"] += 1
+    sweep.descend(state, gradients)
+
+
+def step_of(gpu: Gpu, make: Callable[[], learn._Sweep], counting: list[Sent]) -> Sent:
+    """What one step of a sweep sends; `counting` gets what is being filled."""
+    with gpu.watched():
+        sweep = make()
         state = sweep.initial_state() | {"step": 0}
     for _ in range(2):
         with gpu.watched() as sent:
             counting.append(sent)
-            _, gradients, _ = sweep.gradients(state)
-            state["step"] += 1
-            sweep.descend(state, gradients)
+            take_step(sweep, state)
     return sent
 
 
 def main() -> None:
     """Print the ledger, with PyTorch's products and with our kernels."""
-    sizes = tuple(map(int, sys.argv[1:])) or SIZES
-    print(f"L H D DH V T SAMPLES PROMPTS = {' '.join(map(str, sizes))}")
-    gpu = Gpu()
+    gpu, given = Gpu(), sys.argv[1:]
+    if given[:1] == ["llama-8b"]:
+        T, samples, n_prompts = map(int, given[1:] or ("21", "12", "5"))
+        make = lambda: sweep_over(llama(T, gpu.device), T, samples, n_prompts)  # noqa: E731
+        print(f"Llama-3.1-8B, bf16; T SAMPLES PROMPTS = {T} {samples} {n_prompts}")
+    else:
+        sizes = tuple(map(int, given)) or SIZES
+        make = lambda: sweep_of(gpu.device, sizes)  # noqa: E731
+        print(f"L H D DH V T SAMPLES PROMPTS = {' '.join(map(str, sizes))}")
     with mock.patch.object(learn, "_uniform", lambda g, knob, step, shape: torch.rand(shape, device=gpu.device)):
-        show("PyTorch's products", step_of(gpu, sizes, []))
+        show("PyTorch's products", step_of(gpu, make, []))
         with with_kernels(counting := []):
-            show("our kernels", step_of(gpu, sizes, counting))
+            show("our kernels", step_of(gpu, make, counting))
 
 
 def show(title: str, sent: Sent) -> None:

@@ -933,7 +933,8 @@ def test_ctrl_c_in_a_fit_and_the_next_run_goes_on(fresh, tmp_path):
 def test_bad_config_stops_before_any_job(tmp_path, change, parts):
     path = tmp_path / "bad.yaml"
     values = yaml.safe_load(TINY.read_text())
-    del values["tracing"], values["lenses"], values["vision"]  # of tasks that are not in every change
+    for section in ("removal", "tracing", "lenses", "vision"):  # of tasks that are not in every change
+        del values[section]
     values["ablation"]["tasks"] = None
     path.write_text(yaml.safe_dump(values | change))
     result = snakemake("--configfile", path, *roots(tmp_path / "cache", tmp_path / "results"))
@@ -1016,7 +1017,7 @@ def test_gpt2_config_dry_runs():
     ("arguments", "said"),
     [
         (["all", "--task", "ioi"], "unrecognized arguments: --task ioi"),
-        (["tracing", "--task", "facts"], "unrecognized arguments: --task facts"),
+        (["report", "--task", "facts"], "unrecognized arguments: --task facts"),
         (["optimal", "--lens", "oca"], "unrecognized arguments: --lens oca"),
         (["estimate", "a.yaml", "b.yaml"], "unrecognized arguments: b.yaml"),
         (["mib-export", "--circuit", "c.json"], "the following arguments are required: --output"),
