@@ -58,7 +58,19 @@ def run(
     named = " ".join((_device_name(target.device), *map(_named, (target.dtype, *key))))
     if choices.backend(named) is None and not torch.cuda.is_current_stream_capturing():
         choices.measured(named, {name: _milliseconds(name, call, target) for name, call in candidates.items()})
-    return candidates[choices.backend(named) or "eager"](target)
+    fastest = "eager" if named in _failed else choices.backend(named) or "eager"
+    if fastest == "eager" or named in _ran:
+        return candidates[fastest](target)
+    try:  # it is compiled now, before it changes anything; this process may lack what the one that measured had
+        result = candidates[fastest](target)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _warn(error)
+        _failed.add(named)
+        return candidates["eager"](target)
+    _ran.add(named)
+    return result
 
 
 @cache
@@ -73,6 +85,15 @@ def _named(part: object) -> str:
 
 
 _warned = set[str]()
+_ran, _failed = set[str](), set[str]()  # keys whose kernel has run, or can't be compiled, in this process
+
+
+def _warn(error: Exception) -> None:
+    """Say once why there are no kernels: no C compiler, no ptxas, an unsupported device."""
+    cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    if cause not in _warned:
+        _warned.add(cause)
+        print(f"warning: Triton's kernels can't be compiled here, going on without them: {cause}", file=sys.stderr)
 
 
 def _milliseconds(name: str, call: Callable[[Tensor], object], target: Tensor, repeats: int = 5) -> float:
@@ -84,13 +105,10 @@ def _milliseconds(name: str, call: Callable[[Tensor], object], target: Tensor, r
         call(scratch)
     except (OutOfResources, torch.OutOfMemoryError):
         return math.inf
-    except Exception as error:  # of a compiler: no C compiler, no ptxas, an unsupported device
+    except Exception as error:
         if name == "eager":
             raise
-        cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        if cause not in _warned:
-            _warned.add(cause)
-            print(f"warning: Triton's kernels can't be compiled here, going on without them: {cause}", file=sys.stderr)
+        _warn(error)
         return math.inf
     times = []
     for _ in range(repeats):

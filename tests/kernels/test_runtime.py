@@ -66,7 +66,8 @@ def timed(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(runtime, "choices", Choices(tmp_path / "kept" / "choices.json"))
     monkeypatch.setattr(runtime, "_device_name", lambda device: "some GPU:")
-    monkeypatch.setattr(runtime, "_warned", set())
+    for seen in ("_warned", "_ran", "_failed"):
+        monkeypatch.setattr(runtime, seen, set())
 
     def run(**candidates):
         called = []
@@ -114,6 +115,21 @@ def test_without_a_compiler_eager_goes_on_with_one_line(timed, capsys, monkeypat
     assert line.startswith("warning: Triton's kernels can't be compiled here") and line.endswith(
         "environment variable."
     )
+
+
+def test_a_kernel_that_was_measured_elsewhere_and_can_not_be_compiled_here_is_left(timed, capsys, monkeypatch):
+    assert timed(eager=2.0, triton=1.0) == "triton"
+    monkeypatch.setattr(runtime, "_ran", set())  # another process, with the same file
+    broken = RuntimeError("Failed to find C compiler.")
+    assert [timed(eager=2.0, triton=broken) for _ in range(2)] == ["eager"] * 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setattr(runtime, "_failed", set())
+    with pytest.raises(torch.OutOfMemoryError):
+        timed(eager=2.0, triton=torch.OutOfMemoryError("out of memory"))
+    monkeypatch.setattr(runtime, "_ran", set())
+    assert timed(eager=2.0, triton=1.0) == "triton"
+    with pytest.raises(RuntimeError, match="later"):  # no fault of the compiler
+        timed(eager=2.0, triton=RuntimeError("later"))
 
 
 def test_an_error_of_eager_is_an_error(timed):
