@@ -139,7 +139,7 @@ def sweep_over(model: Model, T: int, samples: int, n_prompts: int) -> learn._Swe
     clean = torch.zeros(1, model.n_kv_heads, K, **of_model)
     bos = ((clean, clean),) * L
     first = torch.zeros(n_prompts, dtype=torch.int64, device=device)
-    rotary = (torch.ones(t, K, **of_model), torch.ones(t, K, **of_model)) if model.family == "llama" else None
+    rotary = ((torch.ones(t, K, **of_model),) * 2 if model.family == "llama" else None,) * L
     prompts = MaskedPrompts(torch.zeros(n_prompts, t, D, **of_model), bos, first, lengths - 2, rotary)
     ids = torch.zeros(n_prompts, 1, dtype=torch.int64, device=device)
     examples = Examples(batch, batch, prompts, torch.zeros(n_prompts, D, **of_model), ids, ids)

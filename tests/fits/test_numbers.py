@@ -157,7 +157,7 @@ def test_other_errors_are_not_taken_for_it(monkeypatch):
 MEASURED = {
     "activations": {"task": "ioi"},
     "gaps": {"task": "ioi"},
-    "tracing": {},
+    "tracing": {"task": "facts"},
     "lens_evaluation": {"task": "text"},
     "lens_faithfulness": {"task": "text"},
     "lens_truthfulness": {"task": "text"},

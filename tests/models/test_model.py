@@ -115,7 +115,7 @@ def test_directory_without_config(tmp_path):
 
 def test_unsupported_architecture(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gptj"}))
-    refused(tmp_path, "architecture 'gptj'", "gpt2, gpt_neox, llama, mistral, phi3, qwen2, qwen3, gemma2")
+    refused(tmp_path, "architecture 'gptj'", "gpt2, gpt_neox, llama, mistral, phi3, qwen2, qwen3, gemma2, gemma3_text")
 
 
 def test_damaged_weights(tmp_path):

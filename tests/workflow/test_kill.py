@@ -53,7 +53,7 @@ STAGES = {
         3,
     ),
     "tracing_fit": (
-        {},
+        {"task": "facts"},
         {"tracing": {"sites": ["mlp"], "windows": [1], "fit": LONG | {"max_steps": 155}}},
         lambda layout: [layout.tracing("facts", "constants.safetensors")],
         lambda layout: layout.tracing("facts", ".constants-checkpoint-fit.safetensors"),
