@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 # Modules are compiled as they are first imported: most never are, and to compile all of them was 34 of 85 s of installing.
-PIP := --quiet --disable-pip-version-check --no-compile
+# Where Python is told to keep no such files, every import would compile anew: there pip does it.
+PIP := --quiet --disable-pip-version-check $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 
 .PHONY: help demo test test-kill test-rounding test-slurm gpu lint site unlock clean
 .DEFAULT_GOAL := help
