@@ -54,7 +54,7 @@ def config(tmp_path):
     }
     values["ablation"] |= {"methods": ["mean", "optimal"], "tasks": ["ioi"]}
     values["circuits"] |= {"methods": ["ugs", "hcgs"], "ablations": ["optimal"], "seeds": [0]}
-    del values["tracing"], values["lenses"], values["vision"]  # of other tasks
+    del values["removal"], values["tracing"], values["lenses"], values["vision"]  # of other tasks
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
