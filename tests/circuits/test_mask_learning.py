@@ -1,5 +1,7 @@
 """Mask learning: the samplers' distributions and gradients, sweeps against single fits, resumption, limits."""
 
+import os
+
 import numpy as np
 import oakernels.constants
 import pytest
@@ -222,18 +224,29 @@ SAMPLERS = {
 }
 
 
+def close(one, other):
+    """Equal but for rounding."""
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("ablation", ["optimal", "mean", "counterfactual", "resample"])
 @pytest.mark.parametrize("name", list(SAMPLERS))
 def test_a_sweep_equals_its_fits_made_alone(setting, name, ablation):
-    """To the bit: the store mixes fits that were made together with fits that were made apart."""
+    """To the bit: the store mixes fits that were made together with fits that were made apart.
+
+    But for MKL told to be COMPATIBLE, whose products of a row depend on how many rows there are: what edges carry that
+    take other prompts' activations comes from one clean pass over the prompts of all fits.
+    """
+    of_prompts = ablation in ("counterfactual", "resample")
+    same = close if of_prompts and os.environ.get("MKL_CBWR") == "COMPATIBLE" else torch.equal
     knobs = [Knob(1e-3, 0), Knob(1e-2, 0), Knob(1e-3, 1)]
     sizes = torch.tensor([20.0, 40.0, 60.0])
     weights = [0.0] * 3 if name == "topk" else [knob.value for knob in knobs]
     together = setting.learn(SAMPLERS[name](sizes), knobs, ablation, weights)
     for index, knob in enumerate(knobs):
         alone = setting.learn(SAMPLERS[name](sizes[index : index + 1]), [knob], ablation, weights[index : index + 1])
-        assert torch.equal(alone.scores[0], together.scores[index])
-        assert torch.equal(alone.step_losses[:, 0], together.step_losses[:, index])
+        assert same(alone.scores[0], together.scores[index])
+        assert same(alone.step_losses[:, 0], together.step_losses[:, index])
         if ablation == "optimal":
             assert all(map(torch.equal, (part[0] for part in alone.constants), (p[index] for p in together.constants)))
 
