@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from oacore.config.vision import REPLACEMENTS, Measure, Vision
 from oacore.vision.fit import passes_alone, passes_together
+from oacore.vision.passes import GRADIENT
 from oacore.vision.shapley import goes_through_all
 
 MOST_DRAWS = 8  # of other images, for each image and unit
 FEWEST_IMAGES, FEWEST_STEPS = 2, 4  # below them there is nothing to compare
-GRADIENT = 3  # passes
 
 
 class Effort(NamedTuple):

@@ -13,6 +13,7 @@ from oacore.vision.passes import Passes, Values
 Direction = Literal["deletion", "insertion"]
 
 
+@torch.no_grad()
 def curve(passes: Passes, order: Tensor, values: Values, direction: Direction) -> Tensor:
     """KL [N, n + 1] with the first 0 to n units of an order [n] replaced, or with all but these."""
     n, images = len(order), torch.arange(len(passes))

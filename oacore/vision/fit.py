@@ -17,7 +17,7 @@ from oacore.config.vision import ConstantsFit
 from oacore.draws import prompts_of_step
 from oacore.fits.descent import Descent, Running, descend
 from oacore.fits.resume import NOT_KEPT, Resumable
-from oacore.vision.passes import Passes, Values
+from oacore.vision.passes import GRADIENT, Passes, Values
 from oacore.vision.replacements import by_place, flat
 
 KEY = "vision.fit.learning_rate"
@@ -52,7 +52,7 @@ def fit_alone(
         """[m, B]"""
         fit = torch.arange(len(running.rows)).repeat_interleave(len(images))
         rows, gates = images.repeat(len(running.rows)), alone[running.rows][fit]
-        found = _losses(passes, rows, gates, table, fit, start)
+        found = passes.losses_of(rows, gates, lambda part: by_place(table[fit[part]], start))
         return found.reshape(len(running.rows), len(images))
 
     def gradient(running: Running, value: Tensor, step: int) -> Tensor:
@@ -88,7 +88,7 @@ def fit_together(
     checked_gates = random_sets(n, len(checked), CHECKED)
 
     def losses(passes: Passes, rows: Tensor, gates: Tensor, table: Tensor) -> Tensor:
-        return _losses(passes, rows, gates, table, torch.zeros_like(rows), start)
+        return passes.losses_of(rows, gates, lambda part: by_place(table, start))
 
     def gradient(running: Running, value: Tensor, step: int) -> Tensor:
         rows = prompts_of_step(len(train), settings.batch_size, seed, step).repeat(n)
@@ -114,26 +114,21 @@ def random_sets(n: int, count: int, seed: int) -> Tensor:
 def passes_alone(steps: Sequence[int], settings: ConstantsFit, n_validation: int) -> int:
     """Forward passes of fits of units that took these steps: a gradient counts as three, clean passes are shared."""
     batch = settings.batch_size
-    return 3 * batch * sum(steps) + batch * max(steps) + n_validation * sum(_stops(taken, settings) for taken in steps)
+    return (
+        GRADIENT * batch * sum(steps)
+        + batch * max(steps)
+        + n_validation * sum(_stops(taken, settings) for taken in steps)
+    )
 
 
 def passes_together(n: int, steps: int, settings: ConstantsFit, n_validation: int) -> int:
     """The same of one fit for sets of n units."""
-    return (3 * n + 1) * settings.batch_size * steps + VALIDATION_SETS * n_validation * _stops(steps, settings)
+    return (GRADIENT * n + 1) * settings.batch_size * steps + VALIDATION_SETS * n_validation * _stops(steps, settings)
 
 
 def _stops(steps: int, settings: ConstantsFit) -> int:
     """How often a fit of so many steps was validated."""
     return 1 + sum(end <= steps for end in settings.round_ends)
-
-
-def _losses(passes: Passes, rows: Tensor, gates: Tensor, table: Tensor, fit: Tensor, like: Values) -> Tensor:
-    """KL [R] of rows that carry the constants table[fit], some at a time."""
-    found = []
-    for begin in range(0, len(rows), passes.rows_at_once):
-        part = slice(begin, begin + passes.rows_at_once)
-        found.append(passes.losses(rows[part], gates[part], by_place(table[fit[part]], like)))
-    return torch.cat(found)
 
 
 def _gradient(value: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:

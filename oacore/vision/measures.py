@@ -106,6 +106,7 @@ def conductance(of: Bench, row: Measure, effort: Effort, constants: Tensor | Non
     return layer_conductance(of.test, images, of.settings.ig_steps)
 
 
+@torch.no_grad()
 def measure(of: Bench, row: Measure, effort: Effort, constants: Tensor | None, seed: int) -> Measurement:
     """One measure on some test images, drawn by the seed where they are not all.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from oacore.metrics import kl_divergence
 from oacore.vision.units import Units
 
+GRADIENT = 3  # passes: one forward, and a backward of twice the arithmetic
 Values = Mapping[str, Tensor]  # by place, [R or 1, C, h or 1, w or 1]
 
 
@@ -72,9 +73,8 @@ class Passes:
             logits = self._tail(self._entering[rows])
         return kl_divergence(self.clean[rows], logits)
 
-    @torch.no_grad()
     def losses_of(self, rows: Tensor, gates: Tensor, values_of: Callable[[slice], Values]) -> Tensor:
-        """KL [R] of any number of rows, some at a time; `values_of` gives what those of a slice carry."""
+        """`losses` of any number of rows, some at a time; `values_of` gives what those of a slice carry."""
         found = []
         for begin in range(0, len(rows), self.rows_at_once):
             part = slice(begin, begin + self.rows_at_once)

@@ -499,6 +499,13 @@ def test_a_template_gives_all_rows_of_its_words(tmp_path):
     assert found == expected and len(expected) == 24
 
 
+def test_the_template_of_the_docs_gives_what_it_asks_for(tmp_path):
+    (block,) = re.findall(r"```yaml\n(n: .*?)```", (ROOT / "docs/tasks.md").read_text(), re.S)
+    (tmp_path / "give.yaml").write_text(block)
+    pairs = read_pairs(tmp_path / "give.yaml", "key")
+    assert len(pairs) == yaml.safe_load(block)["n"] and all(pair.subject == pair.right[0] for pair in pairs)
+
+
 def test_rows_of_a_template_are_drawn(tmp_path):
     twelve, six, other = (pairs_of(tmp_path, **more) for more in ({}, {"n": 6}, {"seed": 1}))
     assert twelve[:6] == six and len(set(twelve)) == 12
