@@ -88,7 +88,8 @@ def fit_together(
     checked_gates = random_sets(n, len(checked), CHECKED)
 
     def losses(passes: Passes, rows: Tensor, gates: Tensor, table: Tensor) -> Tensor:
-        return passes.losses_of(rows, gates, lambda part: by_place(table, start))
+        own = torch.zeros_like(rows)  # every row has the one set of constants
+        return passes.losses_of(rows, gates, lambda part: by_place(table[own[part]], start))
 
     def gradient(running: Running, value: Tensor, step: int) -> Tensor:
         rows = prompts_of_step(len(train), settings.batch_size, seed, step).repeat(n)
