@@ -244,6 +244,19 @@ def test_effects(model, task):
     assert "interactions_optimal" in found.figures
 
 
+def test_removal(model):
+    """Of one kind of facts, while the other is kept; the table is the pipeline's, read with its provenance."""
+    facts = oa.task("facts", model, n_train=60, n_validation=16, n_test=40)
+    asked = {"forget": {"facts": "city|home|streets|Friends"}, "retain": {"facts": "works as|profession|good|best"}}
+    asked |= {"methods": ["gap", "random"]}
+    found = oa.remove(model, [facts], **asked, ablations=["mean"], sizes=[1, 3], relearn={"max_steps": 0})
+    assert list(found.tables) == ["front"] and set(found.figures) == {"front_mean"}
+    assert found.table["ablations"].tolist() == [1, 3] * 2 and found.table["retain_kl_nats"].gt(0).all()
+    assert found.folder.joinpath("removal/front.csv").exists()
+    with pytest.raises(UserError, match=r"removal.retain.ioi: unknown key; allowed: the config.s tasks: facts"):
+        oa.remove(model, [facts], **asked | {"retain": "ioi"})
+
+
 def test_tracing(model):
     facts = oa.task("facts", model, n_train=20, n_validation=8, n_test=8)
     traced = oa.trace(model, facts, corruptions=["mean"], sites=["mlp"], positions=["last"], windows=[1], pictures=1)

@@ -10,6 +10,8 @@ from oacore.api.tasks import Task, task
 from oacore.config.circuits import Circuits
 from oacore.config.lenses import LENS_SECTIONS
 
+Selection = str | Sequence[str] | Mapping[str, str]  # prompts by their task's name, and there by a pattern
+
 
 def gaps(
     model: Model,
@@ -89,6 +91,34 @@ def effects(
     """
     section = given(ablations=ablations, components=components) | settings
     return result_of(config_of(model.settings, {task.name: task.settings}, interactions=section), "interaction_figures")
+
+
+def remove(
+    model: Model,
+    tasks: Sequence[Task],
+    *,
+    forget: Selection,
+    retain: Selection,
+    methods: Sequence[str] | None = None,
+    ablations: Sequence[str] | None = None,
+    **settings: Any,
+) -> Result:
+    """Which few edges, components or directions, ablated, remove a behaviour and keep the rest: docs/removal.md.
+
+    Tables: `front`, accuracies and KL in nats on held-out prompts.
+
+    Args:
+        tasks: all whose prompts are read.
+        forget: the name of the one to forget, or `{name: pattern}` for those of its prompts that a regular expression
+            finds; `retain` likewise, or several names.
+        settings: more keys of the section `removal`, such as `paraphrases`, `held_out` or `relearn={"max_steps": 16}`.
+
+    Raises:
+        UserError: a bad setting, or too few prompts of a pattern.
+    """
+    section = {"forget": forget, "retain": retain} | given(methods=methods, ablations=ablations) | settings
+    config = config_of(model.settings, {task.name: task.settings for task in tasks}, removal=section)
+    return result_of(config, "removal_figures")
 
 
 def trace(model: Model, facts: Task | None = None, **settings: Any) -> Result:

@@ -10,7 +10,7 @@ import yaml
 
 from oacore.api.running import run_behind
 from oacore.config.run import Config
-from oacore.inputs import provenance_of
+from oacore.inputs import provenance_of, provenance_of_several
 from oacore.jobs import files_of, planned
 from oacore.store.artefacts import read_svg, read_table
 from oacore.store.atomic import atomic_path
@@ -77,9 +77,8 @@ class Result:
 
 def result_of(config: Config, *stages: str) -> Result:
     """Run what these stages need and is missing, and read what they wrote."""
-    (task,) = config.tasks.selected()
     layout = run_behind(config, *stages)
-    provenance = provenance_of(config, Path(layout.model_json), task)
+    provenance = _provenance(config, Path(layout.model_json))
     files = [
         path
         for stage, wildcards in planned(config)
@@ -89,6 +88,14 @@ def result_of(config: Config, *stages: str) -> Result:
     tables = {path.stem: read(path, provenance) for path in files if path.suffix == ".csv"}
     figures = {path.stem: Drawing(path.stem, read_svg(path, provenance)) for path in files if path.suffix == ".svg"}
     return Result(config, tables, figures)
+
+
+def _provenance(config: Config, model_json: Path) -> Provenance:
+    """What the results of the one experiment of a config require."""
+    if config.removal is not None:
+        return provenance_of_several(config, model_json, "removal", config.removal.tasks())
+    (task,) = config.tasks.selected()
+    return provenance_of(config, model_json, task)
 
 
 def read(path: Path, provenance: Provenance) -> pd.DataFrame:
