@@ -482,8 +482,8 @@ MODULES = {
     # Settings and rows reach rules as parameters; messages, paths and locks are no results; tools and estimates are in
     # no rule, and what no row of the tiny run names is in none of its jobs.
     # Training is in a table of its own.
-    "": "__init__ __main__ compare errors jobs plan progress runner verify ablation/__init__ api/__init__ api/circuits "
-    "api/experiments api/model api/results api/running api/settings api/tasks circuits/__init__ "
+    "": "__init__ __main__ compare errors jobs plan progress runner running verify ablation/__init__ api/__init__ "
+    "api/circuits api/experiments api/model api/results api/settings api/tasks circuits/__init__ "
     "circuits/manual circuits/mib circuits/mib_tools config/__init__ config/__main__ config/ablation config/base "
     "config/circuits config/colors config/explain config/interactions config/lenses config/model config/read "
     "config/removal config/rows config/run config/tasks config/tracing config/vision config/yaml_file "
