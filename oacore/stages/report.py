@@ -17,6 +17,7 @@ from oacore.report.page import provenance_section, write
 from oacore.report.parts import Section
 from oacore.store.artefacts import read_json, read_svg, read_table
 from oacore.store.provenance import Provenance
+from oacore.study.member import of_all
 from oacore.study.report import study_methods_section, study_sections
 from oacore.tasks.stored import read_facts
 from oacore.tracing.report import traced_counts, tracing_methods_section, tracing_section
@@ -69,7 +70,7 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
 def _write_study(config: Config, settings: Study, inputs: Files, outputs: Files) -> None:
     """The page of several models."""
     facts = dict(zip(settings.models, map(read_json, inputs.all("member")), strict=True))
-    provenance = Provenance({"members": {name: of["model_hash"] for name, of in facts.items()}})
+    provenance = of_all(facts)
     tables = {name: read_table(inputs[name], provenance) for name in STUDY_TABLES}
     sections = study_sections(facts, tables, _svgs(inputs, "figures", provenance), outputs["report"])
     run_facts = {

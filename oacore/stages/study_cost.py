@@ -104,11 +104,14 @@ def _measured(config: Config, own: Config, model: Model, task: str) -> list[Meas
             item.facts["backward"],
             item.noted["seconds"],
             item.noted["peak_mb"],
-            quality(item.tensors["values"].double().numpy(), reference, test.cluster, seed),
+            quality(
+                item.tensors["values"].double().numpy(), reference, test.cluster, seed,
+                are_gaps=not ESTIMATORS[name].gradient,
+            ),
             Convergence(*item.facts["fit"]),
         )
         for ((name, budget), effort), item in zip(asked, found, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def _items(own: Config, inputs: Files, provenance: Provenance, fit: dict[str, object]) -> Items:

@@ -8,6 +8,7 @@ from oacore.report.figures import save
 from oacore.store.artefacts import read_json, read_table, write_table
 from oacore.store.provenance import Provenance
 from oacore.study.exponents import exponents, payoff
+from oacore.study.member import of_all
 from oacore.study.plots import study_figures
 from oacore.study.tables import COUNTS
 
@@ -17,14 +18,13 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     assert config.study is not None
     names = list(config.study.models)
     facts = dict(zip(names, map(read_json, inputs.all("member")), strict=True))
-    hashes = {name: of["model_hash"] for name, of in facts.items()}
-    provenance = Provenance({"members": hashes})
+    provenance = of_all(facts)
     tables = {}
     for part in STUDY_PARTS:
         types = {name: kind for name, kind in COUNTS.items() if part != "comparison"}
         of_members = []
         for name, path in zip(names, inputs.all(part), strict=True):
-            table = read_table(path, Provenance({"model_hash": hashes[name], "member": name}), dtype=types)
+            table = read_table(path, Provenance({"model_hash": facts[name]["model_hash"], "member": name}), dtype=types)
             if part == "comparison":
                 table.insert(0, "model", name)
                 table.insert(1, "n_weights", facts[name]["n_weights"])

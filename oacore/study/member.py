@@ -1,9 +1,11 @@
-"""A member of a study: a run of its own, which lies where its config says, and whether what lies there is today's.
+"""The members of a study: runs of their own, where they lie, and whether what lies there is today's.
 
 Free of torch, because the Snakefile asks for identities.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from oacore.config.ablation import ABLATION_TYPES
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
@@ -15,10 +17,12 @@ from oacore.config.run import Config
 from oacore.config.tasks import task_row
 from oacore.config.tracing import CORRUPTIONS
 from oacore.jobs import files_of, planned
+from oacore.store.artefacts import digest_of_json
 from oacore.store.atomic import atomic_path
 from oacore.store.codehash import codehash
 from oacore.store.fingerprint import fingerprint
 from oacore.store.layout import Layout, model_settings, short_hash
+from oacore.store.provenance import Provenance
 
 NOT_COMPUTED = {"limits", "device", "store_weights", "cache_dir", "results_dir"}  # what decides no number
 MARK = ".study"  # in a member's results folder: the identity of what lies there
@@ -57,6 +61,16 @@ def placed(config: Config, name: str, file: Path) -> Config:
     layout = Layout(member, prefix=str(file).removesuffix(expected))
     folders = {"cache_dir": Path(layout.model_dir).parent, "results_dir": Path(layout.results_dir).parent}
     return member.model_copy(update=folders)
+
+
+def of_all(facts: Mapping[str, Mapping[str, Any]]) -> Provenance:
+    """Where tables of all members come from.
+
+    Args:
+        facts: what run.json says of each.
+    """
+    hashes = {name: of["model_hash"] for name, of in facts.items()}
+    return Provenance({"model_hash": digest_of_json(hashes), "members": hashes})
 
 
 def clear_stale(layout: Layout) -> None:

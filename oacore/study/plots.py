@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 from oacore.config.circuits import CIRCUIT_METHODS
 from oacore.config.colors import ACCENT
@@ -79,10 +81,10 @@ def accuracies(accuracy: pd.DataFrame) -> Figure:
                 of["passes"], of["spearman"], yerr=Z95 * of["spearman_se"].fillna(0), color=look(name).color,
                 marker=look(name).marker, elinewidth=0.6, **_line(name),
             )  # fmt: skip
-        ax.set(xscale="log", ylim=(None, 1.03))
+        ax.set(xscale="log", ylim=(None, 1.03), xlabel="passes")
         ax.set_title(f"{model}", fontsize=10)
-        decades(ax.xaxis)
-    figure.supxlabel("passes", fontsize=10)
+        ax.label_outer()
+        powers_of_ten(ax.xaxis)
     figure.supylabel("rank correlation", fontsize=10)
     legend_below(figure, [_key(name, name) for name in names])
     return figure
@@ -110,6 +112,12 @@ def payoffs(payoff: pd.DataFrame, accuracy: pd.DataFrame) -> Figure:
     if names:
         legend_below(figure, [_key(name, name) for name in names])
     return figure
+
+
+def powers_of_ten(axis: Axis) -> None:
+    """Tick labels of a narrow panel."""
+    decades(axis)
+    axis.set_major_locator(LogLocator(numticks=5))
 
 
 def methods_in_order(names: Iterable[str]) -> list[str]:

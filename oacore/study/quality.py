@@ -30,13 +30,18 @@ class Quality(NamedTuple):
     excess_se: float
 
 
-def quality(values: Numbers, reference: Numbers, clusters: NDArray[np.int32], seed: int) -> Quality:
+def quality(
+    values: Numbers, reference: Numbers, clusters: NDArray[np.int32], seed: int, *, are_gaps: bool = True
+) -> Quality:
     """Of values [C, n] on the first n of the reference's prompts [C, N]; standard errors are over draws of clusters
     [N] of prompts, the same for both.
+
+    Args:
+        are_gaps: else they are no losses, and have no excess.
     """
     weights = _weights(clusters, seed)
     ranks = spearman(_importance(values, weights), _importance(reference, weights))  # [1 + W]
-    excess = _excess(values, reference, weights)
+    excess = _excess(values, reference, weights) if are_gaps else np.full(len(weights), np.nan)
     return Quality(float(ranks[0]), _spread(ranks[1:]), float(excess[0]), _spread(excess[1:]))
 
 
