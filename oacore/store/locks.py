@@ -143,6 +143,12 @@ def cache_is_complete(layout: Layout) -> bool:
     )
 
 
+def cache_is_outdated(layout: Layout) -> bool:
+    """Whether the last pipeline that found all of its cache there was of other code than today's."""
+    mark = Path(layout.model_dir) / ".complete"
+    return mark.exists() and mark.read_text() != _cache_code()
+
+
 def mark_cache_complete(layout: Layout) -> None:
     """Let pipelines share the cache from now on; called after one has succeeded."""
     files = layout.cache_files()

@@ -12,6 +12,7 @@ import yaml
 from conftest import snakemake_dag
 from test_corrupted_files import flip_bits, of_another_model
 
+from oacore import running
 from oacore.config.read import load_config, parse_config
 from oacore.config.study import ESTIMATORS, ReferenceFit, Study
 from oacore.errors import UserError
@@ -188,6 +189,17 @@ def test_without_snakemake_the_same_numbers_and_stale_results_go(studied, tmp_pa
     assert gaps.exists(), "it is today's"
     clear_stale(Layout(member.model_copy(update={"seed": 7})))
     assert not gaps.exists() and mine.exists() and Path(own.model_json).exists()
+
+
+def test_a_member_takes_no_cache_of_other_code(studied, monkeypatch):
+    """What has no note is Snakemake's: as old as the mark that it left."""
+    own = Layout(studied[1].members()["one"])
+    shared = {Path(path) for path in own.cache_files()}
+    assert running._stale(own) == set()
+    monkeypatch.setattr(running, "cache_is_outdated", lambda layout: True)
+    assert running._stale(own) == set(), "each has a note of today's code"
+    monkeypatch.setattr(running, "_note", lambda *job: Path("none"))
+    assert running._stale(own) == shared
 
 
 def test_what_members_need_is_not_removed(studied):
