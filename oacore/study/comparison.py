@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from oacore.circuits.fronts import base_name
 from oacore.config.run import Config
 from oacore.report.numbers import Z95
 from oacore.store.artefacts import read_table
@@ -53,7 +54,7 @@ def circuit_costs(member: Config, task: str, provenance: Provenance) -> pd.DataF
     pareto = read_table(layout.circuits(task, "pareto.csv"), provenance)
     pareto = pareto[pareto["ablation"] == circuits.ablations[0]]
     fronts = read_table(layout.circuits(task, "fronts.csv"), provenance)
-    ratios = {row.method: row for row in _fronts(task, fronts[fronts["ablation"] == circuits.ablations[0]])}
+    ratios = {base_name(row.method): row for row in _fronts(task, fronts[fronts["ablation"] == circuits.ablations[0]])}
     rows = []
     for method, of in pareto.groupby("method", sort=False):
         ratio = ratios.get(str(method))
