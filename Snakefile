@@ -1,5 +1,5 @@
 """Optimal ablation: model -> prompts -> activations -> constants, gaps, circuits, interactions, removal, tracing, lenses,
-vision -> report.
+vision -> report; or, of a study, each member's run -> costs -> report.
 """
 
 import sys
@@ -12,7 +12,15 @@ from oacore.config.read import parse_config
 from oacore.config.yaml_file import read_yaml
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
-from oacore.jobs import INTERACTION_TABLES, VISION_TABLES, data_sets, files_of, promised
+from oacore.jobs import (
+    INTERACTION_TABLES,
+    STUDY_PARTS,
+    STUDY_TABLES,
+    VISION_TABLES,
+    data_sets,
+    files_of,
+    promised,
+)
 from oacore.store.codehash import codehash
 from oacore.store.layout import (
     Layout,
@@ -99,4 +107,5 @@ include: "workflow/rules/removal.smk"
 include: "workflow/rules/tracing.smk"
 include: "workflow/rules/lenses.smk"
 include: "workflow/rules/vision.smk"
+include: "workflow/rules/study.smk"
 include: "workflow/rules/report.smk"

@@ -30,6 +30,7 @@ ONE = {
     "ablation": "one ablation type of edges",
     "lens": "one lens",
     "units": "one kind of units",
+    "member": "one member of a study",
 }
 
 

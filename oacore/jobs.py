@@ -39,11 +39,14 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "vision_model": ("train the network of vision:", ()),
     "vision": ("measure the importance of a network's units", ("units",)),
     "vision_figures": ("draw importances and how methods agree", ()),
+    "study_member": ("run all experiments on one member of a study", ("member",)),
+    "study_cost": ("measure what methods cost on one member of a study", ("member",)),
+    "study_figures": ("draw how cost grows with a model", ()),
     "report": ("write the HTML report", ()),
 }
 DRAWING = (
     "figures", "circuit_figures", "interaction_figures", "removal_figures", "tracing_figures", "lens_figures",
-    "vision_figures", "report",
+    "vision_figures", "study_figures", "report",
 )  # fmt: skip
 WITHOUT_GPU = ("demo", "vision_model", "vision", *DRAWING)
 
@@ -86,7 +89,14 @@ def jobs(config: Config) -> Iterator[tuple[str, dict[str, str], str]]:
 
 
 def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
-    """Stage and wildcards of every job in order."""
+    """Stage and wildcards of every job in order. A study has its members' alone: each is a run with jobs of its own."""
+    if config.study is not None:
+        for member in config.study.models:
+            yield "study_member", {"member": member}
+            yield "study_cost", {"member": member}
+        yield "study_figures", {}
+        yield "report", {}
+        return
     if config.trains_demo:
         yield "demo", {}
     yield "model", {}
@@ -391,9 +401,39 @@ def _vision_figures(layout: Layout) -> tuple[Named, Named]:
     return inputs, outputs | {"figures": _drawn(layout.vision("figures/"), settings.figures())}
 
 
+STUDY_PARTS = ("cost", "accuracy", "comparison")  # tables that each member has
+STUDY_TABLES = (*STUDY_PARTS, "exponents", "payoff")
+
+
+def _study_member(layout: Layout, member: str) -> tuple[Named, Named]:
+    """All else that a member reads and writes is its own run's."""
+    names = {"member": "run.json", "comparison": "comparison.csv"}
+    return {}, {name: layout.study(f"{member}/{file}") for name, file in names.items()}
+
+
+def _study_cost(layout: Layout, member: str) -> tuple[Named, Named]:
+    inputs: Named = {"member": layout.study(f"{member}/run.json")}
+    return inputs, {name: layout.study(f"{member}/{name}.csv") for name in ("cost", "accuracy")}
+
+
+def _study_figures(layout: Layout) -> tuple[Named, Named]:
+    config = layout.config
+    assert config.study is not None
+    inputs: Named = {"member": [layout.study(f"{member}/run.json") for member in config.study.models]}
+    for name in STUDY_PARTS:
+        inputs[name] = [layout.study(f"{member}/{name}.csv") for member in config.study.models]
+    outputs: Named = {name: layout.study(f"{name}.csv") for name in STUDY_TABLES}
+    figures = config.study.figures(config.study_tasks())
+    return inputs, outputs | {"figures": _drawn(layout.study("figures/"), figures)}
+
+
 def _report(layout: Layout) -> tuple[Named, Named]:
     """Of each experiment and task its tables and figures: the outputs of the stages that come last there."""
     config = layout.config
+    if config.study is not None:
+        read, drawn = _study_figures(layout)
+        shown = {name: [path for path in Files(drawn).named()[name] if not path.endswith(".png")] for name in drawn}
+        return {"member": read["member"], **shown}, {"report": layout.report}
     inputs: Named = {"model": layout.model_json}
     inputs |= {f"prompts_{task}": layout.prompts(task) for task in config.tasks.selected()}
     stages = [("gaps", task) for task in config.ablation_tasks()] + [
@@ -427,5 +467,6 @@ _FILES: dict[str, Callable[..., tuple[Named, Named]]] = {
     "tracing_figures": _tracing_figures, "lens_activations": _lens_activations, "lens_fit": _lens_fit,
     "lens_evaluation": _lens_evaluation, "lens_faithfulness": _lens_faithfulness,
     "lens_truthfulness": _lens_truthfulness, "lens_figures": _lens_figures,
-    "vision_model": _vision_model, "vision": _vision, "vision_figures": _vision_figures, "report": _report,
+    "vision_model": _vision_model, "vision": _vision, "vision_figures": _vision_figures,
+    "study_member": _study_member, "study_cost": _study_cost, "study_figures": _study_figures, "report": _report,
 }  # fmt: skip

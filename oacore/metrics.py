@@ -19,6 +19,8 @@ PROBABILITY_RESOLUTION = 1e-6
 like the logits.
 """
 
+GRADIENT = 3  # forward passes that a gradient costs: one forward, and a backward of twice the arithmetic
+
 
 def zero_below(values: Tensor, resolution: float) -> Tensor:
     """The values [...] with zeros in place of those whose size is below `resolution`; what is not finite stays."""
@@ -86,3 +88,20 @@ def clustered_means_and_ses(values: Tensor, clusters: np.ndarray) -> tuple[np.nd
         return means, np.full(len(means), np.nan)
     sums = np.stack([np.bincount(number, row - mean) for row, mean in zip(wide, means, strict=True)])
     return means, np.sqrt((sums**2).sum(1) * n_clusters / (n_clusters - 1)) / wide.shape[1]
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Rank correlations [...] of rows [..., n], ties at their mean rank; NaN where a row has one value alone."""
+    x, y = (rank - rank.mean(-1, keepdims=True) for rank in (_ranks(first), _ranks(second)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: np.ndarray = (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return found
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From 0; what is equal shares the mean of its ranks. scipy's own takes 0.6 s to import."""
+    ranks = np.empty(values.shape)
+    for index in np.ndindex(values.shape[:-1]):
+        row, ordered = values[index], np.sort(values[index])
+        ranks[index] = (np.searchsorted(ordered, row) + np.searchsorted(ordered, row, "right") - 1) / 2
+    return ranks

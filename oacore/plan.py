@@ -10,7 +10,7 @@ import io
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from oacore.config.run import Config
@@ -22,6 +22,7 @@ from oacore.store.locks import CACHE_STAGES
 
 # What reads the store first and then computes. Stages of the cache make their files whole; those that draw take seconds
 # and are not spoken of.
+MEMBER = "study_member"  # a run of its own, whose jobs are spoken of
 WITH_ITEMS = tuple(stage for stage in STAGES if stage not in (*CACHE_STAGES, *DRAWING))
 
 
@@ -53,6 +54,13 @@ def _steps(config: Config, folder: Path) -> Iterator[Step]:
     coming = dict[Path, str]()  # files that are not known yet, and the job that makes them
     made = dict[Path, Path]()  # files that the store gives, and where they lie for now
     for stage, wildcards in planned(config):
+        if stage == MEMBER:
+            steps = list(_steps(config.members()[wildcards["member"]], folder))
+            yield from (replace(step, job=f"{wildcards['member']}: {step.job}") for step in steps)
+            made_by_it = files_of(layout, stage, **wildcards)[1].every()
+            if any(step.n_new != 0 for step in steps) or not all(path.exists() for path in made_by_it):
+                coming |= dict.fromkeys(made_by_it, f"{stage} {wildcards['member']}")
+            continue
         (inputs, outputs), job = files_of(layout, stage, **wildcards), " ".join([stage, *wildcards.values()])
         if stage not in WITH_ITEMS and (stage not in CACHE_STAGES or all(path.exists() for path in outputs.every())):
             continue

@@ -13,7 +13,6 @@ import yaml
 
 import oacore as oa
 from oacore.api import circuits, running, settings
-from oacore.api.running import run_behind
 from oacore.circuits.mib_file import load_circuit
 from oacore.config.model import SHIPPED_DEMO
 from oacore.config.read import load_config
@@ -21,6 +20,7 @@ from oacore.config.tasks import Pairs
 from oacore.errors import UserError
 from oacore.jobs import files_of
 from oacore.models.hub import load_tokenizer
+from oacore.running import run_behind
 from oacore.store.items import Items
 from oacore.store.layout import Layout
 from oacore.store.locks import hold

@@ -26,12 +26,15 @@ FLOORS = (
     ("engine",),
     ("inputs",),
     ("ablation", "circuits", "tracing", "lenses", "vision"),
-    # Interactions are judged as circuits are; removal learns masks as they are learned.
-    ("interactions", "removal"),
+    # Interactions are judged as circuits are; removal learns masks as they are learned; a study measures what the
+    # ablation of components costs, beside what circuits did.
+    ("interactions", "removal", "study"),
+    ("runner",),
+    ("running",),  # whose caller may be a stage: a study's member is a run of its own
     # The estimate shares the numbers of the experiments (how much they do at a time), so that it stands above them; it
     # asks no stage, and a stage that asked it would be stale whenever a formula changes.
     ("stages", "estimate"),
-    ("runner", "plan", "compare"),
+    ("plan", "compare"),
     ("api", "__main__"),
 )
 

@@ -10,7 +10,6 @@ import torch
 
 from oacore.api.model import Model
 from oacore.api.results import Drawing, Result, read
-from oacore.api.running import run_behind
 from oacore.api.settings import RUN, config_of, constants_for
 from oacore.api.tasks import Task
 from oacore.circuits.circuit import Circuit as Found
@@ -26,6 +25,7 @@ from oacore.fits.convergence import columns_in, typed
 from oacore.inputs import provenance_of
 from oacore.jobs import Files, files_of
 from oacore.metrics import clustered_means_and_ses
+from oacore.running import run_behind
 from oacore.store.layout import circuit_file
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from oacore.api.running import run_behind
 from oacore.api.settings import config_of, given
 from oacore.config.model import DEMO
+from oacore.running import run_behind
 from oacore.store.artefacts import read_json
 
 

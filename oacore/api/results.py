@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from oacore.api.running import run_behind
 from oacore.config.run import Config
 from oacore.inputs import provenance_of, provenance_of_several
 from oacore.jobs import files_of, planned
+from oacore.running import run_behind
 from oacore.store.artefacts import read_svg, read_table
 from oacore.store.atomic import atomic_path
 from oacore.store.layout import Layout

@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 
 from oacore.api.model import Model
-from oacore.api.running import run_behind
 from oacore.api.settings import config_of
 from oacore.config.tasks import NAME, RESERVED, TASKS
 from oacore.inputs import model_source, provenance_of
 from oacore.models.hub import load_tokenizer
+from oacore.running import run_behind
 from oacore.tasks.prompts import SPLITS, Ints
 from oacore.tasks.stored import read_facts, read_prompts
 

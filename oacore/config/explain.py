@@ -13,6 +13,7 @@ from oacore.config.lenses import LENSES
 from oacore.config.removal import REMOVAL_METHODS
 from oacore.config.rows import Row
 from oacore.config.run import Config
+from oacore.config.study import ESTIMATORS
 from oacore.config.tasks import PAIRS, TASKS, Pairs, Tasks
 from oacore.config.tracing import CORRUPTIONS
 from oacore.config.vision import REPLACEMENTS
@@ -106,6 +107,7 @@ def describe_names() -> list[tuple[str, str, str]]:
         "tracing.corruptions": CORRUPTIONS,
         "lenses.lenses": LENSES,
         "vision.replacements": REPLACEMENTS,
+        "study.methods": ESTIMATORS,
     }
     return [(key, row.name, row.note) for key, rows in registries.items() for row in rows.values()]
 

@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from oacore.config.base import Settings, nearest
 from oacore.errors import UserError
@@ -16,9 +17,15 @@ DEMO, DEMO_TRAINED = "demo", "demo-trained"
 SHIPPED_DEMO = Path(__file__).parents[1] / "models" / "demo_model"
 
 
+SIZES = ("n_layers", "n_heads", "d_model")
+
+
 class DemoModel(Settings):
     """Training of the embedded model; the shipped one was trained with the defaults."""
 
+    n_layers: int = Field(4, ge=1, description="blocks")
+    n_heads: int = Field(4, ge=1, description="heads of a block")
+    d_model: int = Field(128, ge=1, description="width; a multiple of n_heads")
     seed: int = Field(0, ge=0, description="seed of its initial weights and training sentences")
     n_steps: int = Field(600, ge=1, description="training steps")
     batch_size: int = Field(160, ge=1, description="sentences a step")
@@ -33,6 +40,18 @@ class DemoModel(Settings):
     min_fact_accuracy: float = Field(
         0.9, ge=0, le=1, description="accuracy on held-out wordings of facts below which training counts as failed"
     )
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> "DemoModel":
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model: {self.d_model}; allowed: a multiple of n_heads, {self.n_heads}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _sizes_where_they_differ(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # The shipped model, and every cache of one that was trained, are named by settings without sizes.
+        defaults = {name: DemoModel.model_fields[name].default for name in SIZES}
+        return {name: value for name, value in serialise(self).items() if value != defaults.get(name)}
 
 
 def is_directory_name(model: str) -> bool:

@@ -40,6 +40,7 @@ def parse_config(values: object) -> Config:
     _check_model(config)
     _check_paths(config)
     _check_packages(config)
+    _check_members(config)
     return config
 
 
@@ -88,6 +89,22 @@ def _check_packages(config: Config) -> None:
             f"vision: {' and '.join(missing)} can't be imported; allowed: without this section, or after "
             "`pip install 'oacore[vision]'`"
         )
+
+
+def _check_members(config: Config) -> None:
+    """Each member of a study as a config of its own."""
+    for name, values in config.of_members().items():
+        try:
+            member = parse_config(values)
+        except UserError as error:
+            message = str(error).removeprefix("config is not valid\n").strip()
+            lines = "\n".join(f"  study.models.{name}.{line.strip()}" for line in message.splitlines())
+            raise UserError(f"config is not valid\n{lines}") from None
+        if missing := [task for task in config.study_tasks() if task not in member.ablation_tasks()]:
+            raise UserError(
+                f"config is not valid\n  study.models.{name}.ablation.tasks: without {', '.join(missing)}; allowed: "
+                "with all tasks of the study"
+            )
 
 
 def input_files(config: Config) -> list[tuple[str, Path]]:

@@ -17,6 +17,7 @@ from oacore.config.interactions import Interactions
 from oacore.config.lenses import Lenses
 from oacore.config.model import DEMO, DEMO_TRAINED, DemoModel
 from oacore.config.removal import Removal
+from oacore.config.study import ESTIMATORS, Study, member_values
 from oacore.config.tasks import TASKS, Tasks, task_row
 from oacore.config.tracing import Tracing
 from oacore.config.vision import Vision
@@ -30,6 +31,7 @@ OPTIONAL_SECTIONS = (
     "tracing",
     "lenses",
     "vision",
+    "study",
 )  # whose presence asks for an experiment
 
 
@@ -102,6 +104,7 @@ class Config(Settings):
     tracing: Tracing | None = None
     lenses: Lenses | None = None
     vision: Vision | None = None
+    study: Study | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -277,6 +280,46 @@ class Config(Settings):
             raise ValueError(
                 "lenses.truthfulness.datasets: missing; only the demo model has one of its own; allowed: CSV or JSON "
                 "lines files"
+            )
+        return self
+
+    def members(self) -> "dict[str, Config]":
+        """The configs of the members of `study:` by name; none without that section."""
+        return {name: Config.model_validate(values) for name, values in self.of_members().items()}
+
+    def of_members(self) -> dict[str, dict[str, Any]]:
+        """What `members` validates."""
+        if self.study is None:
+            return {}
+        base = self.model_dump(mode="json", exclude={"study"}, exclude_unset=True)
+        of_each = member_values(base, self.run, self.study.models)
+        for name, own in self.study.models.items():
+            # The file may say how a model is trained that not every member is.
+            if of_each[name].get("model") != DEMO_TRAINED and "demo_model" not in own:
+                of_each[name].pop("demo_model", None)
+        return of_each
+
+    def study_tasks(self) -> tuple[str, ...]:
+        """The tasks on which cost is measured."""
+        if self.study is None:
+            return ()
+        return self.study.tasks or self.ablation_tasks()
+
+    @model_validator(mode="after")
+    def _study_has_its_tasks(self) -> "Config":
+        if self.study is None:
+            return self
+        self._check_tasks("study.tasks", self.study_tasks())
+        if without := [task for task in self.study_tasks() if task not in self.ablation_tasks()]:
+            raise ValueError(
+                f"study.tasks: {', '.join(without)}; allowed: tasks whose components are ablated: "
+                f"{', '.join(self.ablation_tasks()) or 'none (ablation.tasks)'}"
+            )
+        gradients = [name for name in self.study.methods if ESTIMATORS[name].gradient]
+        if gradients and (without := [task for task in self.study_tasks() if not task_row(task).wrong_answers]):
+            raise ValueError(
+                f"study.methods: {gradients[0]!r} {LOGIT_DIFFERENCE}; {', '.join(without)} has no wrong answers: list "
+                "other study.tasks, or leave it out"
             )
         return self
 

@@ -17,7 +17,7 @@ def estimated(
     memory_gb: float | None = None,
     fetch: bool = False,
 ) -> str:
-    """The table of what GPU rules need.
+    """The table of what GPU rules need; of a study, that of each member.
 
     Args:
         model_config: a config.json to take the sizes from.
@@ -27,6 +27,12 @@ def estimated(
     Raises:
         UserError: the sizes can't be had, or there is no such device.
     """
+    if config.study is not None:
+        of_members = [
+            f"{name}: {estimated(each, model_config=model_config, tflops=tflops, memory_gb=memory_gb, fetch=fetch)}"
+            for name, each in config.members().items()
+        ]
+        return "\n\n".join(of_members)
     sizes = known_sizes(config, model_config)
     if sizes is None and not fetch:
         unknown = f"estimate: the sizes of {config.model!r} are not on this machine"

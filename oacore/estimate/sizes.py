@@ -11,7 +11,7 @@ from oacore.config.model import is_directory_name
 from oacore.config.run import Config
 from oacore.errors import UserError
 from oacore.estimate.families import FAMILIES
-from oacore.models.architecture import DEMO_ARCHITECTURE
+from oacore.models.architecture import demo_architecture
 from oacore.models.graph import Graph
 
 FP32, FP64 = 4, 8  # bytes of a number
@@ -108,7 +108,7 @@ def known_sizes(config: Config, model_config: Path | None = None) -> Sizes | Non
     """
     path = model_config
     if path is None and config.is_demo:
-        return Sizes.of({"model_type": "gpt2", **DEMO_ARCHITECTURE}, number_bytes(config))
+        return Sizes.of({"model_type": "gpt2", **demo_architecture(config.demo_model)}, number_bytes(config))
     if path is None and is_directory_name(config.model):
         path = Path(config.model).expanduser() / "config.json"
     if path is None:

@@ -26,7 +26,7 @@ import oacore.tasks.ioi as ioi
 from oacore.config.model import SHIPPED_DEMO, DemoModel
 from oacore.errors import UserError
 from oacore.fits.resume import NOT_KEPT, Resumable, State
-from oacore.models.architecture import DEMO_ARCHITECTURE
+from oacore.models.architecture import demo_architecture
 from oacore.progress import progress
 from oacore.store.artefacts import digest_of_file, write_json
 from oacore.store.atomic import atomic_directory
@@ -176,7 +176,12 @@ def train_model(settings: DemoModel, tokenizer: Any, resumable: Resumable = NOT_
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(settings.seed)
-    architecture: dict[str, Any] = {**DEMO_ARCHITECTURE, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    architecture: dict[str, Any] = {
+        **demo_architecture(settings),
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = GPT2LMHeadModel(GPT2Config(**architecture, **special))
     model.train()

@@ -1,9 +1,9 @@
 """The report: one HTML page that needs nothing but itself, in a browser or on paper.
 
 A page is a title, the facts of the run, and sections; a section is a title, an introduction and parts (`Figure`,
-`Table`, `Definitions`, `Details`). `page.html.j2` knows these and nothing of any experiment: a new one adds a function
-that returns a `Section`. All text is escaped, no part is fetched, no script runs, and no date is written: the same
-results give the same bytes.
+`Table`, `Definitions`, `Links`, `Details`). `page.html.j2` knows these and nothing of any experiment: a new one adds a
+function that returns a `Section`. All text is escaped, no part is fetched, no script runs, and no date is written: the
+same results give the same bytes.
 """
 
 from collections.abc import Mapping, Sequence

@@ -40,6 +40,15 @@ class Definitions:
 
 
 @dataclass(frozen=True)
+class Links:
+    """Other pages by what is said of them; addresses are relative to this page."""
+
+    items: Mapping[str, str]
+    caption: str = ""
+    kind: ClassVar[str] = "links"
+
+
+@dataclass(frozen=True)
 class Details:
     """A long text behind a line to click; printed in full."""
 
@@ -48,7 +57,7 @@ class Details:
     kind: ClassVar[str] = "details"
 
 
-Part = Figure | Table | Definitions | Details
+Part = Figure | Table | Definitions | Links | Details
 
 
 @dataclass(frozen=True)

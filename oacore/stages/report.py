@@ -5,10 +5,11 @@ from typing import Any
 from oacore.ablation.report import ablation_section, methods_section
 from oacore.circuits.report import circuit_methods_section, circuit_section
 from oacore.config.run import Config
+from oacore.config.study import Study
 from oacore.config.vision import Vision
 from oacore.inputs import provenance_of, provenance_of_several
 from oacore.interactions.report import interaction_methods_section, interaction_section
-from oacore.jobs import INTERACTION_TABLES, VISION_TABLES, Files
+from oacore.jobs import INTERACTION_TABLES, STUDY_TABLES, VISION_TABLES, Files
 from oacore.lenses.report import lens_methods_section, lens_section
 from oacore.removal.plots import TYPES
 from oacore.removal.report import removal_methods_section, removal_section
@@ -16,6 +17,8 @@ from oacore.report.page import provenance_section, write
 from oacore.report.parts import Section
 from oacore.store.artefacts import read_json, read_svg, read_table
 from oacore.store.provenance import Provenance
+from oacore.study.member import of_all
+from oacore.study.report import study_methods_section, study_sections
 from oacore.tasks.stored import read_facts
 from oacore.tracing.report import traced_counts, tracing_methods_section, tracing_section
 from oacore.vision.report import vision_methods_section, vision_section
@@ -23,6 +26,9 @@ from oacore.vision.report import vision_methods_section, vision_section
 
 def run(config: Config, inputs: Files, outputs: Files) -> None:
     """Write report.html."""
+    if config.study is not None:
+        _write_study(config, config.study, inputs, outputs)
+        return
     facts = read_json(inputs["model"])
     sections, counts = [], {}
     for task in config.tasks.selected():
@@ -58,6 +64,21 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
         appendix.append(vision_methods_section(config.vision.measures()))
     appendix.append(provenance_section(config.model_dump(mode="json")))
     write(outputs["report"], "Optimal ablation", _run_facts(config, facts, counts), sections, appendix)
+    print(f"report: {outputs['report'].resolve()}")
+
+
+def _write_study(config: Config, settings: Study, inputs: Files, outputs: Files) -> None:
+    """The page of several models."""
+    facts = dict(zip(settings.models, map(read_json, inputs.all("member")), strict=True))
+    provenance = of_all(facts)
+    tables = {name: read_table(inputs[name], provenance) for name in STUDY_TABLES}
+    sections = study_sections(facts, tables, _svgs(inputs, "figures", provenance), outputs["report"])
+    run_facts = {
+        "Members": {name: f"{of['model']}, {of['n_weights']:,} weights" for name, of in facts.items()},
+        "Run": {"name": config.run, "seed": str(config.seed), "precision": config.dtype},
+    }
+    appendix = [study_methods_section(settings.methods), provenance_section(config.model_dump(mode="json"))]
+    write(outputs["report"], "Optimal ablation", run_facts, sections, appendix)
     print(f"report: {outputs['report'].resolve()}")
 
 

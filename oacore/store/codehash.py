@@ -14,11 +14,14 @@ from pathlib import Path
 PACKAGES = ("oacore", "oakernels")
 
 
-# Settings reach a rule through its params, paths through its inputs and outputs; messages and how a file gets its name
-# are no results.
+# Settings reach a rule through its params, paths through its inputs and outputs; messages how a file gets its name, and
+# how a stage is called are no results.
 NOT_FOLLOWED = {
     f"oacore.{name}"
-    for name in ("errors", "progress", "jobs", "store.layout", "store.fingerprint", "store.atomic", "store.codehash")
+    for name in (
+        *("errors", "progress", "jobs", "runner", "running"),
+        *("store.layout", "store.fingerprint", "store.atomic", "store.codehash"),
+    )
 } | {"oacore"}
 
 

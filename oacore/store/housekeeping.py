@@ -62,7 +62,8 @@ def pieces(configs: Sequence[Config]) -> list[Piece]:
     Raises:
         UserError: a config has not been run, so that what it needs is not known.
     """
-    layouts, runs = [Layout(config) for config in configs], dict[str | Path, list[str]]()
+    with_members = [each for config in configs for each in (config, *config.members().values())]
+    layouts, runs = [Layout(config) for config in with_members], dict[str | Path, list[str]]()
 
     def needs(layout: Layout, things: Iterable[str | Path]) -> None:
         for thing in dict.fromkeys(things):

@@ -114,12 +114,18 @@ class Layout:
 
     @property
     def cache_folders(self) -> list[str]:
-        """The folders of models that this run reads from, or writes to: the language model's, and that of `vision:`."""
+        """The folders of models that this run reads from, or writes to: the language model's, and that of `vision:`.
+        A study has none; its members have theirs.
+        """
+        if self.config.study is not None:
+            return []
         return [self.model_dir, *([self.vision_dir] if self.vision_dir else [])]
 
     def cache_files(self) -> list[str]:
         """All that this run reads from, or writes to, the folder that runs share."""
         config = self.config
+        if config.study is not None:
+            return []
         tasks = [self.prompts(task) for task in config.tasks.selected()]
         tasks += [self.activations(task) for task in config.cached_tasks()]
         rows = [self.lens_rows(task) for task in config.lens_tasks()]
@@ -154,6 +160,10 @@ class Layout:
     def vision(self, file: str) -> str:
         """A file of the importance of that network's units."""
         return f"{self.results_dir}/vision/{file}"
+
+    def study(self, file: str) -> str:
+        """A file of a study: a table of all its members, or `{member}/{file}`."""
+        return f"{self.results_dir}/study/{file}"
 
     def tracing(self, task: str, file: str) -> str:
         """A file of a task's causal tracing."""

@@ -143,9 +143,16 @@ def cache_is_complete(layout: Layout) -> bool:
     )
 
 
+def cache_is_outdated(layout: Layout) -> bool:
+    """Whether the last pipeline that found all of its cache there was of other code than today's."""
+    mark = Path(layout.model_dir) / ".complete"
+    return mark.exists() and mark.read_text() != _cache_code()
+
+
 def mark_cache_complete(layout: Layout) -> None:
     """Let pipelines share the cache from now on; called after one has succeeded."""
-    if not cache_is_complete(layout) and all(Path(file).exists() for file in layout.cache_files()):
+    files = layout.cache_files()
+    if files and not cache_is_complete(layout) and all(Path(file).exists() for file in files):
         with atomic_path(Path(layout.model_dir) / ".complete") as temporary:
             temporary.write_text(_cache_code())
 

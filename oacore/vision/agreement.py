@@ -8,8 +8,8 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
+from oacore.metrics import spearman
 from oacore.vision.measures import Measurement
 
 DRAWS = 200  # of images, for intervals
@@ -22,15 +22,6 @@ class Agreement(NamedTuple):
     spearman: float
     low: float
     high: float
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Rank correlations [...] of rows [..., n], ties at their mean rank; NaN where a row has one value alone."""
-    ranks = [rankdata(values, axis=-1) for values in (first, second)]
-    x, y = (rank - rank.mean(-1, keepdims=True) for rank in ranks)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found: np.ndarray = (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
-    return found
 
 
 def importances(measured: Measurement) -> np.ndarray:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from oacore.config.vision import REPLACEMENTS, Measure, Vision
+from oacore.metrics import GRADIENT
 from oacore.vision.fit import passes_alone, passes_together
-from oacore.vision.passes import GRADIENT
 from oacore.vision.shapley import goes_through_all
 
 MOST_DRAWS = 8  # of other images, for each image and unit

@@ -17,7 +17,8 @@ from oacore.config.vision import ConstantsFit
 from oacore.draws import prompts_of_step
 from oacore.fits.descent import Descent, Running, descend
 from oacore.fits.resume import NOT_KEPT, Resumable
-from oacore.vision.passes import GRADIENT, Passes, Values
+from oacore.metrics import GRADIENT
+from oacore.vision.passes import Passes, Values
 from oacore.vision.replacements import by_place, flat
 
 KEY = "vision.fit.learning_rate"

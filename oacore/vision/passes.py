@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from oacore.metrics import kl_divergence
 from oacore.vision.units import Units
 
-GRADIENT = 3  # passes: one forward, and a backward of twice the arithmetic
 Values = Mapping[str, Tensor]  # by place, [R or 1, C, h or 1, w or 1]
 
 

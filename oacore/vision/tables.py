@@ -9,8 +9,8 @@ import torch
 
 from oacore.config.vision import MEASURES, REPLACEMENTS
 from oacore.fits.convergence import columns_in, typed
-from oacore.metrics import clustered_means_and_ses
-from oacore.vision.agreement import agreement, between, importances, spearman
+from oacore.metrics import clustered_means_and_ses, spearman
+from oacore.vision.agreement import agreement, between, importances
 from oacore.vision.curves import area, curve
 from oacore.vision.measures import Bench, Measurement
 from oacore.vision.replacements import by_place

@@ -185,6 +185,24 @@ CIRCUITS = {"tasks": {"ioi": None}}
         ({"vision": {"network": {"widths": [4, 0]}}}, ["vision.network.widths[1]: 0", "greater than or equal to 1"]),
         ({"vision": {"budgets": [0]}}, ["vision.budgets[0]: 0", "greater than or equal to 1"]),
         ({"vision": {"images": {"n_test": 1000}}}, ["vision.images.n_network: 2350 images", "1797 in all"]),
+        ({"study": None}, ["study.models", "missing"]),
+        ({"study": {"models": {}}}, ["study.models: {}", "at least 1"]),
+        ({"study": {"models": {"a/b": None}}}, ["study.models.a/b", "pattern"]),
+        ({"study": {"models": {"a": {"run": "x"}}}}, ["study.models.a.run", "the study's own"]),
+        ({"study": {"models": {"a": {"sed": 1}}}}, ["study.models.a.sed: unknown key", "did you mean 'seed'"]),
+        ({"study": {"models": {"a": {"model": "./none"}}}}, ["study.models.a.model: './none'", "allowed"]),
+        (
+            {"study": {"models": {"a": {"model": "demo-trained", "demo_model": {"d_model": 6}}}}},
+            ["study.models.a.demo_model.d_model: 6", "multiple of n_heads, 4"],
+        ),
+        ({"study": {"models": {"a": {"ablation": {"tasks": []}}}}}, ["study.models.a.ablation.tasks", "ioi"]),
+        ({"study": {"models": {"a": None}, "tasks": ["facts"]}}, ["study.tasks: facts", "ioi"]),
+        ({"study": {"models": {"a": None}, "methods": ["meen"]}}, ["study.methods[0]", "did you mean 'mean'"]),
+        ({"study": {"models": {"a": None}, "budgets": [4, 4]}}, ["study.budgets: 4, 4", "repeats"]),
+        (
+            {"study": {"models": {"a": None}}, "tasks": {"ioi": None, "text": None}},
+            ["study.methods: 'attribution'", "text has no wrong answers"],
+        ),
         ({"removal": {"forget": "ioi"}}, ["removal.retain", "missing"]),
         ({"removal": {"forget": "fact", "retain": "ioi"}}, ["removal.forget", "fact", "ioi"]),
         ({"removal": {"forget": {"ioi": "("}, "retain": "ioi"}}, ["removal", "'('", "no regular expression"]),
@@ -402,3 +420,36 @@ def test_vision_without_its_packages_is_one_error(missing, monkeypatch):
         r"vision: (scikit-learn|captum) can't be imported; allowed: .*pip install 'oacore\[vision\]'`", found
     )
     assert parse_config(GOOD).vision is None
+
+
+def test_members_of_a_study_are_the_file_with_their_own_values():
+    base = {
+        "run": "s",
+        "model": "demo-trained",
+        "demo_model": {"n_steps": 9, "batch_size": 4},
+        "tasks": {"ioi": {"n_test": 30}},
+        "circuits": None,
+    }
+    models = {
+        "a": {"demo_model": {"n_layers": 2, "n_steps": 5}, "tasks": {"ioi": {"n_train": 40}}},
+        "b": {"model": "demo", "seed": 3, "circuits": {"lambdas": [0.1]}},
+        "c": None,
+    }
+    members = parse_config(base | {"study": {"models": models}}).members()
+    alone = {
+        "a": {"demo_model": {"n_layers": 2, "n_steps": 5, "batch_size": 4}}
+        | {"tasks": {"ioi": {"n_train": 40, "n_test": 30}}},
+        "b": {"model": "demo", "seed": 3, "circuits": {"lambdas": [0.1]}},
+        "c": {},
+    }
+    for name, values in alone.items():
+        expected = base | values | {"run": f"s-{name}"}
+        if name == "b":
+            del expected["demo_model"]  # which says how another model is trained
+        assert members[name] == parse_config(expected) and members[name].study is None
+    assert parse_config(base).members() == {}
+
+
+def test_a_dumped_study_is_the_same_study():
+    config = parse_config(GOOD | {"study": {"models": {"a": {"seed": 1}, 3: None}}})
+    assert parse_config(config.model_dump(mode="json")) == config and list(config.members()) == ["a", "3"]

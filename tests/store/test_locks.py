@@ -104,8 +104,9 @@ def test_a_finished_cache_is_shared(start, tmp_path):
 
 def test_a_cache_of_older_code_is_not_shared(start, tmp_path, monkeypatch):
     layout = complete_cache(tmp_path)
+    assert not locks.cache_is_outdated(layout)
     monkeypatch.setattr(locks, "codehash", lambda module: "other")
-    assert not locks.cache_is_complete(layout)
+    assert not locks.cache_is_complete(layout) and locks.cache_is_outdated(layout)
 
 
 def test_unlock_is_refused_while_a_pipeline_runs(start, tmp_path):

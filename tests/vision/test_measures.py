@@ -10,7 +10,8 @@ from torch.nn.functional import kl_div
 
 from oacore.config.vision import MEASURES, Network, Vision
 from oacore.errors import UserError
-from oacore.vision.agreement import agreement, between, spearman
+from oacore.metrics import spearman
+from oacore.vision.agreement import agreement, between
 from oacore.vision.budgets import effort_within, fit_passes, full_effort, image_passes, training_passes
 from oacore.vision.curves import area, curve
 from oacore.vision.data import digest, digits

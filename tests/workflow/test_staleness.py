@@ -225,7 +225,8 @@ def _is_section(kind):
 
 def test_the_table_has_every_key():
     training = {f"demo_model.{key}" for key in TRAINING_KEYS}
-    assert {*KEYS, *training, "model", "circuits.tasks", "tracing.tasks"} == set(leaves())
+    of_study = {key for key in leaves() if key.startswith("study.")}  # in test_study.py: such a run has other jobs
+    assert {*KEYS, *training, *of_study, "model", "circuits.tasks", "tracing.tasks"} == set(leaves())
 
 
 def filled(value, places):
@@ -305,7 +306,8 @@ def test_the_workflow_trains_what_the_library_trains(trained, tmp_path):
 @pytest.mark.parametrize("key", TRAINING_KEYS)
 def test_each_training_key_trains_anew(trained, key, tmp_path):
     values, _, _ = trained
-    changed = planned(with_value(values, f"demo_model.{key}", 0.5 if "min" in key else 7), tmp_path / "config.yaml")
+    value = 0.5 if "min" in key else {"n_heads": 2, "d_model": 64}.get(key, 7)  # heads share the width
+    changed = planned(with_value(values, f"demo_model.{key}", value), tmp_path / "config.yaml")
     assert changed["demo"] == changed["model"] == 1
 
 
@@ -482,17 +484,19 @@ MODULES = {
     # Settings and rows reach rules as parameters; messages, paths and locks are no results; tools and estimates are in
     # no rule, and what no row of the tiny run names is in none of its jobs.
     # Training is in a table of its own.
-    "": "__init__ __main__ compare errors jobs plan progress runner verify ablation/__init__ api/__init__ api/circuits "
-    "api/experiments api/model api/results api/running api/settings api/tasks circuits/__init__ "
+    "": "__init__ __main__ compare errors jobs plan progress runner running verify ablation/__init__ api/__init__ "
+    "api/circuits api/experiments api/model api/results api/settings api/tasks circuits/__init__ "
     "circuits/manual circuits/mib circuits/mib_tools config/__init__ config/__main__ config/ablation config/base "
     "config/circuits config/colors config/explain config/interactions config/lenses config/model config/read "
-    "config/removal config/rows config/run config/tasks config/tracing config/vision config/yaml_file "
+    "config/removal config/rows config/run config/study config/tasks config/tracing config/vision "
+    "config/yaml_file "
     "engine/__init__ estimate/__init__ estimate/ablation estimate/case "
     "estimate/circuits estimate/families estimate/inputs estimate/interactions estimate/lens_evaluation "
     "estimate/lenses estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
     "estimate/removal estimate/throughput estimate/tracing fits/__init__ interactions/__init__ lenses/__init__ "
     "models/__init__ models/architecture models/demo removal/__init__ removal/erasure removal/export report/__init__ "
-    "stages/__init__ stages/demo tasks/greater_than tasks/pairs "
+    "stages/__init__ stages/demo stages/study_member stages/study_cost study/__init__ study/attribution "
+    "study/comparison study/effort study/estimates study/member tasks/greater_than tasks/pairs "
     "tasks/template stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint "
     "store/housekeeping store/layout store/locks "
     "tasks/__init__ tracing/__init__ vision/__init__ oakernels/__init__",

@@ -6,6 +6,7 @@ imported modules nor of the config as a whole. `conda` is used with `--software-
 """
 
 import logging
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -17,10 +18,12 @@ from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
 from oacore.config.lenses import LENS_SECTIONS, LENSES, lens_and_init
 from oacore.config.removal import REMOVAL_METHODS
 from oacore.config.rows import computed, shown
+from oacore.config.study import ESTIMATORS
 from oacore.config.tasks import task_row
 from oacore.config.tracing import CORRUPTIONS
 from oacore.config.vision import MEASURES, REPLACEMENTS
 from oacore.estimate.sizes import known_sizes
+from oacore.study.member import identity
 
 LOOKING = ["dryrun", "lint", "list_rules", "summary", "detailed_summary", "dag"]
 LOOKING += ["rulegraph", "filegraph", "d3dag", "list_untracked", "report"]
@@ -55,10 +58,13 @@ def code(stage, *rows):
 
 
 @cache
-def first_mem_mb():
-    """Enough for the weights, which a job loads before they go to a GPU; 16 GB where they are few or unknown."""
+def first_mem_mb(member=None):
+    """Enough for the weights, which a job loads before they go to a GPU; 16 GB where they are few or unknown.
+
+    Of the run's model, or of a study's member.
+    """
     try:
-        sizes = known_sizes(run_config)
+        sizes = known_sizes(run_config if member is None else MEMBERS[member])
     except UserError:  # of a model that can't be run: the job that loads it says so
         sizes = None
     weights_bytes = 0 if sizes is None else sizes.weights_bytes
@@ -67,6 +73,11 @@ def first_mem_mb():
 
 def mem_mb(wildcards, attempt):
     return first_mem_mb() * attempt
+
+
+def member_mem_mb(wildcards, attempt):
+    """Of a study's member."""
+    return first_mem_mb(wildcards.member) * attempt
 
 
 def minutes(first):
@@ -102,6 +113,8 @@ REMOVAL = run_config.removal
 TRACING = run_config.tracing
 LENS_SETTINGS = run_config.lenses
 VISION = run_config.vision
+STUDY = run_config.study
+MEMBERS = run_config.members()
 
 
 def constants(wildcards):
