@@ -9,7 +9,7 @@ from oacore.config.base import Settings, nearest
 from oacore.errors import UserError
 
 # Hugging Face `model_type` of every family that oacore.models.load can read.
-ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3_text")
+ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2")
 
 # `model:` of the embedded model: as it is shipped with the package, or trained by the workflow.
 DEMO, DEMO_TRAINED = "demo", "demo-trained"
