@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oacore.errors import UserError
 from oacore.models.hub import load_hugging_face, load_tokenizer
+from oacore.models.registered import is_registered, read_registered
 from oacore.models.weights import ACTIVATIONS, Block, Model, Norm, Rotary, _map_tensors, to_device, weight_hash
 
 GLOBAL = "full_attention"  # layers that take the model's rotary positions, as Hugging Face calls them
@@ -65,7 +66,7 @@ def load(source: str | Path, *, revision: str | None = None, dtype: str = "fp32"
     """Load a directory or hub model into canonical weights.
 
     Args:
-        source: a directory as written by `save_pretrained`, or a Hugging Face name.
+        source: a directory as written by `save_pretrained` or `oacore.register`, or a Hugging Face name.
         revision: branch, tag or commit of a hub model.
         dtype: `fp32` or `bf16`.
         device: `auto`, `cpu` or `cuda`.
@@ -73,9 +74,12 @@ def load(source: str | Path, *, revision: str | None = None, dtype: str = "fp32"
     Raises:
         UserError: no such directory or hub model, unreachable hub, unsupported architecture.
     """
-    hf = load_hugging_face(source, revision=revision, dtype=dtype)
-    commit = getattr(hf.config, "_commit_hash", None)
-    model = to_device(canonical(hf), pick_device(device))
+    if is_registered(source):
+        model, commit = read_registered(source, dtype), None
+    else:
+        hf = load_hugging_face(source, revision=revision, dtype=dtype)
+        model, commit = canonical(hf), getattr(hf.config, "_commit_hash", None)
+    model = to_device(model, pick_device(device))
     return Loaded(model, source, commit or revision, weight_hash(model))
 
 

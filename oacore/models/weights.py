@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oacore.config.model import REGISTERED
 from oacore.models.graph import Graph
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,52 +54,52 @@ class Rotary:
         return (angles.cos() * self.scale).to(x.dtype), (angles.sin() * self.scale).to(x.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """One transformer block. Absent parts are None; KV = H unless the model groups queries."""
 
-    attention_norm: Norm | None  # before attention; OLMo-2 has none, here and before the MLP
-    mlp_norm: Norm | None
-    attention_post_norm: Norm | None  # RMSNorm (Gemma-2 and 3, OLMo-2)
-    mlp_post_norm: Norm | None
+    attention_norm: Norm | None = None  # before attention; OLMo-2 has none, here and before the MLP
+    mlp_norm: Norm | None = None
+    attention_post_norm: Norm | None = None  # RMSNorm (Gemma-2 and 3, OLMo-2)
+    mlp_post_norm: Norm | None = None
     W_Q: Tensor  # [d, H, k]
     W_K: Tensor  # [d, KV, k]
     W_V: Tensor  # [d, KV, k]
     W_O: Tensor  # [H, k, d]
-    b_Q: Tensor | None  # [H, k]
-    b_K: Tensor | None  # [KV, k]
-    b_V: Tensor | None  # [KV, k]
-    b_O: Tensor | None  # [d]
-    attention_scale: float
-    attention_softcap: float | None
-    window: int | None  # a query sees this many positions, its own included
+    b_Q: Tensor | None = None  # [H, k]; of Q, K and V all have biases, or none
+    b_K: Tensor | None = None  # [KV, k]
+    b_V: Tensor | None = None  # [KV, k]
+    b_O: Tensor | None = None  # [d]
+    attention_scale: float  # of the scores: usually k^-1/2
+    attention_softcap: float | None = None
+    window: int | None = None  # a query sees this many positions, its own included
     W_in: Tensor  # [d, f]
-    W_gate: Tensor | None  # [d, f]
+    W_gate: Tensor | None = None  # [d, f]
     W_out: Tensor  # [f, d]
-    b_in: Tensor | None  # [f]
-    b_out: Tensor | None  # [d]
+    b_in: Tensor | None = None  # [f]
+    b_out: Tensor | None = None  # [d]
     query_norm: Norm | None = None  # of each head's query, weight [k] (Qwen-3, Gemma-3), or of all, [H, k] (OLMo-2)
     key_norm: Norm | None = None  # of keys, likewise [k] or [KV, k]
     rotary: Rotary | None = None  # in place of the model's (Gemma-3's layers with a window)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
-    """Canonical weights of a decoder, on one device, without gradients."""
+    """Canonical weights of a decoder, on one device, without gradients. Absent parts are None."""
 
-    family: str
-    parallel: bool  # attention and MLP of a block read the same residual
+    family: str = REGISTERED
+    parallel: bool = False  # attention and MLP of a block read the same residual
     W_E: Tensor  # [V, d]
-    W_pos: Tensor | None  # [P, d] learned positions
-    embed_scale: float  # Gemma multiplies embeddings by sqrt(d)
-    rotary: Rotary | None
-    activation: str
+    W_pos: Tensor | None = None  # [P, d] learned positions
+    embed_scale: float = 1.0  # Gemma multiplies embeddings by sqrt(d)
+    rotary: Rotary | None = None
+    activation: str  # of `ACTIVATIONS`
     blocks: tuple[Block, ...]
-    final_norm: Norm | None
+    final_norm: Norm | None = None
     W_U: Tensor  # [V, d], as stored: tied to W_E in most small models
-    b_U: Tensor | None  # [V]
-    logit_softcap: float | None
-    max_length: int
+    b_U: Tensor | None = None  # [V]
+    logit_softcap: float | None = None
+    max_length: int  # tokens of a prompt, BOS included
 
     @property
     def n_layers(self) -> int:

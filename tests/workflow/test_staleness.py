@@ -429,7 +429,7 @@ NEXT = {
 # The first rules that use each module, without those that come after them anyway.
 MODULES = {
     "model": "engine/forward engine/parity inputs models/graph models/hub models/load "
-    "models/stored models/weights stages/model store/checksums "
+    "models/registered models/stored models/weights stages/model store/checksums "
     "store/reader store/writer tasks/prompts tasks/stored",
     "model vision_model": "store/artefacts store/provenance",
     "model vision": "store/items",
