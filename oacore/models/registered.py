@@ -5,6 +5,7 @@ The directory is data: whoever loads it runs none of its maker's code, and the p
 against the stored logits anew.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,8 @@ from oacore.store.fingerprint import fingerprint
 from oacore.store.layout import WEIGHTS
 
 GATE = "gate.safetensors"
-Gate = tuple[
-    Tensor, Tensor, Tensor
-]  # right-padded tokens [N, T], lengths [N], logits [N, T, V] of its own forward pass
+# Right-padded tokens [N, T], lengths [N], logits [N, T, V] of its own forward pass.
+Gate = tuple[Tensor, Tensor, Tensor]
 
 
 def is_registered(source: str | Path) -> bool:
@@ -85,7 +85,12 @@ def read_gate(source: str | Path) -> Gate:
 def word_tokenizer(words: Sequence[str]) -> Any:
     """A fast tokenizer of words between blanks, whose ids are their places; the first, BOS, begins every prompt and is
     no word of it.
+
+    Raises:
+        UserError: a word twice, or with a blank.
     """
+    if wrong := [word for word, times in Counter(words).items() if times > 1 or word.split() != [word]]:
+        raise UserError(f"register: tokenizer: the words {wrong[:5]}; allowed: each once, and without blanks")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -95,7 +100,11 @@ def word_tokenizer(words: Sequence[str]) -> Any:
 
 
 def own_logits(logits: Any, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Logits [N, T, V] of somebody's forward pass, prompt by prompt without padding; zeros where there is none."""
+    """Logits [N, T, V] of somebody's forward pass, prompt by prompt without padding; zeros where there is none.
+
+    Raises:
+        UserError: it gives something else.
+    """
     rows = []
     for row, length in zip(tokens, lengths.tolist(), strict=True):
         with torch.no_grad():

@@ -18,7 +18,7 @@ from oacore.errors import UserError
 from oacore.estimate.sizes import known_sizes
 from oacore.models.hub import load_tokenizer
 from oacore.models.load import canonical, load
-from oacore.models.registered import GATE
+from oacore.models.registered import GATE, word_tokenizer
 from oacore.models.weights import Norm, weight_hash
 from oacore.store.layout import WEIGHTS, Layout
 
@@ -61,6 +61,8 @@ def test_words_are_tokens(registered):
     tokenizer = load_tokenizer(registered[0])
     assert tokenizer("w3  w96", add_special_tokens=False)["input_ids"] == [3, 96]
     assert tokenizer.bos_token_id == 0 and tokenizer.decode([5, 6]) == "w5 w6"
+    with pytest.raises(UserError, match=r"tokenizer: the words \['a', 'b c'\]; allowed: each once, and without blanks"):
+        word_tokenizer(["<bos>", "a", "b c", "a"])
 
 
 def test_the_estimate_knows_its_sizes(registered):
