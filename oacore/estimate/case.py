@@ -12,7 +12,7 @@ from oacore.estimate.need import Parts
 from oacore.estimate.passes import statistics_bytes
 from oacore.estimate.sizes import Sizes
 from oacore.tasks import pairs, text
-from oacore.tasks.files import FileSizes
+from oacore.tasks.counts import FileSizes
 from oacore.tasks.prompts import SPLITS
 
 

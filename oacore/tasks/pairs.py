@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from oacore.config.run import Config
 from oacore.config.tasks import Pairs
 from oacore.errors import UserError
-from oacore.tasks.files import SHOWN, FileSizes, bad_rows, counts, deal, rows, spoken, subject_span
+from oacore.tasks.counts import FileSizes, counts, spoken
+from oacore.tasks.files import SHOWN, bad_rows, deal, rows, subject_span
 from oacore.tasks.prompts import SPLITS, Complete, Prompts, build, called, encode, following, stream, token_text
 from oacore.tasks.template import SUFFIXES, template_rows
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from oacore.errors import UserError
-from oacore.tasks.files import FileSizes, counts, spoken, wanted_of
+from oacore.tasks.counts import FileSizes, counts, spoken, wanted_of
 from oacore.tasks.prompts import (
     SPLITS,
     Prompts,

@@ -28,7 +28,7 @@ from oacore.jobs import planned
 from oacore.models.demo import make_tokenizer
 from oacore.runner import run_stage
 from oacore.store.layout import Layout
-from oacore.tasks.files import counts
+from oacore.tasks.counts import counts
 from oacore.tasks.generate import check_files, generate
 from oacore.tasks.pairs import Pair, clusters, read_pairs, split_pairs
 from oacore.tasks.prompts import SPLITS
