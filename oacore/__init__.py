@@ -23,7 +23,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # In the order in which they are used. Whoever names one imports `oacore.api`; until then this package is a name.
-API = ("load", "pairs", "task", "gaps", "circuit", "fronts", "effects", "remove", "trace", "lens")
+API = ("register", "load", "pairs", "task", "gaps", "circuit", "fronts", "effects", "remove", "trace", "lens")
 
 
 def __getattr__(name: str) -> Any:

@@ -87,7 +87,9 @@ def _rope(kind: str) -> dict:
 
 
 def random_hf(name: str, scale: float = 0.15):
-    """A random tiny Hugging Face model. Weights are wide enough that every part of it matters to the logits."""
+    """A random tiny Hugging Face model. Weights are wide enough that every part of it matters to the logits. Without
+    norms, a variant `bare`, nothing keeps what they write small.
+    """
     import transformers as tf
 
     family, _, variant = name.partition("-")
@@ -136,20 +138,28 @@ def random_hf(name: str, scale: float = 0.15):
             rope_parameters={"sliding_attention": _rope("default"), "full_attention": _rope("linear")},
         ),
         "gemma2": lambda: tf.Gemma2Config(**GATED, head_dim=8, sliding_window=5, query_pre_attn_scalar=12),
+        "olmo2": lambda: tf.Olmo2Config(**GATED),
     }
     torch.manual_seed(1)
     model = tf.AutoModelForCausalLM.from_config(configs[family](), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (scale if parameter.dim() > 1 else 0.3))
+            wide = scale * (0.6 if variant == "bare" else 1.0)
+            parameter.copy_(torch.randn_like(parameter) * (wide if parameter.dim() > 1 else 0.3))
             if parameter.dim() == 1 and not family.startswith("gemma"):
                 parameter.add_(0.8)  # norm weights away from zero; Gemmas' are offsets from one
+    if variant == "bare":
+        for module in list(model.modules()):
+            for name, part in module.named_children():
+                if isinstance(part, torch.nn.LayerNorm):
+                    setattr(module, name, torch.nn.Identity())
     return model
 
 
 FAMILIES = (
     "gpt2",
     "gpt2-inverse",
+    "gpt2-bare",
     "neox-parallel",
     "neox-sequential",
     "llama",
@@ -167,7 +177,10 @@ FAMILIES = (
     "qwen3",
     "gemma2",
     "gemma3",
+    "olmo2",
 )
+# A bridge of TransformerLens computes norms itself, and knows none that is the identity.
+BRIDGED = tuple(name for name in FAMILIES if name != "gpt2-bare")
 
 
 @pytest.fixture(scope="session")

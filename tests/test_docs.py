@@ -378,6 +378,24 @@ def test_what_one_more_architecture_needs(family, own, passes, tmp_path, monkeyp
             open_model(tmp_path, device="cpu")
 
 
+def test_a_model_class_of_ones_own(tmp_path, monkeypatch):
+    """A one-layer transformer without norms in 30 lines has learned its task and goes through gaps and circuits."""
+    monkeypatch.chdir(tmp_path)
+    of_model, of_task = blocks("docs/extending.md", "python")[-2:]
+    assert len([line for line in of_model.splitlines() if line]) <= 30
+    found = {}
+    exec(of_model, found)
+    for call in ('load("modular-addition"', "edges=12"):
+        assert of_task.count(call) == 1
+    short = of_task.replace('load("modular-addition"', 'load("modular-addition", threads=1')
+    exec(short.replace("edges=12", 'edges=12, optimal={"max_steps": 2}, refit={"max_steps": 2}'), found)
+    assert (found["logits"](found["tokens"])[:, -1].argmax(-1) == (found["a"] + found["b"]) % 11 + 3).all()
+    assert "parity with its own forward pass" in repr(found["model"]) and found["circuit"].n_edges == 12
+    gaps = found["gaps"].table.pivot(index="component", columns="method", values="gap_nats")
+    assert set(gaps.index) == {"a0.h0", "a0.h1", "a0.h2", "a0.h3", "m0"} and (gaps > 0.01).all(axis=None)
+    assert gaps["optimal"].sum() < gaps[["zero", "mean"]].sum().min()
+
+
 # docs/python.md
 
 

@@ -48,12 +48,16 @@ def mix(base: Tensor, operands: Operands, *, out: Tensor | None = None) -> Tenso
     return run(operands.backend, ("mix", base.shape, *operands.key), x, candidates)
 
 
-def mix_and_scale(base: Tensor, operands: Operands, eps: float, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`mix`, and the RMS scale of what it writes, for a norm of this eps.
+def mix_and_scale(
+    base: Tensor, operands: Operands, eps: float | None, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`mix`, and the RMS scale of what it writes, for a norm of this eps; without one, None.
 
     Returns:
         x [J, B, T, d] and rstd = (mean_d x^2 + eps)^-1/2 [J, B, T] in fp32 (fp64 for fp64).
     """
+    if eps is None:
+        return mix(base, operands, out=out), None
     x = _checked_output(base, operands, out)
 
     def eager(x: Tensor) -> tuple[Tensor, Tensor]:

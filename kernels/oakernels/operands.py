@@ -74,12 +74,13 @@ class Operands:
 
 @dataclass(frozen=True)
 class Projection:
-    """What each destination does with its mixed input: RMS scale, and a projection of its own, which gets no gradient.
+    """What each destination does with its mixed input: RMS scale, if any, and a projection of its own, which gets no
+    gradient.
 
     Args:
         weight: [J, d, k], contiguous, with the norm's weight folded in.
         bias: [J, k].
-        eps: of the norm.
+        eps: of the norm; None without one.
 
     Raises:
         ValueError: a weight that is not contiguous.
@@ -87,7 +88,7 @@ class Projection:
 
     weight: Tensor
     bias: Tensor | None
-    eps: float
+    eps: float | None
 
     def __post_init__(self) -> None:
         check_contiguous("weight", self.weight, self.weight.shape, self.weight.dtype)

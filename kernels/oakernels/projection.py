@@ -3,7 +3,8 @@
     y[j, b, t] = rstd * (x[j, b, t] @ weight[j]) + bias[j]
     a = rstd^2 / d * sum_k dy * (y - bias)     dx = rstd * dy @ weight^T - a * x
 
-The norm's inner product a is taken in head space, where it costs k instead of d. Symbols: as in operands.py.
+The norm's inner product a is taken in head space, where it costs k instead of d. Without a norm, where rstd is None, it
+is one batched GEMM in torch either way. Symbols: as in operands.py.
 """
 
 import torch
@@ -17,7 +18,7 @@ from oakernels.runtime import INTERPRETED, Backend, Precision, factor, matmul_pr
 
 def project(
     x: Tensor,
-    rstd: Tensor,
+    rstd: Tensor | None,
     projection: Projection,
     *,
     out: Tensor | None = None,
@@ -33,7 +34,8 @@ def project(
     y = x.new_empty(*x.shape[:3], projection.weight.shape[2]) if out is None else out
     with matmul_precision(precision):
         torch.bmm(x.flatten(1, 2), projection.weight, out=y.flatten(1, 2))
-    y *= rstd[..., None]
+    if rstd is not None:
+        y *= rstd[..., None]
     if projection.bias is not None:
         y += projection.bias[:, None, None]
     return y
@@ -42,7 +44,7 @@ def project(
 def project_backward(
     dy: Tensor,
     y: Tensor,
-    rstd: Tensor,
+    rstd: Tensor | None,
     x: Tensor,
     projection: Projection,
     *,
@@ -66,6 +68,10 @@ def project_backward(
     """
     for name, tensor in (("dy", dy), ("y", y), ("x", x), ("out", out)):
         check_contiguous(name, tensor, tensor.shape, tensor.dtype)
+    if rstd is None:
+        with matmul_precision(precision):
+            torch.bmm(dy.flatten(1, 2), projection.weight.mT, out=out.flatten(1, 2))
+        return out
     candidates = {
         "eager": lambda out: _project_backward_eager(dy, y, rstd, x, projection, out, precision),
         "triton": lambda out: _project_backward_triton(dy, y, rstd, x, projection, out, precision),

@@ -24,10 +24,11 @@ class Model:
     facts: Mapping[str, Any]
 
     def __repr__(self) -> str:
-        sizes, parity = self.facts["sizes"], self.facts["parity"]["max_abs_log_prob"]
+        sizes, parity = self.facts["sizes"], self.facts["parity"]
         return (
             f"{self.facts['model']}: {self.facts['family']}, {sizes['n_layers']} layers of {sizes['n_heads']} heads, "
-            f"width {sizes['d_model']}, {sizes['n_edges']} edges; parity with Hugging Face {parity:.2g} nats"
+            f"width {sizes['d_model']}, {sizes['n_edges']} edges; "
+            f"parity with {parity['of']} {parity['max_abs_log_prob']:.2g} nats"
         )
 
 
@@ -43,10 +44,10 @@ def load(
     results_dir: str | Path = "results",
     **limits: Any,
 ) -> Model:
-    """Load a model through the parity gate, whose log-probabilities must be Hugging Face's.
+    """Load a model through the parity gate: its log-probabilities must be Hugging Face's, or a registered model's own.
 
     Args:
-        model: `demo`, which is shipped, a Hugging Face name, or a local directory.
+        model: `demo`, which is shipped, a Hugging Face name, or a local directory, such as `register` writes.
         seed: of prompts, fits and resampling.
         cache_dir: what runs share, with those of the pipeline: models, prompts, activations, items.
         results_dir: tables and figures, a folder for each experiment.

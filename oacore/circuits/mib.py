@@ -150,12 +150,12 @@ def export_constants(model: Model, constants: dict[str, Tensor], lengths: Tensor
         folded = torch.zeros(model.n_kv_heads, model.d_head, dtype=torch.float64, device=model.device)  # b_V + b_LN W_V
         if block.b_V is not None:
             folded += block.b_V
-        if block.attention_norm.bias is not None:
+        if block.attention_norm is not None and block.attention_norm.bias is not None:
             folded += torch.einsum("d,dhk->hk", block.attention_norm.bias.double(), block.W_V.double())
         z = wide["head"][layer] - folded.repeat_interleave(model.graph.group_size, 0)  # [H, k]
         exported[f"blocks.{layer}.attn.hook_result"] = torch.einsum("hk,hkd->hd", z, block.W_O.double())
         exported[f"blocks.{layer}.hook_mlp_out"] = wide["mlp"][layer]
-    if not model.final_norm.rms:
+    if model.centred:
         exported = {name: value - value.mean(-1, keepdim=True) for name, value in exported.items()}
     return {name: value.float().cpu().contiguous() for name, value in exported.items()}
 

@@ -10,7 +10,10 @@ from oacore.config.base import Settings, nearest
 from oacore.errors import UserError
 
 # Hugging Face `model_type` of every family that oacore.models.load can read.
-ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3_text")
+ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2")
+
+# `model_type` of a directory that `oacore.register` has written, and the file there that says so.
+REGISTERED, REGISTERED_FILE = "registered", "registered.json"
 
 # `model:` of the embedded model: as it is shipped with the package, or trained by the workflow.
 DEMO, DEMO_TRAINED = "demo", "demo-trained"
@@ -59,11 +62,18 @@ def is_directory_name(model: str) -> bool:
     return Path(model).expanduser().is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
+def description_of(directory: Path) -> Path:
+    """The file that says what a model directory has: Hugging Face's config.json, or that of `oacore.register`."""
+    registered = directory / REGISTERED_FILE
+    return registered if registered.is_file() else directory / "config.json"
+
+
 def check_architecture(model: str, path: Path) -> str:
-    """The `model_type` that a model's config.json names.
+    """The `model_type` that a model's config.json, or `description_of` it, names.
 
     Raises:
-        UserError: the file is missing or unreadable, or the architecture is not one of `ARCHITECTURES`.
+        UserError: the file is missing or unreadable, or the architecture is neither one of `ARCHITECTURES` nor
+            `REGISTERED`.
     """
     try:
         model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
@@ -71,9 +81,9 @@ def check_architecture(model: str, path: Path) -> str:
         raise UserError(
             f"model: {model!r} has no readable config.json; allowed: a directory as written by save_pretrained"
         ) from None
-    if model_type not in ARCHITECTURES:
+    if model_type not in (*ARCHITECTURES, REGISTERED):
         raise UserError(
             f"model: {model!r} has the architecture {model_type!r}; allowed: "
-            f"{', '.join(ARCHITECTURES)}{nearest(model_type, ARCHITECTURES)}"
+            f"{', '.join(ARCHITECTURES)}, or a directory that oacore.register wrote{nearest(model_type, ARCHITECTURES)}"
         )
     return str(model_type)

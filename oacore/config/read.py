@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from oacore.config.explain import describe_error
-from oacore.config.model import check_architecture, is_directory_name
+from oacore.config.model import check_architecture, description_of, is_directory_name
 from oacore.config.run import Config
 from oacore.config.tasks import task_row
 from oacore.config.vision import PACKAGES
@@ -71,7 +71,7 @@ def _check_model(config: Config) -> None:
             f"model: {config.model!r} is not a directory; allowed: demo, demo-trained, a Hugging Face name, or an "
             "existing model directory"
         )
-    check_architecture(config.model, directory / "config.json")
+    check_architecture(config.model, description_of(directory))
 
 
 def _check_paths(config: Config) -> None:

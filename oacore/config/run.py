@@ -70,7 +70,7 @@ class Config(Settings):
         DEMO,
         min_length=1,
         description="`demo`, which is shipped; `demo-trained`, the same trained in the workflow; a Hugging Face name, "
-        "or a local model directory",
+        "or a local model directory, also one that `oa.register` wrote",
     )
     revision: str | None = Field(
         None, description="branch, tag or commit of a Hugging Face model; a commit pins the weights"

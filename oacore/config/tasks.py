@@ -41,9 +41,26 @@ class Facts(Task):
     )
 
 
-class Text(Task):
+def _count(value: Any) -> Any:
+    is_count = isinstance(value, int) and value >= 2
+    if value == "all" or is_count or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError(f"{value!r}; allowed: a whole number of at least 2, a share between 0 and 1, or all")
+
+
+Count = Annotated[int | float | Literal["all"], BeforeValidator(_count)]  # of what a file has for a split
+
+
+class Text(Settings):
     """Windows of plain text; the target is the model's own next-token distribution."""
 
+    n_train: Count = Field(
+        1000,
+        description="windows that constants are fitted on and means are taken over: a number, a share of those that "
+        "the text has, or all",
+    )
+    n_validation: Count = Field(128, description="windows that decide when a fit has converged, likewise")
+    n_test: Count = Field(500, description="windows that every reported number is measured on, likewise")
     path: LocalPath | None = Field(
         None,
         description="text file, directory of .txt files, or JSON list of strings; only the demo model has text of its "
@@ -58,16 +75,6 @@ class Text(Task):
         description="of each passage: side by side from its start; its first one alone, as people read it; or side by "
         "side from a place that is drawn",
     )
-
-
-def _count(value: Any) -> Any:
-    is_count = isinstance(value, int) and value >= 2
-    if value == "all" or is_count or (isinstance(value, float) and 0 < value < 1):
-        return value
-    raise ValueError(f"{value!r}; allowed: a whole number of at least 2, a share between 0 and 1, or all")
-
-
-Count = Annotated[int | float | Literal["all"], BeforeValidator(_count)]  # of what a file has for a split
 
 
 class Pairs(Settings):

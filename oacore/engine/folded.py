@@ -1,8 +1,8 @@
 """Weights as the masked-edge engine reads them: norms folded into the projections after them, dead heads left out.
 
 LayerNorm models have every writer centred over the stream's coordinates: LayerNorm removes that mean anyway, and
-without it a norm is an RMS scale for every family. Folding is done in float64 and stored in the model's dtype; for
-RMSNorm models the writers are the model's own tensors, not copies.
+without it a norm is an RMS scale for every family, or nothing. Folding is done in float64 and stored in the model's
+dtype; for other models the writers are the model's own tensors, not copies.
 
 Symbols: H heads, KV key/value heads, k head width, d model width, f MLP width, S sources, J destinations.
 """
@@ -87,7 +87,7 @@ class Weights:
 
     def __init__(self, model: Model):
         self.model = model
-        self.centred = not model.final_norm.rms
+        self.centred = model.centred
         self.blocks = tuple(self._fold(block) for block in model.blocks)
         self.all = self._plan(None)
 
@@ -121,11 +121,12 @@ class Weights:
     def plan(self, masks: Tensor) -> Plan:
         """The plan without heads and MLPs that none of the pruned masks [M, J, S] uses.
 
-        Gradients of masks are then exact where a mask is above 0, and 0 elsewhere. Gemma-2 keeps all heads: its
-        post-norm's scale depends on each of them. This waits for the device, so it is not for CUDA graphs.
+        Gradients of masks are then exact where a mask is above 0, and 0 elsewhere. Models whose heads meet in a norm
+        (Gemma-2 and 3, OLMo-2) keep all: its scale depends on each of them. This waits for the device, so it is not for
+        CUDA graphs.
         """
         live = masks.detach().ne(0).any(0).any(0).cpu()
-        if live.all() or self.model.post_norm:
+        if live.all() or not self.model.heads_apart:
             return self.all
         return self._plan(live)
 
@@ -173,8 +174,10 @@ class Weights:
         return Plan(tuple(layers), len(sources), *kept)
 
 
-def _fold_norm(norm: Norm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _fold_norm(norm: Norm | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Weight [d, n] and bias [n] of a projection that reads a centred x times its RMS scale instead of norm(x)."""
+    if norm is None:
+        return weight, bias
     wide = weight.double()
     folded = (norm.weight.double()[:, None] * wide).to(weight.dtype)
     if norm.bias is None:

@@ -13,13 +13,17 @@ from torch import Tensor
 from oacore.models.weights import ACTIVATIONS, Block, Model, Norm, Rotary
 
 
-def normalise(norm: Norm, x: Tensor) -> Tensor:
-    """LayerNorm or RMSNorm of x [..., d], the latter computed in fp32 at least, as Hugging Face does."""
+def normalise(norm: Norm | None, x: Tensor) -> Tensor:
+    """LayerNorm or RMSNorm of x [..., d], the latter computed in fp32 at least, as Hugging Face does; x itself where
+    there is no norm.
+    """
+    if norm is None:
+        return x
     if not norm.rms:
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+        return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.to(wide.dtype)
-    return scaled.to(x.dtype)
+    mean = wide.square().mean(tuple(range(-norm.weight.dim(), 0)), keepdim=True)
+    return (wide * torch.rsqrt(mean + norm.eps) * norm.weight.to(wide.dtype)).to(x.dtype)
 
 
 def embed(model: Model, tokens: Tensor) -> Tensor:
@@ -82,17 +86,12 @@ def key_value(model: Model, layer: int, residual: Tensor) -> tuple[Tensor, Tenso
     return _key_value(model, block, normalise(block.attention_norm, residual))
 
 
-def head_norm(norm: Norm | None, x: Tensor) -> Tensor:
-    """Queries or keys [..., k] as attention takes them, before any rotation."""
-    return x if norm is None else normalise(norm, x)
-
-
 def _query(block: Block, x: Tensor) -> Tensor:
-    return head_norm(block.query_norm, _project(x, block.W_Q, block.b_Q))
+    return normalise(block.query_norm, _project(x, block.W_Q, block.b_Q))
 
 
 def _key_value(model: Model, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
-    k, v = head_norm(block.key_norm, _project(x, block.W_K, block.b_K)), _project(x, block.W_V, block.b_V)
+    k, v = normalise(block.key_norm, _project(x, block.W_K, block.b_K)), _project(x, block.W_V, block.b_V)
     if rotary_of(model, block) is not None:
         cos, sin = rotary_tables(model, block, x)
         k = rotate(k, cos[:, None], sin[:, None])
@@ -153,9 +152,8 @@ def combine_heads(model: Model, layer: int, z: Tensor) -> Tensor:
 
 
 def attention_write(model: Model, layer: int, combined: Tensor) -> Tensor:
-    """What attention adds to the residual, given `combine_heads`: the same, or its post-norm (Gemma-2 and 3)."""
-    norm = model.blocks[layer].attention_post_norm
-    return combined if norm is None else normalise(norm, combined)
+    """What attention adds to the residual, given `combine_heads`: the same, or its post-norm."""
+    return normalise(model.blocks[layer].attention_post_norm, combined)
 
 
 def mlp(model: Model, layer: int, residual: Tensor) -> Tensor:
@@ -169,8 +167,7 @@ def mlp(model: Model, layer: int, residual: Tensor) -> Tensor:
     activation = ACTIVATIONS[model.activation]
     hidden = activation(hidden) if block.W_gate is None else activation(x @ block.W_gate) * hidden
     out = hidden @ block.W_out
-    out = out if block.b_out is None else out + block.b_out
-    return out if block.mlp_post_norm is None else normalise(block.mlp_post_norm, out)
+    return normalise(block.mlp_post_norm, out if block.b_out is None else out + block.b_out)
 
 
 def add_attention(model: Model, layer: int, residual: Tensor, combined: Tensor) -> Tensor:
@@ -195,7 +192,7 @@ def run_block_at(model: Model, layer: int, residual: Tensor, keys: Tensor, value
     """
     block = model.blocks[layer]
     x = normalise(block.attention_norm, residual)
-    q, k = _query(block, x), head_norm(block.key_norm, _project(x, block.W_K, block.b_K))
+    q, k = _query(block, x), normalise(block.key_norm, _project(x, block.W_K, block.b_K))
     v = _project(x, block.W_V, block.b_V)
     if rotary_of(model, block) is not None:
         cos, sin = (table[last][:, None, None] for table in rotary_tables(model, block, keys.flatten(2)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oacore.engine.buffers import Buffer
 from oacore.engine.folded import Folded, Layer
-from oacore.engine.forward import head_norm, rotate
+from oacore.engine.forward import normalise, rotate
 from oacore.models.weights import ACTIVATIONS, Block, Norm
 
 MATH_ATTENTION = 64
@@ -29,7 +29,7 @@ def attend(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Ten
         Each head's z [H, B, q, k]; for post-norm models what the heads write [H, B, q, d].
     """
     block, prompts = layer.folded.block, buffer.rows.prompts
-    q, k = head_norm(block.query_norm, q), head_norm(block.key_norm, k)
+    q, k = _head_norm(block.query_norm, q), _head_norm(block.key_norm, k)
     if (of_keys := prompts.rotary[layer.number]) is not None:
         q, k = rotate(q, *buffer.at_queries(of_keys)), rotate(k, *of_keys)
     bos = (clean[buffer.rows.first].transpose(0, 1)[layer.groups][:, :, None] for clean in prompts.bos[layer.number])
@@ -44,10 +44,17 @@ def attend(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Ten
     return post_norm(norm, out, out.sum(0))
 
 
+def _head_norm(norm: Norm | None, x: Tensor) -> Tensor:
+    """Queries or keys [n, B, q, k] as attention takes them, before any rotation: each head's, or all n together."""
+    if norm is None or norm.weight.dim() == 1:
+        return normalise(norm, x)
+    return normalise(norm, x.movedim(0, -2)).movedim(-2, 0)
+
+
 def masked_mlp(activation: str, folded: Folded, x: Tensor) -> Tensor:
     """What the MLP writes [B, q, d], given its input [B, q, d]."""
-    act, norm = ACTIVATIONS[activation], folded.block.mlp_post_norm
-    flat = (x * _rms_scale(x, folded.block.mlp_norm.eps)).flatten(0, 1)
+    act, before, norm = ACTIVATIONS[activation], folded.block.mlp_norm, folded.block.mlp_post_norm
+    flat = (x if before is None else x * _rms_scale(x, before.eps)).flatten(0, 1)
     hidden = flat @ folded.W_in if folded.b_in is None else torch.addmm(folded.b_in, flat, folded.W_in)
     hidden = act(hidden) if folded.W_gate is None else act(flat @ folded.W_gate) * hidden
     out = hidden @ folded.W_out if folded.b_out is None else torch.addmm(folded.b_out, hidden, folded.W_out)

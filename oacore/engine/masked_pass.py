@@ -41,7 +41,7 @@ class Read:
     buffer: Buffer  # what they read, at its positions
     projection: Projection
     y: Tensor  # [J, B, q, k]
-    scale: Tensor  # [J, B, q]
+    scale: Tensor | None  # [J, B, q]; None without a norm
     inputs: Tensor | None  # [J (+ 1), B, q, d], with the MLP's row after them; None: mix them again
 
 
@@ -147,13 +147,14 @@ class Forward:
         `rows` may hold the MLP's row beyond the projections, which is mixed and left alone.
         """
         bias = None if layer.read_bias is None else layer.read_bias[weights]
-        projection = Projection(layer.read[weights], bias, layer.folded.block.attention_norm.eps)
+        norm = layer.folded.block.attention_norm
+        projection = Projection(layer.read[weights], bias, None if norm is None else norm.eps)
         n, precision, base = layer.first_source, self.setup.precision, buffer.base(base)
         operands = Operands(self.masks[:, rows, :n], buffer.delta[:n], precision)
         out = None if self.inputs is None or buffer is self.last else self.inputs[rows]
         x, scale = mix_and_scale(base, operands, projection.eps, out=out)
         n_projected = len(projection.weight)
-        scale = scale[:n_projected]
+        scale = None if scale is None else scale[:n_projected]
         y = project(x[:n_projected], scale, projection, precision=precision)
         stored = x if self.keep and self.setup.keep_inputs else None
         return Read(rows, buffer, projection, y, scale, stored), x

@@ -5,12 +5,15 @@ from functools import cached_property
 from typing import Any
 
 from oacore.config.circuits import CircuitMethod
+from oacore.config.model import SHIPPED_DEMO
 from oacore.config.run import Config
-from oacore.config.tasks import Pairs, task_row
+from oacore.config.tasks import Pairs, Text, task_row
 from oacore.estimate.need import Parts
 from oacore.estimate.passes import statistics_bytes
 from oacore.estimate.sizes import Sizes
-from oacore.tasks import pairs
+from oacore.tasks import pairs, text
+from oacore.tasks.counts import FileSizes
+from oacore.tasks.prompts import SPLITS
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,15 @@ class Case:
         return self.config.limits.tokens_per_batch
 
     @cached_property
-    def _files(self) -> dict[str, pairs.Sizes]:
-        """What the files of the user's own tasks have."""
-        selected, seed = self.config.tasks.selected(), self.config.seed
-        return {name: pairs.sizes(task, name, seed) for name, task in selected.items() if isinstance(task, Pairs)}
+    def _files(self) -> dict[str, FileSizes]:
+        """What the files of the user's own tasks have, and a text of which shares are wanted."""
+        found = {}
+        for name, task in self.config.tasks.selected().items():
+            if isinstance(task, Pairs):
+                found[name] = pairs.sizes(task, name, self.config.seed)
+            elif isinstance(task, Text) and any(not isinstance(getattr(task, f"n_{split}"), int) for split in SPLITS):
+                found[name] = text.sizes(task, task.path or SHIPPED_DEMO / task_row(name).demo_file)
+        return found
 
     def prompt_tokens(self, task: str) -> int:
         """T of a task's longest prompt, as its settings, its file or else its row says."""

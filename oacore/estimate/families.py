@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from oacore.config.model import REGISTERED
+
 
 def _gpt2(model_config: dict[str, Any]) -> dict[str, Any]:
     d, n_heads = model_config["n_embd"], model_config["n_head"]
@@ -57,7 +59,13 @@ def _gemma3(model_config: dict[str, Any]) -> dict[str, Any]:
     return _gemma2(model_config) | {"d_head": model_config.get("head_dim") or 256}
 
 
-# By `model_type`, for all of `oacore.config.model.ARCHITECTURES`: the fields of `oacore.estimate.sizes.Sizes`.
+def _registered(model_config: dict[str, Any]) -> dict[str, Any]:
+    sizes: dict[str, Any] = model_config["sizes"]
+    return sizes
+
+
+# By `model_type`, for all of `oacore.config.model.ARCHITECTURES`, and for models that `oacore.register` has written:
+# the fields of `oacore.estimate.sizes.Sizes`.
 FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
@@ -68,4 +76,6 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "qwen3": _qwen3,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "olmo2": _llama,
+    REGISTERED: _registered,
 }

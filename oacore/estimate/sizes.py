@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oacore.config.base import nearest
-from oacore.config.model import is_directory_name
+from oacore.config.model import description_of, is_directory_name
 from oacore.config.run import Config
 from oacore.errors import UserError
 from oacore.estimate.families import FAMILIES
@@ -110,7 +110,7 @@ def known_sizes(config: Config, model_config: Path | None = None) -> Sizes | Non
     if path is None and config.is_demo:
         return Sizes.of({"model_type": "gpt2", **demo_architecture(config.demo_model)}, number_bytes(config))
     if path is None and is_directory_name(config.model):
-        path = Path(config.model).expanduser() / "config.json"
+        path = description_of(Path(config.model).expanduser())
     if path is None:
         from huggingface_hub import try_to_load_from_cache
 

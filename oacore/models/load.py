@@ -5,15 +5,17 @@ are read from the Hugging Face modules under it, because the bridge's own `cfg` 
 softcaps (4.3.0).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from oacore.errors import UserError
 from oacore.models.hub import load_hugging_face, load_tokenizer
+from oacore.models.registered import is_registered, read_registered
 from oacore.models.weights import ACTIVATIONS, Block, Model, Norm, Rotary, _map_tensors, to_device, weight_hash
 
 GLOBAL = "full_attention"  # layers that take the model's rotary positions, as Hugging Face calls them
@@ -64,7 +66,7 @@ def load(source: str | Path, *, revision: str | None = None, dtype: str = "fp32"
     """Load a directory or hub model into canonical weights.
 
     Args:
-        source: a directory as written by `save_pretrained`, or a Hugging Face name.
+        source: a directory as written by `save_pretrained` or `oacore.register`, or a Hugging Face name.
         revision: branch, tag or commit of a hub model.
         dtype: `fp32` or `bf16`.
         device: `auto`, `cpu` or `cuda`.
@@ -72,9 +74,12 @@ def load(source: str | Path, *, revision: str | None = None, dtype: str = "fp32"
     Raises:
         UserError: no such directory or hub model, unreachable hub, unsupported architecture.
     """
-    hf = load_hugging_face(source, revision=revision, dtype=dtype)
-    commit = getattr(hf.config, "_commit_hash", None)
-    model = to_device(canonical(hf), pick_device(device))
+    if is_registered(source):
+        model, commit = read_registered(source, dtype), None
+    else:
+        hf = load_hugging_face(source, revision=revision, dtype=dtype)
+        model, commit = canonical(hf), getattr(hf.config, "_commit_hash", None)
+    model = to_device(model, pick_device(device))
     return Loaded(model, source, commit or revision, weight_hash(model))
 
 
@@ -119,7 +124,7 @@ def _canonical(hf: Any) -> Model:
             rotary=rotaries.get(GLOBAL),
             activation=activation,
             blocks=tuple(_block(block, rotaries) for block in bridge.blocks),
-            final_norm=_norm(bridge.ln_final),
+            final_norm=_norm(bridge, "ln_final"),
             W_U=bridge.unembed.original_component.weight,
             b_U=bridge.unembed.original_component.bias,
             logit_softcap=getattr(config, "final_logit_softcapping", None),
@@ -147,10 +152,10 @@ def _block(block: Any, rotaries: dict[str, Rotary]) -> Block:
             for name, bias in biases.items()
         }
     return Block(
-        attention_norm=_norm(block.ln1),
-        mlp_norm=_norm(block.ln2),
-        attention_post_norm=_norm(block.ln1_post) if hasattr(block, "ln1_post") else None,
-        mlp_post_norm=_norm(block.ln2_post) if hasattr(block, "ln2_post") else None,
+        attention_norm=_norm(block, "ln1"),
+        mlp_norm=_norm(block, "ln2"),
+        attention_post_norm=_norm(block, "ln1_post"),
+        mlp_post_norm=_norm(block, "ln2_post"),
         W_Q=weights["Q"],
         W_K=weights["K"],
         W_V=weights["V"],
@@ -168,16 +173,20 @@ def _block(block: Any, rotaries: dict[str, Rotary]) -> Block:
         W_out=mlp.W_out,
         b_in=mlp.b_in,
         b_out=mlp.b_out,
-        query_norm=_head_norm(hf, "q_norm"),
-        key_norm=_head_norm(hf, "k_norm"),
+        query_norm=_head_norm(hf, "q_norm", weights["Q"]),
+        key_norm=_head_norm(hf, "k_norm", weights["K"]),
         rotary=None if kind == GLOBAL else rotaries.get(kind),
     )
 
 
-def _head_norm(attention: Any, name: str) -> Norm | None:
-    """A norm of queries or keys, head by head, where the family has one."""
-    norm = getattr(attention, name, None)
-    return None if norm is None else _norm(norm)
+def _head_norm(attention: Any, name: str, weight: Tensor) -> Norm | None:
+    """A norm of queries or keys, whose projection has the weight [d, n, k], where the family has one: head by head, or
+    of all n together.
+    """
+    norm = _norm(attention, name)
+    if norm is None or norm.weight.shape == weight.shape[2:]:
+        return norm
+    return replace(norm, weight=norm.weight.view(weight.shape[1:]))
 
 
 def _rotaries(module: Any) -> dict[str, Rotary]:
@@ -208,8 +217,12 @@ def _rotary(module: Any) -> Rotary:
     return Rotary(short, long, length, float(module.attention_scaling))
 
 
-def _norm(bridge_norm: Any) -> Norm:
-    norm = getattr(bridge_norm, "original_component", bridge_norm)
+def _norm(parent: Any, name: str) -> Norm | None:
+    """The norm of that name, where the family has one; what it should have and is not found, the gate sees."""
+    norm = getattr(parent, name, None)
+    norm = getattr(norm, "original_component", norm)
+    if norm is None or isinstance(norm, torch.nn.Identity):
+        return None
     if isinstance(norm, torch.nn.LayerNorm):
         return Norm(norm.weight, norm.bias, norm.eps, rms=False)
     gemma = type(norm).__name__.startswith("Gemma")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oacore.config.model import REGISTERED
 from oacore.models.graph import Graph
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -24,7 +25,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm, or RMSNorm where `rms`. Gemma's "1 + weight" is already added."""
+    """LayerNorm, or RMSNorm where `rms`, over the last dimensions of what has the weight's shape there. Gemma's "1 +
+    weight" is already added.
+    """
 
     weight: Tensor  # [d]
     bias: Tensor | None  # [d]
@@ -51,52 +54,52 @@ class Rotary:
         return (angles.cos() * self.scale).to(x.dtype), (angles.sin() * self.scale).to(x.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """One transformer block. Absent parts are None; KV = H unless the model groups queries."""
 
-    attention_norm: Norm
-    mlp_norm: Norm
-    attention_post_norm: Norm | None  # Gemma-2 and 3
-    mlp_post_norm: Norm | None  # Gemma-2 and 3
+    attention_norm: Norm | None = None  # before attention; OLMo-2 has none, here and before the MLP
+    mlp_norm: Norm | None = None
+    attention_post_norm: Norm | None = None  # RMSNorm (Gemma-2 and 3, OLMo-2)
+    mlp_post_norm: Norm | None = None
     W_Q: Tensor  # [d, H, k]
     W_K: Tensor  # [d, KV, k]
     W_V: Tensor  # [d, KV, k]
     W_O: Tensor  # [H, k, d]
-    b_Q: Tensor | None  # [H, k]
-    b_K: Tensor | None  # [KV, k]
-    b_V: Tensor | None  # [KV, k]
-    b_O: Tensor | None  # [d]
-    attention_scale: float
-    attention_softcap: float | None
-    window: int | None  # a query sees this many positions, its own included
+    b_Q: Tensor | None = None  # [H, k]; of Q, K and V all have biases, or none
+    b_K: Tensor | None = None  # [KV, k]
+    b_V: Tensor | None = None  # [KV, k]
+    b_O: Tensor | None = None  # [d]
+    attention_scale: float  # of the scores: usually k^-1/2
+    attention_softcap: float | None = None
+    window: int | None = None  # a query sees this many positions, its own included
     W_in: Tensor  # [d, f]
-    W_gate: Tensor | None  # [d, f]
+    W_gate: Tensor | None = None  # [d, f]
     W_out: Tensor  # [f, d]
-    b_in: Tensor | None  # [f]
-    b_out: Tensor | None  # [d]
-    query_norm: Norm | None = None  # of each head's query, weight [k] (Qwen-3, Gemma-3)
-    key_norm: Norm | None = None  # of each key
+    b_in: Tensor | None = None  # [f]
+    b_out: Tensor | None = None  # [d]
+    query_norm: Norm | None = None  # of each head's query, weight [k] (Qwen-3, Gemma-3), or of all, [H, k] (OLMo-2)
+    key_norm: Norm | None = None  # of keys, likewise [k] or [KV, k]
     rotary: Rotary | None = None  # in place of the model's (Gemma-3's layers with a window)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
-    """Canonical weights of a decoder, on one device, without gradients."""
+    """Canonical weights of a decoder, on one device, without gradients. Absent parts are None."""
 
-    family: str
-    parallel: bool  # attention and MLP of a block read the same residual
+    family: str = REGISTERED
+    parallel: bool = False  # attention and MLP of a block read the same residual
     W_E: Tensor  # [V, d]
-    W_pos: Tensor | None  # [P, d] learned positions
-    embed_scale: float  # Gemma multiplies embeddings by sqrt(d)
-    rotary: Rotary | None
-    activation: str
+    W_pos: Tensor | None = None  # [P, d] learned positions
+    embed_scale: float = 1.0  # Gemma multiplies embeddings by sqrt(d)
+    rotary: Rotary | None = None
+    activation: str  # of `ACTIVATIONS`
     blocks: tuple[Block, ...]
-    final_norm: Norm
+    final_norm: Norm | None = None
     W_U: Tensor  # [V, d], as stored: tied to W_E in most small models
-    b_U: Tensor | None  # [V]
-    logit_softcap: float | None
-    max_length: int
+    b_U: Tensor | None = None  # [V]
+    logit_softcap: float | None = None
+    max_length: int  # tokens of a prompt, BOS included
 
     @property
     def n_layers(self) -> int:
@@ -140,8 +143,30 @@ class Model:
 
     @property
     def post_norm(self) -> bool:
-        """Whether what a block's attention and MLP add is normalised once more (Gemma-2 and 3)."""
+        """Whether what a block's attention and MLP add is normalised (Gemma-2 and 3, OLMo-2)."""
         return self.blocks[0].attention_post_norm is not None
+
+    @property
+    def centred(self) -> bool:
+        """Whether whatever reads the residual stream removes its mean over d first, as LayerNorm does.
+
+        Raises:
+            ValueError: some of it does, and some does not.
+        """
+        norms = [self.final_norm, *(norm for block in self.blocks for norm in (block.attention_norm, block.mlp_norm))]
+        centring = {norm is not None and not norm.rms for norm in norms}
+        if len(centring) > 1:
+            raise ValueError("LayerNorm before some of what reads the residual stream; allowed: before all, or none")
+        return centring.pop()
+
+    @property
+    def heads_apart(self) -> bool:
+        """Whether a layer's heads meet in no norm, so that what one computes does not depend on the others."""
+        return not self.post_norm and all(
+            norm is None or norm.weight.dim() == 1
+            for block in self.blocks
+            for norm in (block.query_norm, block.key_norm)
+        )
 
     @cached_property
     def graph(self) -> Graph:
@@ -206,12 +231,12 @@ def weight_hash(model: Model) -> str:
         model.embed_scale,
         model.activation,
         model.logit_softcap,
-        model.final_norm.eps,
+        _eps(model.final_norm),
     )
     per_block = [
         (
             *(block.attention_scale, block.attention_softcap, block.window),
-            *(block.attention_norm.eps, block.mlp_norm.eps),
+            *(_eps(block.attention_norm), _eps(block.mlp_norm)),
             *(norm.eps for norm in (block.query_norm, block.key_norm) if norm is not None),
         )
         for block in model.blocks
@@ -223,3 +248,7 @@ def weight_hash(model: Model) -> str:
     ]
     digest.update(json.dumps([scalars, per_block, rotaries], sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _eps(norm: Norm | None) -> float | None:
+    return None if norm is None else norm.eps

@@ -16,6 +16,7 @@ from oacore.engine.parity import PARITY_TOLERANCE, check_parity, hugging_face_lo
 from oacore.errors import UserError
 from oacore.inputs import gated_model, model_source
 from oacore.models.hub import load_hugging_face, load_tokenizer
+from oacore.models.registered import is_registered
 from oacore.models.weights import Model
 from oacore.removal.ablated import Components
 from oacore.store.artefacts import read_json, read_tensors
@@ -116,6 +117,8 @@ def export(config: Config, output: Path, method: str, ablation: str, knob: float
     ablated = _read(config, layout, method, ablation, knob, seed)
     loaded = gated_model(config, Path(layout.model_json))
     source = model_source(config, Path(layout.model_json))
+    if is_registered(source):
+        raise UserError(f"removal-export: {source!r} was registered; allowed: a model of a Hugging Face class")
     hf = load_hugging_face(source, revision=loaded.revision, dtype=config.dtype)
     edit(hf, loaded.model, ablated)
     tokens, lengths = parity_prompts(hf.config.vocab_size, hf.config.max_position_embeddings)

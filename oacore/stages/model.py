@@ -1,4 +1,4 @@
-"""Load the model, hold it against Hugging Face (the parity gate) and write down what it is."""
+"""Load the model, hold it against Hugging Face or its own forward pass (the parity gate), write down what it is."""
 
 from dataclasses import asdict
 from importlib.metadata import version
@@ -62,7 +62,7 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
     }
     write_json(outputs["model"], facts)
     print(
-        f"model: {model.family}, {model.n_layers} layers, parity with Hugging Face {parity.max_abs_log_prob:.2g} nats"
+        f"model: {model.family}, {model.n_layers} layers, parity with {parity.of} {parity.max_abs_log_prob:.2g} nats"
         + (f"; {parity.precision} moves {parity.precision_log_prob:.2g}" if parity.precision != "ieee" else "")
     )
 

@@ -1,5 +1,6 @@
 """Generate a task's prompts for the model's tokenizer."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,19 +10,24 @@ from oacore.config.run import Config
 from oacore.config.tasks import task_row
 from oacore.engine.clean import Batch
 from oacore.engine.forward import embed, last_residual_from, logits_of
+from oacore.engine.parity import PARITY_TOLERANCE, check_parity, hugging_face_logits
 from oacore.errors import UserError
 from oacore.inputs import gated_model, model_source, provenance_of, settings_with_file
 from oacore.jobs import Files
-from oacore.models.hub import load_tokenizer
+from oacore.models.hub import load_hugging_face, load_tokenizer
 from oacore.models.weights import Model
 from oacore.store.artefacts import read_json
 from oacore.tasks.generate import generate
 from oacore.tasks.prompts import SPLITS, Complete, Ints, Prompts, called
 from oacore.tasks.stored import write_prompts
 
+N_LONGEST = 4  # prompts of a task, as many as the gate has of random ones
+
 
 def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
-    """Write prompts.h5: all splits. Only a task of what the model completes rightly runs the model."""
+    """Write prompts.h5: all splits. Only a task of what the model completes rightly runs the model, and one of longer
+    prompts than the parity gate has seen.
+    """
     settings, facts = settings_with_file(config, inputs["model"], task), read_json(inputs["model"])
     complete: Complete | None = None
     if task_row(task).completed:
@@ -32,6 +38,7 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
         tokenizer = load_tokenizer(source, facts["revision"] or config.revision)
     splits = _all_splits(task, settings, tokenizer, config.seed, complete)
     _check_sizes(task, splits, facts["sizes"], tokenizer)
+    check_long_prompts(config, inputs["model"], task, splits)
     provenance = provenance_of(config, inputs["model"], task)
     described = {"settings": settings.model_dump(mode="json"), "example": example(splits["test"], tokenizer)}
     write_prompts(outputs["prompts"], splits, provenance.noting(**described))
@@ -72,6 +79,34 @@ def _check_sizes(task: str, splits: dict[str, Prompts], sizes: dict[str, int], t
             f"tasks.{task}: {called(tokenizer)} has the id {largest} for {tokenizer.decode([largest])!r}; allowed: ids "
             f"below {sizes['d_vocab']}, the model's vocabulary, as of a tokenizer that belongs to the model"
         )
+
+
+def check_long_prompts(config: Config, model_json: Path, task: str, splits: dict[str, Prompts]) -> None:
+    """The parity gate on the task's longest prompts, where they are longer than the random ones that it has seen: a
+    window or rotary scaling may begin to matter there. To load Hugging Face's model anew takes a second and more.
+
+    Raises:
+        UserError: our log-probabilities differ from Hugging Face's.
+    """
+    facts = read_json(model_json)
+    every = [row[:length] for part in splits.values() for row, length in zip(part.tokens, part.lengths, strict=True)]
+    rows = [torch.from_numpy(row).long()[None] for row in sorted(every, key=len)[-N_LONGEST:]]
+    lengths = [torch.tensor([row.shape[1]]) for row in rows]
+    if lengths[-1] <= facts["parity"]["longest"]:
+        return
+    source, revision = model_source(config, model_json), facts["revision"] or config.revision
+    hf = load_hugging_face(source, revision=revision, dtype=config.dtype)
+    expected = [hugging_face_logits(hf, *prompt) for prompt in zip(rows, lengths, strict=True)]
+    del hf  # as large as ours
+    model = gated_model(config.model_copy(update={"device": "cpu"}), model_json).model
+    try:
+        found = [
+            check_parity(model, *prompt, PARITY_TOLERANCE[config.dtype]).max_abs_log_prob
+            for prompt in zip(rows, lengths, expected, strict=True)
+        ]
+    except UserError as error:
+        raise UserError(f"tasks.{task}: on its prompts of up to {int(lengths[-1])} tokens: {error}") from None
+    print(f"{task}: parity with Hugging Face {max(found):.2g} nats on the {len(rows)} longest prompts")
 
 
 def example(prompts: Prompts, tokenizer: Any) -> dict[str, str]:

@@ -95,7 +95,7 @@ def _run_facts(config: Config, facts: dict[str, Any], counts: dict[str, Any]) ->
             "edges": sizes["n_edges"],
             "revision": facts["revision"] or "none (local)",
             "weight hash": facts["model_hash"][:16],
-            "parity with Hugging Face": f"{parity['max_abs_log_prob']:.1e} nats (gate {parity['tolerance']:g})",
+            f"parity with {parity['of']}": f"{parity['max_abs_log_prob']:.1e} nats (gate {parity['tolerance']:g})",
         },
         "Prompts": {task: ", ".join(f"{c[split]['n_prompts']} {split}" for split in c) for task, c in counts.items()},
         "Run": {"name": config.run, "seed": str(config.seed), "precision": config.dtype, **facts["versions"]},

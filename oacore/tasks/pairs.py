@@ -3,8 +3,6 @@
 docs/tasks.md describes the file.
 """
 
-import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 from oacore.config.run import Config
 from oacore.config.tasks import Pairs
 from oacore.errors import UserError
+from oacore.tasks.counts import FileSizes, counts, spoken
 from oacore.tasks.files import SHOWN, bad_rows, deal, rows, subject_span
 from oacore.tasks.prompts import SPLITS, Complete, Prompts, build, called, encode, following, stream, token_text
 from oacore.tasks.template import SUFFIXES, template_rows
@@ -52,15 +51,6 @@ class Encoded(NamedTuple):
     def is_aligned(self) -> bool:
         """Whether both prompts have as many tokens, so that activations can be exchanged position by position."""
         return len(self.clean) == len(self.corrupt)
-
-
-class Sizes(NamedTuple):
-    """What an estimate wants to know of a file."""
-
-    n_train: int
-    n_validation: int
-    n_test: int
-    longest: int  # tokens of the longest prompt with BOS, a word or punctuation mark for each
 
 
 # The file
@@ -191,29 +181,8 @@ def split_pairs(pairs: Sequence[Pair], seed: int) -> list[str]:
     return [of_cluster[number] for number in cluster]
 
 
-def counts(settings: Pairs, task: str, split_of: Sequence[str]) -> dict[str, int]:
-    """How many rows to take of each split, of those that there are.
-
-    Raises:
-        UserError: what there is too little of, of all splits at once.
-    """
-    has = Counter(split_of)
-    wanted: dict[str, Any] = {split: getattr(settings, f"n_{split}") for split in SPLITS}
-    taken = {split: _taken(wanted[split], has[split]) for split in SPLITS}
-    if beyond := [f"n_{split} {wanted[split]}" for split in SPLITS if not 2 <= taken[split] <= has[split]]:
-        there = ", ".join(f"{has[split]} {split}" for split in SPLITS)
-        raise UserError(
-            f"tasks.{task}: {', '.join(beyond)} wanted; {settings.pairs} has {there} rows; allowed: at least 2 of each "
-            "split, and at most what there is"
-        )
-    return taken
-
-
-def _taken(wanted: Any, has: int) -> int:
-    """A number of rows, a share of those that there are, or all."""
-    if wanted == "all":
-        return has
-    return wanted if isinstance(wanted, int) else round(wanted * has)
+def _counts(settings: Pairs, task: str, split_of: Sequence[str]) -> dict[str, int]:
+    return counts(settings, f"tasks.{task}", f"{settings.pairs}", split_of, "rows")
 
 
 def check(config: Config, task: str) -> None:
@@ -226,7 +195,7 @@ def check(config: Config, task: str) -> None:
     settings = config.tasks.selected()[task]
     assert isinstance(settings, Pairs)
     pairs = read_pairs(settings.pairs, f"tasks.{task}.pairs")
-    counts(settings, task, split_pairs(pairs, config.seed))
+    _counts(settings, task, split_pairs(pairs, config.seed))
     without = [pair.place for pair in pairs if not pair.wrong]
     if without and task in config.circuit_tasks() and (comparing := config.comparing_answers()):
         raise UserError(
@@ -241,12 +210,12 @@ def check(config: Config, task: str) -> None:
         )
 
 
-def sizes(settings: Pairs, task: str, seed: int) -> Sizes:
+def sizes(settings: Pairs, task: str, seed: int) -> FileSizes:
     """What there will be, as far as can be seen without a tokenizer; raises UserError for a bad file, as `check`."""
     pairs = read_pairs(settings.pairs, f"tasks.{task}.pairs")
-    longest = max(len(re.findall(r"\w+|[^\w\s]", pair.clean)) for pair in pairs)
-    n_train, n_validation, n_test = counts(settings, task, split_pairs(pairs, seed)).values()
-    return Sizes(n_train, n_validation, n_test, 1 + longest)
+    longest = max(spoken(pair.clean) for pair in pairs)
+    n_train, n_validation, n_test = _counts(settings, task, split_pairs(pairs, seed)).values()
+    return FileSizes(n_train, n_validation, n_test, 1 + longest)
 
 
 # Tokens
@@ -316,7 +285,7 @@ def generate(
     encoded = encode_pairs(tokenizer, pairs, path, key, settings.align)
     split_of, cluster = split_pairs(pairs, seed), clusters(pairs)
     aligned = [i for i, row in enumerate(encoded) if row.is_aligned]
-    n = counts(settings, task, [split_of[i] for i in aligned])[split]
+    n = _counts(settings, task, [split_of[i] for i in aligned])[split]
     usable = [i for i in aligned if split_of[i] == split]
     chosen = [usable[k] for k in sorted(stream(seed, split).permutation(len(usable))[:n])]
     found = [encoded[i] for i in chosen]

@@ -6,19 +6,21 @@ text file.
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from oacore.errors import UserError
+from oacore.tasks.counts import FileSizes, counts, spoken, wanted_of
 from oacore.tasks.prompts import (
+    SPLITS,
     Prompts,
     bos_id,
     build,
     called,
     ids_and_offsets,
-    limit,
     read_text,
     split_of,
     stream,
@@ -58,15 +60,15 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
     Answers [N, 1]: the token that follows the window in its passage; wrong answers [N, 1]: -1. Counterfactual: a window
     of another passage of the split. `complete` is not used.
     Passages with a token that the tokenizer does not know are left out and counted (meta n_unknown).
-    Raises UserError for an unreadable or empty file, and where the split has too few windows.
+    Raises UserError for an unreadable or empty file, and where splits have too few windows, of all at once.
     """
-    wanted, rng = limit(settings, "text", split), stream(seed, split)
+    rng = stream(seed, split)
     path, size = Path(settings.path), settings.n_tokens - 1
     # A window that occurs twice belongs to the passage that has it first, so that common openings don't leak between
     # splits.
     windows: dict[tuple[int, ...], tuple[int, int]] = {}  # ids -> (passage, next id)
     texts = passages(path, settings.passages)
-    unknown = 0
+    unknown, split_of_passage = 0, [split_of(text) for text in texts]
     for i, text in enumerate(texts):
         ids, offsets = ids_and_offsets(tokenizer, text)
         if (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids) or without_token(text, offsets):
@@ -74,7 +76,7 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
             continue
         for start in _starts(settings.windows, len(ids) - size, size, [seed, i]):
             windows.setdefault(tuple(ids[start : start + size]), (i, ids[start + size]))
-    of_split = [(window, i, id_) for window, (i, id_) in windows.items() if split_of(texts[i]) == split]
+    of_split = [(window, i, id_) for window, (i, id_) in windows.items() if split_of_passage[i] == split]
     owners = np.array([i for _, i, _ in of_split], np.int64)  # sorted: passages were read in order
     if len(set(owners.tolist())) < 2:
         raise UserError(
@@ -82,10 +84,8 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
             f"(tasks.text.n_tokens) in the {split} split, out of {len(texts)} passages ({unknown} with words unknown "
             f"to {called(tokenizer)}); at least 2 are needed"
         )
-    if len(of_split) < wanted:
-        raise UserError(
-            f"tasks.text.n_{split}: {wanted} wanted, but {path} has only {len(of_split)} distinct windows in the split"
-        )
+    splits = [split_of_passage[i] for i, _ in windows.values()]
+    wanted = counts(settings, "tasks.text", f"{path}", splits, "distinct windows")[split]
     bos = bos_id(tokenizer)
     chosen = rng.choice(len(of_split), wanted, replace=False)
     counterfactuals = []
@@ -106,7 +106,7 @@ def generate(settings: Any, tokenizer: Any, seed: int, split: str, *, complete: 
         answers,
         wrong,
         meta=meta,
-        cluster=owners[chosen],
+        cluster=owners[chosen].tolist(),
     )
 
 
@@ -116,3 +116,15 @@ def _starts(where: str, end: int, size: int, seed: list[int]) -> range:
         return range(min(1, max(0, end)))
     first = int(np.random.default_rng(seed).integers(size)) if where == "anywhere" else 0
     return range(first, end, size)
+
+
+def sizes(settings: Any, path: Path) -> FileSizes:
+    """What there will be, as far as can be seen without a tokenizer: shares are of windows of words."""
+    size = settings.n_tokens - 1
+    has = Counter(
+        split_of(text)
+        for i, text in enumerate(passages(path, settings.passages))
+        for _ in _starts(settings.windows, spoken(text) - size, size, [0, i])
+    )
+    n_train, n_validation, n_test = (wanted_of(getattr(settings, f"n_{split}"), has[split]) for split in SPLITS)
+    return FileSizes(n_train, n_validation, n_test, settings.n_tokens)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, random_hf
+from conftest import BRIDGED, random_hf
 
 from oacore.ablation.ablate import ablated_logits
 from oacore.ablation.components import Component, Group, components_of, group_components, rows_in, value_of, width
@@ -24,7 +24,7 @@ def bridge_of(name):
     return build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, tokenizer=None)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=BRIDGED)
 def case(request):
     lengths = torch.tensor([12, 7, 3])
     tokens = torch.randint(0, 97, (3, N_TOKENS), generator=torch.Generator().manual_seed(5))

@@ -150,7 +150,7 @@ def test_a_shared_key_counts_once_per_query_head():
 
 # Constants for EAP-IG.
 
-FAMILIES = ("gpt2", "neox-parallel", "neox-sequential", "llama", "qwen2", "gemma2")
+FAMILIES = ("gpt2", "neox-parallel", "neox-sequential", "llama", "qwen2", "gemma2", "olmo2")
 
 
 def random_constants(model: Model, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from oacore.fits.resume import Resumable
 from oacore.models.load import canonical
 
 N, T = 8, 7
-FAMILIES = ("gpt2", "llama", "gemma2")
+FAMILIES = ("gpt2", "gpt2-bare", "llama", "gemma2", "olmo2")
 
 
 def some_batch():

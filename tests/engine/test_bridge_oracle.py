@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, random_hf
+from conftest import BRIDGED, FAMILIES, random_hf
 
 from oacore.ablation.ablate import ablated_logits
 from oacore.ablation.components import Component, group_components
@@ -26,7 +26,8 @@ def bridge_logits(name, tokens, masks, replacement):
     bridge.set_use_attn_result(True)
     bridge.set_use_split_qkv_input(True)
     bridge.set_use_hook_mlp_in(True)
-    graph = canonical(random_hf(name)).graph
+    model = canonical(random_hf(name))
+    graph = model.graph
     outs, after_bos = [], (torch.arange(T) > 0)[:, None].float()
 
     def edited(value, rows):
@@ -43,11 +44,10 @@ def bridge_logits(name, tokens, masks, replacement):
     def record_heads(layer):
         def run(value, hook):
             written = value  # [B, T, H, d], without b_O
-            block = bridge.blocks[layer]
-            if hasattr(block, "ln1_post"):  # the post-norm's scale is shared by the heads, and live
-                post = block.ln1_post.original_component
+            post = model.blocks[layer].attention_post_norm
+            if post is not None:  # its scale is shared by the heads, and live
                 scale = torch.rsqrt(value.sum(2, keepdim=True).square().mean(-1, keepdim=True) + post.eps)
-                written = value * scale * (1 + post.weight)
+                written = value * scale * post.weight
             pending.extend(written.unbind(2))
 
         return run
@@ -85,7 +85,7 @@ def bridge_logits(name, tokens, masks, replacement):
     return bridge.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", BRIDGED)
 def test_random_masks_match_bridge_hooks(name):
     model = canonical(random_hf(name))
     generator = torch.Generator().manual_seed(0)

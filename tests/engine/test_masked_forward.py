@@ -1,5 +1,7 @@
 """The masked-edge engine against a brute force in float64 that walks every destination, and against the clean model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FAMILIES, random_hf
@@ -49,6 +51,14 @@ def norm64(norm, x):
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
 
 
+def head_norm64(norm, x):
+    """Of queries or keys [n, T, k]: each head's, or all together as one vector of n k."""
+    if norm is None or norm.weight.dim() == 1:
+        return norm64(norm, x)
+    joint = x.transpose(0, 1).flatten(1)
+    return norm64(replace(norm, weight=norm.weight.flatten()), joint).unflatten(1, norm.weight.shape).transpose(0, 1)
+
+
 def brute_force(model, tokens, length, mask, replacement):
     """Logits [V] of one prompt, given a replacement [S, T, d].
 
@@ -78,7 +88,7 @@ def brute_force(model, tokens, length, mask, replacement):
             return torch.stack(rows)  # [n, T, k]
 
         q, k = project(q_at, block.W_Q, block.b_Q), project(k_at, block.W_K, block.b_K)
-        q, k = norm64(block.query_norm, q), norm64(block.key_norm, k)
+        q, k = head_norm64(block.query_norm, q), head_norm64(block.key_norm, k)
         v = project(v_at, block.W_V, block.b_V)
         if rotary_of(model, block) is not None:
             cos, sin = rotary_tables(model, block, x0[None])
@@ -170,7 +180,7 @@ def test_constants_get_their_gradient_through_ablated_edges(model, positions):
         replacement = torch.cat((torch.zeros_like(constants[0, :, :1]), constants[row].expand(-1, T - 1, -1)), 1)
         wanted.append(brute_force(model, batch.tokens[row], int(batch.lengths[row]), masks[row], replacement))
     (gradient,) = torch.autograd.grad((torch.stack(wanted) * weights).sum(), constants)
-    if not model.final_norm.rms:  # the engine's constants have no mean over d, which LayerNorm removes
+    if model.centred:  # the engine's constants have no mean over d, which LayerNorm removes
         gradient = gradient - gradient.mean(-1, keepdim=True)
     torch.testing.assert_close(got, gradient, atol=1e-4, rtol=1e-4)
 
@@ -252,7 +262,7 @@ def test_a_plan_leaves_out_only_what_is_not_used(model):
         found.append((logits.detach(), own.grad * (masks > 0), constants.grad))
     for first, second in zip(*found, strict=True):
         torch.testing.assert_close(first, second, atol=1e-9, rtol=1e-9)
-    if not model.post_norm:
+    if model.heads_apart:
         assert engine.weights.plan(masks).n_sources < model.graph.n_sources
 
 

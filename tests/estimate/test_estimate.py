@@ -17,7 +17,7 @@ from oacore.__main__ import main
 from oacore.circuits.numbers import PASS_BYTES_ON_CPU, PASS_SHARE
 from oacore.config.circuits import CIRCUIT_METHODS, EDGE_ABLATIONS
 from oacore.config.lenses import LENSES
-from oacore.config.model import ARCHITECTURES
+from oacore.config.model import ARCHITECTURES, REGISTERED
 from oacore.config.read import load_config, parse_config
 from oacore.config.rows import resolve
 from oacore.engine.folded import Weights
@@ -105,7 +105,9 @@ for dtype in ("fp32", "bf16"):
 # ---- The same numbers as the code's ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "neox-parallel", "llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "neox-parallel", "llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2", "olmo2"]
+)
 def test_sizes_weights_and_rows_are_the_models_own(family):
     hf = random_hf(family)
     s, model = Sizes.of(hf.config.to_dict()), canonical(hf)
@@ -130,10 +132,10 @@ def test_sizes_weights_and_rows_are_the_models_own(family):
 
 
 def test_every_family_that_the_pipeline_runs_has_sizes_and_no_other():
-    assert set(FAMILIES) == set(ARCHITECTURES)
+    assert set(FAMILIES) == {*ARCHITECTURES, REGISTERED}
     facts = random_hf("llama").config.to_dict()
     for family, nearest in (("falcon", ""), ("lama", " \\(did you mean 'llama'\\?\\)"), (None, "")):
-        with pytest.raises(UserError, match=rf"architecture {family!r}, .*allowed: gpt2, .*, gemma3_text{nearest}$"):
+        with pytest.raises(UserError, match=rf"architecture {family!r}, .*allowed: gpt2, .*, registered{nearest}$"):
             Sizes.of(facts | {"model_type": family})
     with pytest.raises(UserError, match="has no 'hidden_size'"):
         Sizes.of({name: value for name, value in facts.items() if name != "hidden_size"})

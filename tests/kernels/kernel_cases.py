@@ -109,11 +109,15 @@ def brute_force_mix(base: Tensor, masks: Tensor, delta: Tensor) -> Tensor:
     return torch.stack(x).view(J, B, T, d)
 
 
-def brute_force_read(p: Problem, base: Tensor, masks: Tensor, delta: Tensor, eps: float) -> Tensor:
+def brute_force_norm(x: Tensor, eps: float | None) -> Tensor:
+    """The RMS norm of x [..., d]; without an eps, x."""
+    return x if eps is None else x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def brute_force_read(p: Problem, base: Tensor, masks: Tensor, delta: Tensor, eps: float | None) -> Tensor:
     """y [J, B, T, k] as the models compute it: normalise first, project after."""
-    x = brute_force_mix(base, masks, delta)
-    normed = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-    return torch.stack([normed[j] @ p.weight[j] + p.bias[j] for j in range(len(x))])
+    normed = brute_force_norm(brute_force_mix(base, masks, delta), eps)
+    return torch.stack([normed[j] @ p.weight[j] + p.bias[j] for j in range(len(normed))])
 
 
 def brute_force_constants(p: Problem, dx: Tensor) -> Tensor:

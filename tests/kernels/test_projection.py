@@ -11,6 +11,7 @@ from kernel_cases import (
     assert_rivals,
     brute_force_constants,
     brute_force_mix,
+    brute_force_norm,
     brute_force_read,
     error,
     poisoned,  # noqa: F401 - a fixture for every test
@@ -28,22 +29,22 @@ def gradient_of(p: Problem, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE, dtype)
 
 
-def by_brute_force(p: Problem, dy: torch.Tensor) -> list[torch.Tensor]:
+def by_brute_force(p: Problem, dy: torch.Tensor, eps: float | None = EPS) -> list[torch.Tensor]:
     p, dy = p.double(), dy.double().cpu()
     operands = [x.requires_grad_() for x in (p.base, p.masks, p.delta)]
-    y = brute_force_read(p, *operands, EPS)
+    y = brute_force_read(p, *operands, eps)
     gradients = torch.autograd.grad(y, operands, dy)
     return [
         y.detach(),
         *gradients,
-        brute_force_constants(Problem(**{**vars(p), "masks": p.masks.detach()}), true_input_gradient(p, dy)),
+        brute_force_constants(Problem(**{**vars(p), "masks": p.masks.detach()}), true_input_gradient(p, dy, eps)),
     ]
 
 
-def true_input_gradient(p: Problem, dy: torch.Tensor) -> torch.Tensor:
+def true_input_gradient(p: Problem, dy: torch.Tensor, eps: float | None = EPS) -> torch.Tensor:
     """dx [J, B, T, d] by autograd through normalise-then-project."""
     x = brute_force_mix(p.base.detach(), p.masks.detach(), p.delta.detach()).requires_grad_()
-    y = torch.einsum("jbtd,jdk->jbtk", x / (x.square().mean(-1, keepdim=True) + EPS).sqrt(), p.weight)
+    y = torch.einsum("jbtd,jdk->jbtk", brute_force_norm(x, eps), p.weight)
     return torch.autograd.grad(y, x, dy)[0]
 
 
@@ -56,11 +57,16 @@ def solved(case: str, dtype: torch.dtype) -> tuple[Problem, torch.Tensor, list[t
 
 
 def by_op(
-    p: Problem, dy: torch.Tensor, backend: str, precision: str = "ieee", store_inputs: bool = False
+    p: Problem,
+    dy: torch.Tensor,
+    backend: str,
+    precision: str = "ieee",
+    store_inputs: bool = False,
+    eps: float | None = EPS,
 ) -> list[torch.Tensor]:
     operands = [x.detach().clone().requires_grad_() for x in (p.base, p.masks, p.delta, p.constants)]
     base, masks, delta, constants = operands
-    projection, how = Projection(p.weight, p.bias, EPS), {"backend": backend, "precision": precision}
+    projection, how = Projection(p.weight, p.bias, eps), {"backend": backend, "precision": precision}
     y = masked_read(base, masks, delta, projection, constants, store_inputs=store_inputs, **how)
     return [y, *torch.autograd.grad(y, operands, dy)]
 
@@ -87,6 +93,18 @@ def test_error_does_not_exceed_that_of_eager(
         values = by_op(p, dy, backend, precision, store_inputs)
         for name, value, truth, rival in zip(NAMES, values, truths, eager, strict=True):
             assert_rivals(error(value, truth), rival, dtype, precision, name)
+
+
+@pytest.mark.parametrize("store_inputs", [False, True])
+@pytest.mark.parametrize("case", ["shared masks", "positional", "wide"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_norm(backend: str, case: str, store_inputs: bool) -> None:
+    """In double by eager, in fp32 by the kernels around it."""
+    p = CASES[case].to(torch.float64 if backend == "eager" else torch.float32)
+    dy = gradient_of(p, p.delta.dtype)
+    found, truths = by_op(p, dy, backend, store_inputs=store_inputs, eps=None), by_brute_force(p, dy, eps=None)
+    for name, value, truth in zip(NAMES, found, truths, strict=True):
+        assert error(value, truth) < (1e-12 if backend == "eager" else 1e-5), name
 
 
 @pytest.mark.parametrize("store_inputs", [False, True])

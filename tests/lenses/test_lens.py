@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, random_hf
+from conftest import BRIDGED, random_hf
 
 import oacore.engine.forward
 from oacore.config.lenses import LENSES, Lenses, LensFit
@@ -75,7 +75,7 @@ def cached(gpt2, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("llama-")])
+@pytest.mark.parametrize("name", [name for name in BRIDGED if not name.startswith("llama-")])
 def test_oca_is_the_bridge_with_constant_attention(name):
     """The bridge's attention outputs become constants from layer l on; only the last position's residual goes in, as in
     the lens.

@@ -11,6 +11,7 @@ from conftest import FAMILIES, random_hf
 from oacore.engine.forward import logits_of, residual_after
 from oacore.errors import UserError
 from oacore.jobs import STAGES
+from oacore.models.form import check_form
 from oacore.models.load import canonical
 from oacore.models.stored import read_model, write_model
 from oacore.models.weights import named_tensors, weight_hash
@@ -22,6 +23,7 @@ from oacore.store.fingerprint import fingerprint
 def test_a_stored_model_is_the_model(family, dtype, tmp_path):
     """40 tokens are beyond the short context of longrope and yarn."""
     model, path = canonical(random_hf(family).to(dtype)), tmp_path / "weights.safetensors"
+    check_form(model)  # what the engine computes, `oacore.register` takes
     write_model(path, model)
     again = read_model(path, fingerprint(path))
     assert weight_hash(again) == weight_hash(model) and again.graph == model.graph

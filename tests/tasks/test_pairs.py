@@ -28,8 +28,9 @@ from oacore.jobs import planned
 from oacore.models.demo import make_tokenizer
 from oacore.runner import run_stage
 from oacore.store.layout import Layout
+from oacore.tasks.counts import counts
 from oacore.tasks.generate import check_files, generate
-from oacore.tasks.pairs import Pair, clusters, counts, read_pairs, split_pairs
+from oacore.tasks.pairs import Pair, clusters, read_pairs, split_pairs
 from oacore.tasks.prompts import SPLITS
 
 ROOT = Path(__file__).parents[2]
@@ -200,12 +201,12 @@ def test_counts_are_numbers_shares_or_all(has, wanted):
     expected = [n if w == "all" else w if w >= 2 else round(w * n) for w, n in zip(wanted, has, strict=True)]
     if beyond := [i for i in range(3) if not 2 <= expected[i] <= has[i]]:
         with pytest.raises(UserError) as error:
-            counts(settings, "mine", split_of)
+            counts(settings, "tasks.mine", "mine.csv", split_of, "rows")
         asked = ", ".join(f"n_{SPLITS[i]} {wanted[i]}" for i in beyond)
         there = f"{has[0]} train, {has[1]} validation, {has[2]} test rows"
         assert f"tasks.mine: {asked} wanted; mine.csv has {there}" in str(error.value)
     else:
-        assert list(counts(settings, "mine", split_of).values()) == expected
+        assert list(counts(settings, "tasks.mine", "mine.csv", split_of, "rows").values()) == expected
 
 
 def test_fewer_rows_are_some_of_more_in_the_file_s_order(write):

@@ -17,8 +17,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from oacore.config.read import parse_config
 from oacore.config.tasks import TASKS
 from oacore.errors import UserError
+from oacore.estimate.case import Case
+from oacore.estimate.sizes import known_sizes
 from oacore.tasks import facts, greater_than, ioi
 from oacore.tasks.facts import read_facts_file
 from oacore.tasks.generate import generate
@@ -792,9 +795,7 @@ def test_windows_begin_where_asked(tmp_path, gpt2):
 
     def starts(where, seed=0):
         """Places in their passages of all training windows, by passage."""
-        asked = settings(2, path=path, n_tokens=9, windows=where)
-        n = generate("text", asked, gpt2, seed, "train").meta["n_windows"]
-        prompts = generate("text", settings(n, path=path, n_tokens=9, windows=where), gpt2, seed, "train")
+        prompts = generate("text", settings("all", path=path, n_tokens=9, windows=where), gpt2, seed, "train")
         places = {}
         for owner, tokens in zip(prompts.cluster.tolist(), prompts.tokens[:, 1:].tolist(), strict=True):
             row = encoded[owner]
@@ -814,11 +815,11 @@ def test_windows_begin_where_asked(tmp_path, gpt2):
 
 def test_text_counterfactuals_come_from_another_passage(tmp_path, gpt2):
     path = tmp_path / "t.json"
-    animals = ("cat", "dog", "bird", "fish")
-    # By its hash, the first of these passages is in the validation split; the others are in the train split.
+    animals = ("cat", "dog", "bird", "fish", "hen", "bear", "lion")
+    # By their hashes, three of these passages are in the train split, and two in each of the others.
     passages = [" ".join(f"One {animal} and {i} more" for i in range(40)) for animal in animals]
     train = [1, 2, 3]
-    assert [i for i in range(4) if split_of(passages[i]) == "train"] == train
+    assert [i for i in range(7) if split_of(passages[i]) == "train"] == train
     path.write_text(json.dumps(passages))
     prompts = generate("text", settings(20, path=path, n_tokens=6), gpt2, 0, "train")
     at = [
@@ -841,10 +842,9 @@ def test_text_leaves_out_passages_with_unknown_words(tmp_path, words):
         )
     )
     for split in SPLITS:
-        n = generate("text", settings(2, path=path, n_tokens=5), words, 0, split).meta["n_windows"]
-        prompts = generate("text", settings(n, path=path, n_tokens=5), words, 0, split)
+        prompts = generate("text", settings("all", path=path, n_tokens=5), words, 0, split)
         assert prompts.meta["n_unknown"] == 1 and words.unk_token_id not in prompts.tokens
-        assert len(set(prompts.text)) == n  # each window once
+        assert len(set(prompts.text)) == prompts.meta["n_windows"]  # each window once
 
 
 @pytest.mark.parametrize(
@@ -882,5 +882,21 @@ def test_more_text_errors(tmp_path, gpt2):
     with pytest.raises(UserError, match="empty holds no text"):
         generate("text", settings(path=tmp_path / "empty", n_tokens=9), gpt2, 0, "train")
     path = shared("text/tinystories_1000.json")
-    with pytest.raises(UserError, match=r"tasks\.text\.n_test: 1000000 wanted, but .* only \d+ distinct windows"):
-        generate("text", settings(1_000_000, path=path, n_tokens=64), gpt2, 0, "test")
+    wanted = rf"tasks.text: n_train {10**6}, n_validation {10**6}, n_test {10**6} wanted; {path} has "
+    with pytest.raises(UserError, match=wanted + r"\d+ train, \d+ validation, \d+ test distinct windows; allowed: at"):
+        generate("text", settings(10**6, path=path, n_tokens=64), gpt2, 0, "test")
+
+
+def test_counts_of_text_may_be_shares(tmp_path, gpt2):
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps([" ".join(f"{i}x{k}" for k in range(30)) for i in range(10, 70)]))
+    asked = settings("all", path=path, n_tokens=9)
+    asked.n_validation = 0.5
+    every, half = (generate("text", asked, gpt2, 0, split) for split in ("train", "validation"))
+    assert len(every.tokens) == every.meta["n_windows"] and len(set(every.text)) == len(every.text)
+    assert len(half.tokens) == round(0.5 * half.meta["n_windows"]) > 2
+    given = parse_config({"model": "demo", "tasks": {"text": {"path": path, "n_tokens": 9, "n_train": 0.5}}})
+    counted = Case(given, known_sizes(given), gpu=False).n_prompts("text")
+    assert 2 <= counted[0] < len(every.tokens) and counted[1:] == (128, 500), "one word or more is a token"
+    with pytest.raises(UserError, match=r"tasks.text.n_test: .*1.5; allowed: a whole number of at least 2, a share"):
+        parse_config({"model": "demo", "tasks": {"text": {"n_test": 1.5}}})

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FAMILIES, random_hf
+from conftest import BRIDGED, random_hf
 
 from oacore.config.tracing import Tracing, TracingFit
 from oacore.engine.clean import clean_pass
@@ -117,7 +117,7 @@ def with_bridge(name, recall, added):
 
 
 @pytest.mark.parametrize("n_answers", [1, 3])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("llama-")])
+@pytest.mark.parametrize("name", [name for name in BRIDGED if not name.startswith("llama-")])
 def test_restored_runs_are_the_bridges(name, n_answers):
     """Same corruption by hooks on the token embedding and on what each site writes; one and several answer tokens;
     ragged prompts.

@@ -46,7 +46,7 @@ def extended(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Snakefile", "environment.yml"):
         shutil.copy(ROOT / name, folder)
-    for name, code in zip(FILES, blocks("docs/extending.md", "python")[2:], strict=True):
+    for name, code in zip(FILES, blocks("docs/extending.md", "python")[2:-2], strict=True):
         assert not (folder / name).exists()
         (folder / name).write_text(code)
     for row in blocks("docs/extending.md", "diff")[1:]:

@@ -431,7 +431,7 @@ NEXT = {
 # The first rules that use each module, without those that come after them anyway.
 MODULES = {
     "model": "engine/forward engine/parity inputs models/graph models/hub models/load "
-    "models/stored models/weights stages/model store/checksums "
+    "models/registered models/stored models/weights stages/model store/checksums "
     "store/reader store/writer tasks/prompts tasks/stored",
     "model vision_model": "store/artefacts store/provenance",
     "model vision": "store/items",
@@ -485,7 +485,7 @@ MODULES = {
     # no rule, and what no row of the tiny run names is in none of its jobs.
     # Training is in a table of its own.
     "": "__init__ __main__ compare errors jobs plan progress runner running verify ablation/__init__ api/__init__ "
-    "api/circuits api/experiments api/model api/results api/settings api/tasks circuits/__init__ "
+    "api/circuits api/experiments api/model api/register api/results api/settings api/tasks circuits/__init__ "
     "circuits/manual circuits/mib circuits/mib_tools config/__init__ config/__main__ config/ablation config/base "
     "config/circuits config/colors config/explain config/interactions config/lenses config/model config/read "
     "config/removal config/rows config/run config/study config/tasks config/tracing config/vision "
@@ -494,9 +494,9 @@ MODULES = {
     "estimate/circuits estimate/families estimate/inputs estimate/interactions estimate/lens_evaluation "
     "estimate/lenses estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
     "estimate/removal estimate/throughput estimate/tracing fits/__init__ interactions/__init__ lenses/__init__ "
-    "models/__init__ models/architecture models/demo removal/__init__ removal/erasure removal/export report/__init__ "
-    "stages/__init__ stages/demo stages/study_member stages/study_cost study/__init__ study/attribution "
-    "study/comparison study/effort study/estimates study/member tasks/greater_than tasks/pairs "
+    "models/__init__ models/architecture models/demo models/form removal/__init__ removal/erasure removal/export "
+    "report/__init__ stages/__init__ stages/demo stages/study_member stages/study_cost study/__init__ "
+    "study/attribution study/comparison study/effort study/estimates study/member tasks/greater_than tasks/pairs "
     "tasks/template stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint "
     "store/housekeeping store/layout store/locks "
     "tasks/__init__ tracing/__init__ vision/__init__ oakernels/__init__",
@@ -522,6 +522,7 @@ OF_ROWS = {
     "removal/ranked": ONE_REMOVED,
     "lenses/constant": LENSES | {"lens_fit": 3},
     "lenses/affine": {"lens_fit": 4} | MEASURED,
+    "tasks/counts": OF_TEXT,  # and pairs, of which the tiny run has none
     "tasks/facts": OF_FACTS,
     "tasks/files": OF_FACTS,  # and pairs, of which the tiny run has none
     "tasks/ioi": OF_IOI,
