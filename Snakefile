@@ -8,11 +8,18 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-from oacore.config.read import parse_config
+from oacore.config.read import compared_runs, parse_config
 from oacore.config.yaml_file import read_yaml
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
-from oacore.jobs import INTERACTION_TABLES, VISION_TABLES, data_sets, files_of, promised
+from oacore.jobs import (
+    INTERACTION_TABLES,
+    VISION_TABLES,
+    check_compared,
+    data_sets,
+    files_of,
+    promised,
+)
 from oacore.store.codehash import codehash
 from oacore.store.layout import (
     Layout,
@@ -37,6 +44,8 @@ try:
             read_yaml(file)
     run_config = parse_config(config)
     check_files(run_config)
+    if workflow.is_main_process:
+        check_compared(run_config)
     # What a run would need, before it starts; nothing of this in jobs, which are processes of their own, nor in real
     # runs.
     if workflow.is_main_process and workflow.output_settings.dryrun:
@@ -99,4 +108,5 @@ include: "workflow/rules/removal.smk"
 include: "workflow/rules/tracing.smk"
 include: "workflow/rules/lenses.smk"
 include: "workflow/rules/vision.smk"
+include: "workflow/rules/comparison.smk"
 include: "workflow/rules/report.smk"

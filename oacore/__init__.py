@@ -5,6 +5,7 @@ The house, from the top down; imports point down:
 * `__main__`, the workflow and `api`, whose functions are this package's own (`oacore.load`, ...), are the three ways
   in; `runner` runs a stage: memory retry, signals, logs; `estimate` says before what it will take
 * `stages/`, one module per rule: read files, call one experiment, write files
+* `compare/`: two finished runs side by side
 * `interactions/  removal/`, the experiments that stand on `circuits/`
 * `ablation/  circuits/  tracing/  lenses/  vision/`, the experiments: each has its science, figures and part of
   the report, and none knows another

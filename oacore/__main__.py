@@ -12,7 +12,7 @@ from oacore.config.read import load_config
 from oacore.config.run import OPTIONAL_SECTIONS
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
-from oacore.jobs import STAGES, WITHOUT_GPU, jobs
+from oacore.jobs import STAGES, WITHOUT_GPU, check_compared, jobs
 from oacore.plan import plan, shown
 from oacore.runner import run_missing, run_stage, stop_on_sigterm
 from oacore.store.housekeeping import MB, pieces, remove, table
@@ -30,6 +30,7 @@ ONE = {
     "ablation": "one ablation type of edges",
     "lens": "one lens",
     "units": "one kind of units",
+    "other": "one run of compare:",
 }
 
 
@@ -125,6 +126,7 @@ def _with_file(parser: argparse.ArgumentParser) -> None:
 def _all(given: Given) -> int:
     config = load_config(given.config)
     check_files(config)
+    check_compared(config)
     hold_gpu(config.device)
     run_missing(config)
     return 0
@@ -134,6 +136,7 @@ def _stage(given: Given) -> int:
     """All jobs of a stage, or those of one task, method, ablation type or lens."""
     config, stage = load_config(given.config), given.command
     check_files(config)
+    check_compared(config)
     if stage not in WITHOUT_GPU:
         hold_gpu(config.device)
     all_of_stage = [what for name, what, _ in jobs(config) if name == stage]
@@ -176,7 +179,7 @@ def _verify(given: Given) -> int:
 
 
 def _compare(given: Given) -> int:
-    from oacore.compare import compare  # draws
+    from oacore.compare.page import compare  # draws
 
     page = compare(*map(load_config, given.files))
     print(f"page: {page.resolve()}")

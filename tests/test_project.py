@@ -28,10 +28,11 @@ FLOORS = (
     ("ablation", "circuits", "tracing", "lenses", "vision"),
     # Interactions are judged as circuits are; removal learns masks as they are learned.
     ("interactions", "removal"),
+    ("compare",),
     # The estimate shares the numbers of the experiments (how much they do at a time), so that it stands above them; it
     # asks no stage, and a stage that asked it would be stale whenever a formula changes.
     ("stages", "estimate"),
-    ("runner", "plan", "compare"),
+    ("runner", "plan"),
     ("api", "__main__"),
 )
 

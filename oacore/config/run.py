@@ -102,6 +102,9 @@ class Config(Settings):
     tracing: Tracing | None = None
     lenses: Lenses | None = None
     vision: Vision | None = None
+    compare: tuple[LocalPath, ...] = Field(
+        (), description="configs of finished runs to set this one beside, in its report and on a page each"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -206,6 +206,7 @@ KEYS = {
     "vision.network.min_accuracy": (0.1, NETWORK),
     **{f"vision.fit.{key}": (7, IMPORTANCE) for key in ("learning_rate", "batch_size", "first_round", "max_steps")},
     "vision.fit.tolerance": (0.5, IMPORTANCE),
+    "compare": (["{other}"], {"comparison": 1} | REPORT),
 }
 
 
@@ -244,8 +245,18 @@ def positive(counts):
 
 
 @pytest.fixture
-def places(finished, tmp_path):
-    return {"demo": str(SHIPPED_DEMO), "elsewhere": str(tmp_path)}
+def places(other, tmp_path):
+    return {"demo": str(SHIPPED_DEMO), "elsewhere": str(tmp_path), "other": str(other)}
+
+
+@pytest.fixture(scope="module")
+def other(finished, tmp_path_factory):
+    """The config of another finished run, of the same results."""
+    values, _, layout = finished
+    root = tmp_path_factory.mktemp("other")
+    shutil.copytree(layout.results_dir, root / "other")
+    (root / "other.yaml").write_text(yaml.safe_dump(values | {"run": "other", "results_dir": str(root)}))
+    return root / "other.yaml"
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -433,6 +444,7 @@ MODULES = {
     "store/reader store/writer tasks/prompts tasks/stored",
     "model vision_model": "store/artefacts store/provenance",
     "model vision": "store/items",
+    "gaps circuits interactions tracing lens_evaluation vision": "store/samples",
     "prompts": "engine/clean stages/prompts tasks/generate",
     "prompts vision_model": "draws",
     "activations removal": "engine/activations engine/prompts engine/statistics",
@@ -476,15 +488,17 @@ MODULES = {
     "vision": "stages/vision vision/agreement vision/attributions vision/budgets vision/curves vision/fit "
     "vision/measures vision/passes vision/replacements vision/shapley vision/study vision/tables vision/units",
     "vision_figures": "stages/vision_figures vision/plots",
-    "report": "ablation/report circuits/report interactions/report lenses/report removal/report report/cells "
+    "report": "ablation/report circuits/report compare/differences compare/report "
+    "interactions/report lenses/report removal/report report/cells "
     "report/convergence report/page report/parts report/svg stages/report tracing/peaks tracing/report "
     "vision/report",
     # Settings and rows reach rules as parameters; messages, paths and locks are no results; tools and estimates are in
     # no rule, and what no row of the tiny run names is in none of its jobs.
     # Training is in a table of its own.
-    "": "__init__ __main__ compare errors jobs plan progress runner verify ablation/__init__ api/__init__ api/circuits "
+    "": "__init__ __main__ errors jobs plan progress runner verify ablation/__init__ api/__init__ api/circuits "
     "api/experiments api/model api/results api/running api/settings api/tasks circuits/__init__ "
-    "circuits/manual circuits/mib circuits/mib_tools config/__init__ config/__main__ config/ablation config/base "
+    "circuits/manual circuits/mib circuits/mib_tools compare/__init__ compare/circuits compare/numbers compare/page "
+    "compare/runs compare/settings stages/comparison config/__init__ config/__main__ config/ablation config/base "
     "config/circuits config/colors config/explain config/interactions config/lenses config/model config/read "
     "config/removal config/rows config/run config/tasks config/tracing config/vision config/yaml_file "
     "engine/__init__ estimate/__init__ estimate/ablation estimate/case "

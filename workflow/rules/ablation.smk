@@ -42,6 +42,7 @@ rule gaps:
     output:
         gaps=results("{task}", "gaps.csv"),
         summary=results("{task}", "summary.csv"),
+        by_prompt=results("{task}", "gaps-by-prompt.safetensors"),
     log:
         results("{task}", "logs/gaps.log"),
     conda:

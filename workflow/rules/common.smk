@@ -6,6 +6,7 @@ imported modules nor of the config as a whole. `conda` is used with `--software-
 """
 
 import logging
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -89,9 +90,15 @@ def drawn(path, names):
     return [path(f"{name}.{suffix}") for name in names for suffix in ("svg", "png")]
 
 
-def inputs_of(stage):
-    """A stage's inputs by name from the jobs of the command line, for a rule without wildcards."""
-    return files_of(layout, stage)[0].named()
+def inputs_of(stage, **wildcards):
+    """A stage's inputs by name from the jobs of the command line."""
+    return files_of(layout, stage, **wildcards)[0].named()
+
+
+# The settings that pages print; others change no result.
+asked_of_a_run = run_config.model_dump(
+    mode="json", exclude={"limits", "device", "store_weights"}
+)
 
 
 # Files of the experiments.

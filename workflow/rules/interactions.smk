@@ -37,6 +37,7 @@ if INTERACTIONS:
                 name: interactions(f"{{ablation}}/{name}.csv")
                 for name in INTERACTION_TABLES
             },
+            by_prompt=interactions("{ablation}/by-prompt.safetensors"),
         log:
             interactions("logs/{ablation}.log"),
         wildcard_constraints:

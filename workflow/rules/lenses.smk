@@ -61,6 +61,7 @@ if LENS_SETTINGS:
             loss=lenses("loss.csv"),
             pictures=lenses("pictures.csv"),
             lengths=[lenses("lengths.csv")] if LENS_SETTINGS.lengths else [],
+            by_prompt=lenses("loss-by-prompt.safetensors"),
         log:
             lenses("logs/evaluation.log"),
         conda:

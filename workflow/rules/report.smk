@@ -10,9 +10,7 @@ rule report:
         "../../environment.yml"
     params:
         stage="report",
-        config=run_config.model_dump(
-            mode="json", exclude={"limits", "device", "store_weights"}
-        ),
+        config=asked_of_a_run,
         rows=[rows for experiment in EXPERIMENT_ROWS for rows in experiment],
         code=code("report"),
     script:

@@ -33,6 +33,7 @@ if TRACING:
             aie=traced("aie.csv"),
             pictures=traced("pictures.csv"),
             facts=traced("facts.json"),
+            by_prompt=traced("aie-by-prompt.safetensors"),
         log:
             traced("logs/tracing.log"),
         conda:

@@ -30,6 +30,7 @@ if VISION:
             weights=layout.vision_model("weights.safetensors"),
         output:
             **{name: layout.vision(f"{{units}}/{name}.csv") for name in VISION_TABLES},
+            by_image=layout.vision("{units}/by-image.safetensors"),
         log:
             layout.vision("logs/{units}.log"),
         wildcard_constraints:

@@ -7,15 +7,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from oacore.__main__ import main
-from oacore.compare import Runs, circuits_of_both, compare, settings_that_differ
+from oacore.compare.circuits import circuits_of_both
+from oacore.compare.page import compare
+from oacore.compare.runs import Runs
+from oacore.compare.settings import settings_that_differ
 from oacore.errors import UserError
-from oacore.store.artefacts import read_table, write_table
+from oacore.store.artefacts import read_table, read_tensors, write_table, write_tensors
 from oacore.store.layout import Layout
 from oacore.store.provenance import Provenance
 
 INTERACTIONS = ("effects", "interactions")
+UNEVEN = 0.02  # nats by which the gap grows more on every second prompt than on the others
 
 
 @pytest.fixture
@@ -33,6 +38,9 @@ def runs(tiny_run, own_copy):
     chosen = (gaps["component"] == "a1.h2") & (gaps["method"] == "mean")
     gaps.loc[chosen, "gap_nats"] += 0.5
     write_table(path, gaps, Provenance())
+    facts, tensors = read_tensors(by_prompt := layout.ablation("ioi", "gaps-by-prompt.safetensors"))
+    tensors["gap_nats"][int(np.flatnonzero(chosen)[0])] += 0.5 + UNEVEN * torch.arange(48).remainder(2).sub(0.5)
+    write_tensors(by_prompt, tensors, Provenance({}, facts))
     shutil.copy(layout.circuits("ioi", "eap-optimal/40-s0.json"), layout.circuits("ioi", "eap-optimal/0.2-s0.json"))
     return tiny_run[0], second
 
@@ -54,6 +62,7 @@ def test_numbers_are_joined_with_their_difference(runs):
     assert (numbers["table"] == "ioi/circuits/pareto.csv").sum() == len(pareto)
     others = (
         "facts/tracing/aie.csv",
+        "removal/front.csv",
         "vision/importance.csv",
         "text/lens/loss.csv",
         *(f"ioi/interactions/{name}.csv" for name in INTERACTIONS),
@@ -63,8 +72,10 @@ def test_numbers_are_joined_with_their_difference(runs):
     assert changed["row"].tolist() == ["a1.h2 mean"]
     row, own = changed.iloc[0], gaps[(gaps["component"] == "a1.h2") & (gaps["method"] == "mean")].iloc[0]
     assert row["second"] - row["first"] == pytest.approx(0.5) and row["first"] == own["gap_nats"]
-    assert row["se"] == pytest.approx(np.sqrt(2) * own["se_nats"])
+    assert row["se"] == pytest.approx(UNEVEN / 2 / np.sqrt(48 - 1), rel=1e-4)
     assert row["in_se"] == pytest.approx(0.5 / row["se"])
+    assert (numbers["paired"] == (numbers["table"] != "removal/front.csv")).all(), "of removal there are means alone"
+    assert (numbers.loc[numbers["paired"] & (numbers["difference"] == 0), ["se", "in_se"]] == 0).all(axis=None)
     assert set(numbers.loc[numbers["table"] == "ioi/circuits/pareto.csv", "row"]) >= {
         "ugs optimal 0.1 1",
         "acdc optimal 0.05 0",
@@ -72,7 +83,7 @@ def test_numbers_are_joined_with_their_difference(runs):
 
 
 def test_circuits_edge_by_edge(runs):
-    found = circuits_of_both(Runs(*map(Layout, runs)), "ioi")
+    found = list(circuits_of_both(Runs(*map(Layout, runs))))
     other = [edges for edges in found if edges.first != edges.second]
     assert [edges.circuit for edges in other] == ["ioi/eap-optimal/0.2-s0"]
     (edges,) = other

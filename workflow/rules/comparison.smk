@@ -1,0 +1,22 @@
+if run_config.compare:
+
+    rule comparison:
+        input:
+            unpack(lambda wildcards: inputs_of("comparison", other=wildcards.other)),
+        output:
+            numbers=f"{layout.results_dir}/compared-with-{{other}}.csv",
+            page=f"{layout.results_dir}/compared-with-{{other}}.html",
+        log:
+            f"{layout.results_dir}/logs/compared-with-{{other}}.log",
+        wildcard_constraints:
+            other="|".join(map(re.escape, compared_runs(run_config))),
+        localrule: True
+        conda:
+            "../../environment.yml"
+        params:
+            stage="comparison",
+            config=asked_of_a_run,
+            rows=[rows for experiment in EXPERIMENT_ROWS for rows in experiment],
+            code=code("comparison"),
+        script:
+            "../scripts/stage.py"
