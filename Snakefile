@@ -16,6 +16,7 @@ from oacore.jobs import (
     INTERACTION_TABLES,
     VISION_TABLES,
     check_compared,
+    comparison_files,
     data_sets,
     files_of,
     promised,
@@ -35,6 +36,10 @@ from oacore.tasks.generate import check_files
 if not workflow.config_settings.configfiles:
 
     configfile: "config/demo.yaml"
+
+
+# What `snakemake --report` begins with.
+report: "workflow/report/workflow.rst"
 
 
 try:

@@ -368,7 +368,7 @@ def test_lens_outputs_are_those_promised(finished):
     lenses, folder = config.lenses, Path(layout.lens("text", ""))
     found = names_in(folder) - {"figures"}
     tables = {f"{name}.csv" for name in (*lenses.tables(), "pictures")}
-    assert found == tables | {f"{name}.safetensors" for name in lenses.fitted_files()}
+    assert found == tables | {f"{name}.safetensors" for name in (*lenses.fitted_files(), "loss-by-prompt")}
     names = {f"{name}.{kind}" for name in lenses.figures() for kind in ("svg", "png")} | {"prompt_0.svg"}
     assert {path.name for path in (folder / "figures").iterdir()} == names
     loss = pd.read_csv(folder / "loss.csv")

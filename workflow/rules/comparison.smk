@@ -4,8 +4,10 @@ if run_config.compare:
         input:
             unpack(lambda wildcards: inputs_of("comparison", other=wildcards.other)),
         output:
-            numbers=f"{layout.results_dir}/compared-with-{{other}}.csv",
-            page=f"{layout.results_dir}/compared-with-{{other}}.html",
+            **{
+                name: told("comparison", path, task="{other}")
+                for name, path in comparison_files(layout, "{other}").items()
+            },
         log:
             f"{layout.results_dir}/logs/compared-with-{{other}}.log",
         wildcard_constraints:

@@ -2,7 +2,7 @@ rule report:
     input:
         **inputs_of("report"),
     output:
-        report=layout.report,
+        report=told("page", layout.report, task=None),
     log:
         f"{layout.results_dir}/logs/report.log",
     localrule: True

@@ -59,9 +59,15 @@ if VISION:
             },
             model=layout.vision_model("model.json"),
         output:
-            **{name: layout.vision(f"{name}.csv") for name in VISION_TABLES},
+            **{
+                name: told("vision", layout.vision(f"{name}.csv"), task=None)
+                for name in VISION_TABLES
+            },
             figures=drawn(
-                lambda name: layout.vision(f"figures/{name}"), VISION.figures()
+                "vision",
+                lambda name: layout.vision(f"figures/{name}"),
+                VISION.figures(),
+                task=None,
             ),
         log:
             layout.vision("logs/figures.log"),
