@@ -3,7 +3,8 @@
 The house, from the top down; imports point down:
 
 * `__main__`, the workflow and `api`, whose functions are this package's own (`oacore.load`, ...), are the three ways
-  in; `runner` runs a stage: memory retry, signals, logs; `estimate` says before what it will take
+  in; `runner` runs a stage: memory retry, signals, logs; `estimate` says before what it will take; `sharing/` pushes
+  and pulls finished runs
 * `stages/`, one module per rule: read files, call one experiment, write files
 * `compare/`: two finished runs side by side
 * `interactions/  removal/`, the experiments that stand on `circuits/`

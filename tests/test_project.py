@@ -32,7 +32,7 @@ FLOORS = (
     # The estimate shares the numbers of the experiments (how much they do at a time), so that it stands above them; it
     # asks no stage, and a stage that asked it would be stale whenever a formula changes.
     ("stages", "estimate"),
-    ("runner", "plan"),
+    ("runner", "plan", "sharing"),
     ("api", "__main__"),
 )
 
