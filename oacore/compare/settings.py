@@ -1,6 +1,6 @@
 """What differs in the settings of two runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -8,19 +8,20 @@ import pandas as pd
 from oacore.config.run import Config
 
 PLACES = ("run", "cache_dir", "results_dir", "compare")  # where a run lies and stands, not what it is
+ABSENT, GIVEN = "–", "given"  # a key, and a whole section, that one of them alone has
 
 
 def settings_that_differ(first: Config, second: Config) -> pd.DataFrame:
-    """Keys of the configs with other values; columns key, first, second."""
-    flat = [_flat(config.model_dump(mode="json", exclude=set(PLACES))) for config in (first, second)]
-    keys = [key for key in dict.fromkeys([*flat[0], *flat[1]]) if flat[0].get(key) != flat[1].get(key)]
-    values = ([str(of.get(key, "–")) for key in keys] for of in flat)
-    return pd.DataFrame({"key": keys, **dict(zip(("first", "second"), values, strict=True))})
+    """Keys of the configs with other values; columns key, first, second. A section that one lacks is one row."""
+    ours, theirs = (config.model_dump(mode="json", exclude=set(PLACES)) for config in (first, second))
+    return pd.DataFrame(list(_different(ours, theirs)), columns=["key", "first", "second"])
 
 
-def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{path}.{name}" if path else name
-        flat |= _flat(value, key) if isinstance(value, Mapping) else {key: value}
-    return flat
+def _different(first: Mapping[str, Any], second: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str, str]]:
+    for name in dict.fromkeys([*first, *second]):
+        values, key = (first.get(name, ABSENT), second.get(name, ABSENT)), f"{path}{name}"
+        if all(isinstance(value, Mapping) for value in values):
+            yield from _different(*values, f"{key}.")
+        elif values[0] != values[1]:
+            shown = (GIVEN if isinstance(value, Mapping) else str(value) for value in values)
+            yield key, next(shown), next(shown)

@@ -23,13 +23,16 @@ MADE = {"comparison": 1, "report": 1}
 
 
 @pytest.fixture
-def beside(own_copy, tmp_path):
+def beside(tiny_run, tmp_path):
     """The values of a finished run that is to be set beside another, of the same numbers; and the other."""
-    other = own_copy.model_copy(update={"run": "before"})
-    shutil.copytree(Layout(own_copy).results_dir, Layout(other).results_dir)
+    config, other = (
+        tiny_run[0].model_copy(update={"results_dir": tmp_path, "run": name}) for name in ("tiny", "before")
+    )
+    for copy in (config, other):
+        shutil.copytree(tiny_run[1].results_dir, Layout(copy).results_dir)
     file = tmp_path / "before.yaml"
     file.write_text(yaml.safe_dump(other.model_dump(mode="json")))
-    return own_copy.model_dump(mode="json") | {"compare": [str(file)]}, other
+    return config.model_dump(mode="json") | {"compare": [str(file)]}, other
 
 
 def stale(values, path):
