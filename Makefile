@@ -6,11 +6,13 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Where Python is told to keep no such files, every import would compile anew: there pip does it.
 PIP := --quiet --disable-pip-version-check $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 
-.PHONY: help demo test test-kill test-rounding test-slurm gpu lint site unlock clean
+.PHONY: help install demo test test-kill test-rounding test-slurm gpu lint site unlock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+install: .venv/.installed ## install into .venv, and nothing else
 
 demo: .venv/.installed ## install, run the whole pipeline on the embedded model, hold its numbers against the expected ones
 	$(BIN)/snakemake --configfile config/demo.yaml

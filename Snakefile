@@ -8,7 +8,7 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-from oacore.config.read import parse_config
+from oacore.config.read import compared_runs, parse_config
 from oacore.config.yaml_file import read_yaml
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
@@ -17,6 +17,8 @@ from oacore.jobs import (
     STUDY_PARTS,
     STUDY_TABLES,
     VISION_TABLES,
+    check_compared,
+    comparison_files,
     data_sets,
     files_of,
     promised,
@@ -38,6 +40,10 @@ if not workflow.config_settings.configfiles:
     configfile: "config/demo.yaml"
 
 
+# What `snakemake --report` begins with.
+report: "workflow/report/workflow.rst"
+
+
 try:
     # For keys that are given twice, of which Snakemake takes the second.
     if workflow.is_main_process:
@@ -45,6 +51,8 @@ try:
             read_yaml(file)
     run_config = parse_config(config)
     check_files(run_config)
+    if workflow.is_main_process:
+        check_compared(run_config)
     # What a run would need, before it starts; nothing of this in jobs, which are processes of their own, nor in real
     # runs.
     if workflow.is_main_process and workflow.output_settings.dryrun:
@@ -108,4 +116,5 @@ include: "workflow/rules/tracing.smk"
 include: "workflow/rules/lenses.smk"
 include: "workflow/rules/vision.smk"
 include: "workflow/rules/study.smk"
+include: "workflow/rules/comparison.smk"
 include: "workflow/rules/report.smk"

@@ -3,9 +3,10 @@
 The house, from the top down; imports point down:
 
 * `__main__`, the workflow and `api`, whose functions are this package's own (`oacore.load`, ...), are the three ways
-  in; `estimate` says before what a stage will take
+  in; `estimate` says before what a stage will take; `sharing/` pushes and pulls finished runs
 * `stages/`, one module per rule: read files, call one experiment, write files
 * `runner` runs a stage by name: memory retry, signals, logs; `running`, what is missing or stale behind one
+* `compare/`: two finished runs side by side
 * `interactions/  removal/  study/`, the experiments that stand on `circuits/` or `ablation/`
 * `ablation/  circuits/  tracing/  lenses/  vision/`, the experiments: each has its science, figures and part of
   the report, and none knows another

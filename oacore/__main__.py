@@ -12,7 +12,7 @@ from oacore.config.read import load_config
 from oacore.config.run import OPTIONAL_SECTIONS
 from oacore.errors import UserError
 from oacore.estimate.run import estimated
-from oacore.jobs import STAGES, WITHOUT_GPU, jobs
+from oacore.jobs import STAGES, WITHOUT_GPU, check_compared, jobs
 from oacore.plan import plan, shown
 from oacore.runner import run_missing, run_stage, stop_on_sigterm
 from oacore.store.housekeeping import MB, pieces, remove, table
@@ -31,6 +31,7 @@ ONE = {
     "lens": "one lens",
     "units": "one kind of units",
     "member": "one member of a study",
+    "other": "one run of compare:",
 }
 
 
@@ -86,6 +87,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     of_compare = command("compare", "two finished runs side by side: settings, numbers, fronts, circuits", _compare)
     of_compare.add_argument("files", nargs=2, type=Path, metavar="FILE", help="YAML files of finished runs")
+    says = "a finished run's circuits, constants, lenses and tables, with a card, to the Hugging Face hub or a folder"
+    of_push = command("push", says, _push)
+    of_push.add_argument("file", type=Path, metavar="FILE", help="YAML file of a finished run")
+    of_push.add_argument("--to", required=True, help="owner/name on the hub, or a new folder")
+    of_push.add_argument("--license", help="for the card, as the hub names it (default: the card has none)")
+    of_push.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
+    of_push.add_argument("--overwrite", action="store_true", help="files of the same names in a repository")
+    of_pull = command("pull", "a run that was pushed, every file checked", _pull)
+    of_pull.add_argument("source", help="owner/name on the hub, or a folder")
+    of_pull.add_argument("--to", type=Path, required=True, help="a new folder")
+    of_pull.add_argument("--revision", help="branch, tag or commit of the repository")
     of_cache = command("cache", "what the caches of finished runs hold, and which of it none of them needs", _cache)
     of_cache.add_argument("files", nargs="*", type=Path, default=[DEFAULT], metavar="FILE", help="YAML files of runs")
     of_cache.add_argument("--remove", action="store_true", help="remove what none of them needs")
@@ -126,6 +138,7 @@ def _with_file(parser: argparse.ArgumentParser) -> None:
 def _all(given: Given) -> int:
     config = load_config(given.config)
     check_files(config)
+    check_compared(config)
     hold_gpu(config.device)
     run_missing(config)
     return 0
@@ -135,6 +148,7 @@ def _stage(given: Given) -> int:
     """All jobs of a stage, or those of one task, method, ablation type or lens."""
     config, stage = load_config(given.config), given.command
     check_files(config)
+    check_compared(config)
     if stage not in WITHOUT_GPU:
         hold_gpu(config.device)
     all_of_stage = [what for name, what, _ in jobs(config) if name == stage]
@@ -177,10 +191,26 @@ def _verify(given: Given) -> int:
 
 
 def _compare(given: Given) -> int:
-    from oacore.compare import compare  # draws
+    from oacore.compare.page import compare  # draws
 
     page = compare(*map(load_config, given.files))
     print(f"page: {page.resolve()}")
+    return 0
+
+
+def _push(given: Given) -> int:
+    from oacore.sharing.hub import push  # reads tables
+
+    options = {"licence": given.license, "public": given.public, "overwrite": given.overwrite}
+    print(f"pushed: {push(load_config(given.file), given.to, **options)}")
+    return 0
+
+
+def _pull(given: Given) -> int:
+    from oacore.sharing.hub import pull  # reads tables
+
+    files = pull(given.source, given.to, given.revision)
+    print(f"pulled: {len(files)} files, whose checksums fit, to {given.to.expanduser().resolve()}")
     return 0
 
 

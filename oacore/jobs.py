@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from oacore.config.lenses import LENS_SECTIONS, Truthfulness
+from oacore.config.read import compared_runs
 from oacore.config.run import Config
+from oacore.errors import UserError
 from oacore.store.layout import WEIGHTS, Layout, circuit_file
 
 # In the order in which they run; what each is run for beside the config.
@@ -42,12 +44,15 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "study_member": ("run all experiments on one member of a study", ("member",)),
     "study_cost": ("measure what methods cost on one member of a study", ("member",)),
     "study_figures": ("draw how cost grows with a model", ()),
+    "comparison": ("set the run beside a finished one of compare:", ("other",)),
     "report": ("write the HTML report", ()),
 }
 DRAWING = (
     "figures", "circuit_figures", "interaction_figures", "removal_figures", "tracing_figures", "lens_figures",
-    "vision_figures", "study_figures", "report",
+    "vision_figures", "study_figures", "comparison", "report",
 )  # fmt: skip
+# What measures what a comparison joins.
+MEASURING = ("gaps", "circuits", "interactions", "removal", "tracing", "lens_evaluation", "vision")
 WITHOUT_GPU = ("demo", "vision_model", "vision", *DRAWING)
 
 Named = dict[str, str | list[str]]
@@ -149,6 +154,8 @@ def planned(config: Config) -> Iterator[tuple[str, dict[str, str]]]:
         for kind in config.vision.units:
             yield "vision", {"units": kind}
         yield "vision_figures", {}
+    for other in compared_runs(config):
+        yield "comparison", {"other": other}
     yield "report", {}
 
 
@@ -203,7 +210,8 @@ def _optimal(layout: Layout, task: str, method: str) -> tuple[Named, Named]:
 def _gaps(layout: Layout, task: str) -> tuple[Named, Named]:
     constants = [layout.constants(task, method) for method in layout.config.ablation.fitted()]
     inputs = _of_task(layout, task, "activations") | {"constants": constants}
-    return inputs, {name: layout.ablation(task, f"{name}.csv") for name in ("gaps", "summary")}
+    outputs: Named = {name: layout.ablation(task, f"{name}.csv") for name in ("gaps", "summary")}
+    return inputs, outputs | {"by_prompt": layout.ablation(task, "gaps-by-prompt.safetensors")}
 
 
 def _figures(layout: Layout, task: str) -> tuple[Named, Named]:
@@ -263,7 +271,8 @@ def _interaction_ranking(layout: Layout, task: str) -> tuple[Named, Named]:
 
 def _interactions(layout: Layout, task: str, ablation: str) -> tuple[Named, Named]:
     inputs = _of_task(layout, task, "activations") | {"ranking": layout.interactions(task, "ranking.csv")}
-    return inputs, {name: layout.interactions(task, f"{ablation}/{name}.csv") for name in INTERACTION_TABLES}
+    outputs: Named = {name: layout.interactions(task, f"{ablation}/{name}.csv") for name in INTERACTION_TABLES}
+    return inputs, outputs | {"by_prompt": layout.interactions(task, f"{ablation}/by-prompt.safetensors")}
 
 
 def _interaction_figures(layout: Layout, task: str) -> tuple[Named, Named]:
@@ -308,6 +317,7 @@ def _tracing(layout: Layout, task: str) -> tuple[Named, Named]:
     assert layout.config.tracing is not None
     constants = [layout.tracing(task, "constants.safetensors")] if layout.config.tracing.fitted else []
     outputs: Named = {name: layout.tracing(task, f"{name}.csv") for name in ("aie", "pictures")}
+    outputs |= {"by_prompt": layout.tracing(task, "aie-by-prompt.safetensors")}
     return _of_task(layout, task) | {"constants": constants}, outputs | {"facts": layout.tracing(task, "facts.json")}
 
 
@@ -347,6 +357,7 @@ def _lens_evaluation(layout: Layout, task: str) -> tuple[Named, Named]:
     assert settings is not None
     outputs: Named = {"loss": layout.lens(task, "loss.csv"), "pictures": layout.lens(task, "pictures.csv")}
     outputs |= {"lengths": [layout.lens(task, "lengths.csv")] if settings.lengths else []}
+    outputs |= {"by_prompt": layout.lens(task, "loss-by-prompt.safetensors")}
     return _with_lenses(layout, task, settings.lenses), outputs
 
 
@@ -388,7 +399,8 @@ def _vision_model(layout: Layout) -> tuple[Named, Named]:
 
 def _vision(layout: Layout, units: str) -> tuple[Named, Named]:
     inputs = _vision_model(layout)[1]
-    return inputs, {name: layout.vision(f"{units}/{name}.csv") for name in VISION_TABLES}
+    outputs: Named = {name: layout.vision(f"{units}/{name}.csv") for name in VISION_TABLES}
+    return inputs, outputs | {"by_image": layout.vision(f"{units}/by-image.safetensors")}
 
 
 def _vision_figures(layout: Layout) -> tuple[Named, Named]:
@@ -427,6 +439,54 @@ def _study_figures(layout: Layout) -> tuple[Named, Named]:
     return inputs, outputs | {"figures": _drawn(layout.study("figures/"), figures)}
 
 
+def compared_jobs(config: Config, other: Config) -> Iterator[tuple[str, dict[str, str]]]:
+    """The jobs of a run whose files its comparison with another reads: those that both have, and all that find circuits
+    of a task of both, whose fronts are drawn over one another.
+    """
+    theirs, tasks = list(planned(other)), other.circuit_tasks()
+    for stage, wildcards in planned(config):
+        drawn = stage == "circuits" and wildcards["task"] in tasks
+        if stage in MEASURING and (drawn or (stage, wildcards) in theirs):
+            yield stage, wildcards
+
+
+def comparison_files(layout: Layout, other: str) -> dict[str, str]:
+    """What a comparison with the run `other` writes."""
+    stem = f"{layout.results_dir}/compared-with-{other}"
+    return {"numbers": f"{stem}.csv", "page": f"{stem}.html"}
+
+
+def _comparison(layout: Layout, other: str) -> tuple[Named, Named]:
+    """The other run's files are absolute, so that no prefix of a workflow goes before them."""
+
+    def read(of: Layout, beside: Config) -> list[str]:
+        jobs_of = compared_jobs(of.config, beside)
+        written = (files_of(of, stage, **wildcards)[1].every() for stage, wildcards in jobs_of)
+        return [str(path) for paths in written for path in paths]
+
+    theirs = compared_runs(layout.config)[other]
+    other_layout = Layout(theirs.config)
+    others = [other_layout.model_json, *read(other_layout, layout.config)]
+    inputs: Named = {"model": layout.model_json, "results": read(layout, theirs.config)}
+    inputs |= {"config": str(theirs.file.absolute()), "others": [str(Path(path).absolute()) for path in others]}
+    return inputs, {**comparison_files(layout, other)}
+
+
+def check_compared(config: Config) -> None:
+    """Look whether the runs of `compare:` are other ones and finished, before any work.
+
+    Raises:
+        UserError: naming the config and the file that is missing.
+    """
+    layout = Layout(config)
+    for name, (file, other) in compared_runs(config).items():
+        if Path(Layout(other).results_dir).resolve() == Path(layout.results_dir).resolve():
+            raise UserError(f"compare: {file}: the results of this run itself; allowed: configs of other runs")
+        read = files_of(layout, "comparison", other=name)[0]
+        if missing := next((path for path in read.all("others") if not path.exists()), None):
+            raise UserError(f"compare: {file}: {missing} is missing; allowed: configs of finished runs")
+
+
 def _report(layout: Layout) -> tuple[Named, Named]:
     """Of each experiment and task its tables and figures: the outputs of the stages that come last there."""
     config = layout.config
@@ -450,10 +510,12 @@ def _report(layout: Layout) -> tuple[Named, Named]:
     stages += [("vision_figures", "")] * (config.vision is not None)
     if config.vision is not None:
         inputs["vision_model"] = layout.vision_model("model.json")
+    inputs["comparisons"] = [comparison_files(layout, other)["numbers"] for other in compared_runs(config)]
     for stage, task in stages:
         wildcards = {} if stage in ("removal_figures", "vision_figures") else {"task": task}
         for name, paths in files_of(layout, stage, **wildcards)[1].named().items():
-            inputs[f"{stage}_{name}_{task}".rstrip("_")] = [path for path in paths if not path.endswith(".png")]
+            shown_ones = [path for path in paths if not path.endswith((".png", ".safetensors"))]
+            inputs[f"{stage}_{name}_{task}".rstrip("_")] = shown_ones
     return inputs, {"report": layout.report}
 
 
@@ -468,5 +530,6 @@ _FILES: dict[str, Callable[..., tuple[Named, Named]]] = {
     "lens_evaluation": _lens_evaluation, "lens_faithfulness": _lens_faithfulness,
     "lens_truthfulness": _lens_truthfulness, "lens_figures": _lens_figures,
     "vision_model": _vision_model, "vision": _vision, "vision_figures": _vision_figures,
-    "study_member": _study_member, "study_cost": _study_cost, "study_figures": _study_figures, "report": _report,
+    "study_member": _study_member, "study_cost": _study_cost, "study_figures": _study_figures,
+    "comparison": _comparison, "report": _report,
 }  # fmt: skip

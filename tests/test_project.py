@@ -29,12 +29,13 @@ FLOORS = (
     # Interactions are judged as circuits are; removal learns masks as they are learned; a study measures what the
     # ablation of components costs, beside what circuits did.
     ("interactions", "removal", "study"),
+    ("compare",),
     ("runner",),
     ("running",),  # whose caller may be a stage: a study's member is a run of its own
     # The estimate shares the numbers of the experiments (how much they do at a time), so that it stands above them; it
     # asks no stage, and a stage that asked it would be stale whenever a formula changes.
     ("stages", "estimate"),
-    ("plan", "compare"),
+    ("plan", "sharing"),
     ("api", "__main__"),
 )
 

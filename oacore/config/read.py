@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -81,6 +82,31 @@ def _check_paths(config: Config) -> None:
             raise UserError(f"{key}: {str(path)!r} does not exist; allowed: an existing file{folder}")
 
 
+class Compared(NamedTuple):
+    """A finished run of `compare:`."""
+
+    file: Path
+    config: Config
+
+
+def compared_runs(config: Config) -> dict[str, Compared]:
+    """The finished runs that a config compares itself with, by their names.
+
+    Raises:
+        UserError: a config is not valid, or two are of one name.
+    """
+    runs: dict[str, Compared] = {}
+    for file in config.compare:
+        try:
+            other = load_config(file)
+        except UserError as error:
+            raise UserError(f"compare: {file}: {error}") from None
+        if other.run in runs:
+            raise UserError(f"compare: {file}: a second run {other.run!r}; allowed: each `run:` once")
+        runs[other.run] = Compared(file, other)
+    return runs
+
+
 def _check_packages(config: Config) -> None:
     if config.vision is not None and (
         missing := [name for module, name in PACKAGES.items() if find_spec(module) is None]
@@ -116,4 +142,5 @@ def input_files(config: Config) -> list[tuple[str, Path]]:
     ]
     truth = config.lenses.truthfulness if config.lenses is not None else None
     datasets = [("lenses.truthfulness.datasets", path) for path in (truth.datasets or () if truth is not None else ())]
-    return [(key, path) for key, path in [*tasks, *datasets] if path is not None]
+    compared = [("compare", path) for path in config.compare]
+    return [(key, path) for key, path in [*tasks, *datasets, *compared] if path is not None]

@@ -105,6 +105,9 @@ class Config(Settings):
     lenses: Lenses | None = None
     vision: Vision | None = None
     study: Study | None = None
+    compare: tuple[LocalPath, ...] = Field(
+        (), description="configs of finished runs to set this one beside, in its report and on a page each"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -309,6 +312,8 @@ class Config(Settings):
     def _study_has_its_tasks(self) -> "Config":
         if self.study is None:
             return self
+        if self.compare:
+            raise ValueError("compare: with study, which has no results to compare; allowed: as a key of its members")
         self._check_tasks("study.tasks", self.study_tasks())
         if without := [task for task in self.study_tasks() if task not in self.ablation_tasks()]:
             raise ValueError(

@@ -53,8 +53,14 @@ class _Loss(NamedTuple):
         return _Loss(self.kl - torch.stack([other.kl for other in others]).sum(0), (*self.fits, *fits))
 
 
-def measure(judge: Judge, components: Sequence[str], mediators: Literal["component", "layer"]) -> EffectTables:
+def measure(
+    judge: Judge, components: Sequence[str], mediators: Literal["component", "layer"]
+) -> tuple[EffectTables, dict[str, Tensor]]:
     """Effects of each component, and interactions of each pair, under the judge's ablation type.
+
+    Returns:
+        The tables, and what effects and interactions are means of: [R, N] nats of each row on each test prompt, by
+        column.
 
     Raises:
         UserError: a component that the graph does not have, or a fit that diverges.
@@ -74,13 +80,20 @@ def measure(judge: Judge, components: Sequence[str], mediators: Literal["compone
     for i, j in pairs:
         interactions[i, j] = [ablated["pair", i, j].minus(ablated["total", i], ablated["total", j])]
     by_quantity = {f"{name}_nats": f"{name}_se_nats" for name in ("total", "direct", "indirect", "self_repair")}
-    return EffectTables(
+    by_prompt = {
+        column: torch.stack([losses[number].kl for losses in effects.values()])
+        for number, column in enumerate(by_quantity)
+    }
+    nothing = torch.zeros(0, by_prompt["total_nats"].shape[1])  # one component has no pairs
+    by_prompt["interaction_nats"] = torch.stack([loss.kl for (loss,) in interactions.values()]) if pairs else nothing
+    tables = EffectTables(
         _table(judge, ["component"], by_quantity, effects),
         _table(
             judge, ["component", "mediator"], {"nats": "se_nats"}, {key: [ablated["path", *key]] for key in through}
         ),
         _table(judge, ["first", "second"], {"interaction_nats": "se_nats"}, interactions),
     )
+    return tables, by_prompt
 
 
 def _losses(judge: Judge, sets: Mapping[Key, np.ndarray]) -> dict[Key, _Loss]:

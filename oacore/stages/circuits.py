@@ -25,6 +25,7 @@ from oacore.metrics import clustered_means_and_ses
 from oacore.store.artefacts import digest_of_tensors, write_table, write_tensors
 from oacore.store.layout import circuit_file
 from oacore.store.provenance import Provenance
+from oacore.store.samples import write_samples
 
 
 def run(
@@ -102,7 +103,8 @@ def _write(
             }
         )
     of_all = provenance.noting(knobs=search.knobs, seeds=search.seeds)
-    write_tensors(outputs["losses"], {"kl": test.kl.float()}, of_all)
+    measured_on = {"prompts": provenance.required["prompts_hash"]["test"]}
+    write_samples(outputs["losses"], {"kl": test.kl.float()}, opened.clusters, measured_on, of_all)
     if judged.constants is not None:
         write_tensors(folder / "constants.safetensors", judged.constants._asdict(), of_all)
     write_table(outputs["pareto"], typed(pd.DataFrame(rows)), provenance)

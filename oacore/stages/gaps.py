@@ -18,10 +18,11 @@ from oacore.jobs import Files
 from oacore.store.artefacts import digest_of_tensors, write_table
 from oacore.store.codehash import codehash
 from oacore.store.items import Item
+from oacore.store.samples import write_samples
 
 
 def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
-    """Write gaps.csv and summary.csv."""
+    """Write gaps.csv, what its gaps are means of, and summary.csv."""
     model, methods, kinds = (
         gated_model(config, inputs["model"]).model,
         config.ablation.methods,
@@ -81,4 +82,7 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
         }
         table = gap_table(every, gaps, prompts["test"].cluster, fits)
         write_table(outputs["summary"], summary_table(table), provenance)
+        measured_on = {"prompts": provenance.required["prompts_hash"]["test"]}
+        by_prompt = {"gap_nats": torch.cat(list(gaps.values()))}
+        write_samples(outputs["by_prompt"], by_prompt, prompts["test"].cluster, measured_on, provenance)
         write_table(outputs["gaps"], table, provenance)

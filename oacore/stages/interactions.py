@@ -9,10 +9,13 @@ from oacore.interactions.effects import measure
 from oacore.interactions.ranking import chosen
 from oacore.jobs import Files
 from oacore.store.artefacts import read_table, write_table
+from oacore.store.samples import write_samples
 
 
 def run(config: Config, inputs: Files, outputs: Files, task: str, ablation: EdgeAblation) -> None:
-    """Write effects.csv, paths.csv and interactions.csv of one ablation type."""
+    """Write effects.csv, paths.csv and interactions.csv of one ablation type, and what effects and interactions are
+    means of.
+    """
     settings = config.interactions
     assert settings is not None
     opened = CircuitTask.open(config, inputs, task)
@@ -22,5 +25,8 @@ def run(config: Config, inputs: Files, outputs: Files, task: str, ablation: Edge
     provenance = opened.provenance.requiring(ablation=ablation)
     with Resumable.beside(outputs["effects"], provenance, JUDGED_BY) as resumable:
         judge = Judge(config, inputs, opened, ablation, settings.refit, f"{task} {ablation}", resumable)
-        for name, table in measure(judge, components, settings.mediators)._asdict().items():
+        tables, by_prompt = measure(judge, components, settings.mediators)
+        measured_on = {"prompts": provenance.required["prompts_hash"]["test"]}
+        write_samples(outputs["by_prompt"], by_prompt, opened.clusters, measured_on, provenance)
+        for name, table in tables._asdict().items():
             write_table(outputs[name], table, provenance)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from oacore.config.run import Config
@@ -21,6 +22,7 @@ from oacore.lenses.task import LensTask
 from oacore.progress import progress
 from oacore.store.artefacts import write_table
 from oacore.store.items import Item, Items
+from oacore.store.samples import write_samples
 from oacore.tasks.generate import generate
 from oacore.tasks.prompts import Prompts
 
@@ -29,7 +31,7 @@ WINDOWS = "text"  # the task whose prompts are windows, of any length
 
 
 def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
-    """Write loss.csv, pictures.csv and, where other lengths are asked for, lengths.csv."""
+    """Write loss.csv, what its KLs are means of, pictures.csv and, where other lengths are asked for, lengths.csv."""
     opened = LensTask.open(config, inputs, task, inputs.all("lenses"))
     settings, provenance = opened.settings, opened.provenance
     lenses = opened.lenses(settings.lenses)
@@ -50,6 +52,9 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     write_table(outputs["pictures"], _pictures(config, inputs, opened), provenance)
     for path in outputs.all("lengths"):
         write_table(path, _length_table(config, inputs, opened, list(lenses.values())), provenance)
+    measured_on = {"prompts": provenance.required["prompts_hash"]["test"], "positions": settings.positions}
+    by_prompt = {"kl_nats": torch.cat([_losses(item)[0] for item in of_lenses])}
+    write_samples(outputs["by_prompt"], by_prompt, clusters, measured_on, provenance)
     write_table(outputs["loss"], pd.concat(losses), provenance)
     print(f"{task}: {len(lenses)} lenses on {len(clusters)} held-out rows")
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from oacore.ablation.report import ablation_section, methods_section
 from oacore.circuits.report import circuit_methods_section, circuit_section
+from oacore.compare.report import comparison_section
+from oacore.config.read import compared_runs
 from oacore.config.run import Config
 from oacore.config.study import Study
 from oacore.config.vision import Vision
@@ -49,6 +51,9 @@ def run(config: Config, inputs: Files, outputs: Files) -> None:
         sections.append(_removal(config, inputs))
     if config.vision is not None:
         sections.append(_vision(config.vision, inputs))
+    for other, path in zip(compared_runs(config), inputs.all("comparisons"), strict=True):
+        provenance = Provenance({"model_hash": facts["model_hash"], "compared_with": other})
+        sections.append(comparison_section(other, f"{path.stem}.html", read_table(path, provenance)))
     appendix = [methods_section(config.ablation.methods)] if config.ablation_tasks() else []
     if config.circuits is not None:
         appendix.append(circuit_methods_section(config.circuits.methods, config.circuits.ablations))

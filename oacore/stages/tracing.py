@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 
 from oacore.config.run import Config
 from oacore.config.tracing import CORRUPTIONS, Tracing, kind_and_scale, noises
@@ -13,6 +14,7 @@ from oacore.jobs import Files
 from oacore.store.artefacts import digest_of_tensors, write_json, write_table
 from oacore.store.codehash import codehash
 from oacore.store.items import Item
+from oacore.store.samples import write_samples
 from oacore.tracing.corruptions import Corruptor, corruptor
 from oacore.tracing.effects import Traced, aie_table, fits_behind
 from oacore.tracing.facts import traced_facts
@@ -24,7 +26,7 @@ from oacore.tracing.trace import trace
 
 
 def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
-    """Write aie.csv, pictures.csv and facts.json."""
+    """Write aie.csv, what its effects are means of, pictures.csv and facts.json."""
     tracing, limit = config.tracing, config.limits.tokens_per_batch
     assert tracing is not None
     loaded = gated_model(config, inputs["model"])
@@ -65,11 +67,12 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
         return [Traced.of_item(item) for item in items.get(own, compute, f"tracing under {name}")]
 
     clusters = facts.test.cluster.cpu().numpy()
-    aie = [
-        aie_table(name, traced, places_of([curve], n_layers), clusters, [curve], n_layers, fits_behind(name, fits))
-        for name in tracing.corruption_names()
-        for curve, traced in zip(curves, of_curves(name), strict=True)
-    ]
+    aie, brought_back = [], []
+    for name in tracing.corruption_names():
+        for curve, traced in zip(curves, of_curves(name), strict=True):
+            of_curve = places_of([curve], n_layers)
+            aie.append(aie_table(name, traced, of_curve, clusters, [curve], n_layers, fits_behind(name, fits)))
+            brought_back.append(traced.brought_back[[of_curve.index(place) for place in curve.places(n_layers)]])
 
     def of_fact(name: str, row: int, recall: Recall, cells: Sequence[Place]) -> Traced:
         corrupt = corruptor(name, model, facts.statistics, constants, config.seed, tracing.n_draws)
@@ -84,6 +87,8 @@ def run(config: Config, inputs: Files, outputs: Files, task: str) -> None:
     found = {"counts": facts.counts, "n_subjects": n_subjects, "n_clusters": n_clusters}
     write_json(outputs["facts"], found, provenance)
     write_table(outputs["pictures"], pictures, provenance)
+    measured_on = {"prompts": provenance.required["prompts_hash"]["test"], "facts": facts.test.numbers.tolist()}
+    write_samples(outputs["by_prompt"], {"aie": torch.cat(brought_back)}, clusters, measured_on, provenance)
     write_table(outputs["aie"], pd.concat(aie, ignore_index=True), provenance)
     print(
         f"tracing: {len(facts.test)} facts about {n_subjects} subjects, {len(places)} places, "

@@ -3,6 +3,7 @@
 from functools import cache
 from importlib.metadata import version
 
+import numpy as np
 import torch
 
 from oacore.config.run import Config
@@ -14,6 +15,7 @@ from oacore.store.artefacts import read_json, write_table
 from oacore.store.codehash import codehash
 from oacore.store.items import FOLDER, Items
 from oacore.store.provenance import Provenance
+from oacore.store.samples import write_samples
 from oacore.vision.data import digest, digits
 from oacore.vision.measures import Bench, bench
 from oacore.vision.study import Study, at_budgets, randomised, shuffled, whole
@@ -25,7 +27,9 @@ TOKENS_OF_AN_IMAGE = 16  # of limits.tokens_per_batch
 
 
 def run(config: Config, inputs: Files, outputs: Files, units: UnitKind) -> None:
-    """Write importance.csv, agreement.csv, curves.csv and sanity.csv of one kind of units."""
+    """Write importance.csv, what its importances are means of, agreement.csv, curves.csv and sanity.csv of one kind of
+    units.
+    """
     settings, kind = config.vision, units
     assert settings is not None
     torch.set_num_threads(config.limits.threads)
@@ -67,6 +71,11 @@ def run(config: Config, inputs: Files, outputs: Files, units: UnitKind) -> None:
             agreement_table(kind, compared_with, budgeted, config.seed),
             curve_table(kind, bench_of(""), compared_with, study.together(requests)),
             sanity_table(kind, full, shuffled_ones),
+        )
+        by_image = torch.cat([torch.as_tensor(of.measurement.values).T for of in full.values()])
+        measured_on = {"images": facts["images_hash"]}
+        write_samples(
+            outputs["by_image"], {"importance_nats": by_image}, np.arange(by_image.shape[1]), measured_on, provenance
         )
         for name, table in tables._asdict().items():
             write_table(outputs[name], table, provenance)

@@ -22,6 +22,11 @@ class Traced:
     corrupted: Tensor  # [N]
     restored: Tensor  # [n, N] of each place
 
+    @property
+    def brought_back(self) -> Tensor:
+        """[n, N] of the answer's probability, what restoring each place adds to it; its mean is the AIE."""
+        return zero_below(self.restored.double() - self.corrupted.double(), PROBABILITY_RESOLUTION)
+
     def item(self, rows: Sequence[int] | None = None) -> Item:
         """As the store has it, or some of the places of it."""
         restored = self.restored if rows is None else self.restored[list(rows)]
@@ -41,11 +46,10 @@ def effects(traced: Traced, row: int, clusters: np.ndarray) -> dict[str, float]:
     NaN. Standard errors are over clusters [N] of facts that are not independent, such as those about one subject.
     """
     clean, corrupted, restored = (x.double() for x in (traced.clean, traced.corrupted, traced.restored[row]))
-    brought_back, lost, destroyed = (
-        zero_below(change, PROBABILITY_RESOLUTION)
-        for change in (restored - corrupted, (clean - restored).clamp(min=0), clean - corrupted)
+    lost, destroyed = (
+        zero_below(change, PROBABILITY_RESOLUTION) for change in ((clean - restored).clamp(min=0), clean - corrupted)
     )
-    aie, se = clustered_mean_and_se(brought_back, clusters)
+    aie, se = clustered_mean_and_se(traced.brought_back[row], clusters)
     share = float(lost.mean() / destroyed.mean()) if float(destroyed.mean()) > PROBABILITY_RESOLUTION else float("nan")
     # The delta method for a ratio of means.
     _, share_se = clustered_mean_and_se((lost - share * destroyed) / destroyed.mean(), clusters)

@@ -197,6 +197,7 @@ CIRCUITS = {"tasks": {"ioi": None}}
         ),
         ({"study": {"models": {"a": {"ablation": {"tasks": []}}}}}, ["study.models.a.ablation.tasks", "ioi"]),
         ({"study": {"models": {"a": None}, "tasks": ["facts"]}}, ["study.tasks: facts", "ioi"]),
+        ({"study": {"models": {"a": None}}, "compare": ["a.yaml"]}, ["compare: with study", "of its members"]),
         ({"study": {"models": {"a": None}, "methods": ["meen"]}}, ["study.methods[0]", "did you mean 'mean'"]),
         ({"study": {"models": {"a": None}, "budgets": [4, 4]}}, ["study.budgets: 4, 4", "repeats"]),
         (

@@ -45,7 +45,7 @@ def kl(clean, own, another=0.0):
 
 
 def tables(model, ablation, components, folder, mediators="component", fit=SHORT):
-    found = measure(judge_of(model, ablation, folder, fit), components, mediators)
+    found, _ = measure(judge_of(model, ablation, folder, fit), components, mediators)
     effects = found.effects.set_index("component")
     paths = found.paths.set_index(["component", "mediator"])["nats"]
     pairs = found.interactions.set_index(["first", "second"])["interaction_nats"]

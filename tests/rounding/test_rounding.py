@@ -65,7 +65,7 @@ WHOLE_RUNS = [
         "workflow/test_stories.py",
     )
 ]
-PARTS = 3  # of the numeric files: the gate runs one of them
+PARTS = 5  # of the numeric files: the gate runs one of them
 PROCESSES = "not interrupted and not ctrl_c and not bad_ and not same_bits and not nothing_to_be_done and not dry_runs"
 
 variants = pytest.mark.parametrize("variant", VARIANTS)

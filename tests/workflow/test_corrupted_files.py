@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -48,7 +49,12 @@ def run(tiny_run, tmp_path_factory):
     for folder in (*layout.cache_folders, layout.results_dir):
         place = root / Path(folder).relative_to(config.cache_dir)
         shutil.copytree(folder, place, ignore=shutil.ignore_patterns(FOLDER))
-    config = config.model_copy(update={"cache_dir": root, "results_dir": root / "results"})
+    (other := root / "other.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    config = config.model_copy(
+        update={"cache_dir": root, "results_dir": root / "results", "run": "copy", "compare": (other,)}
+    )
+    Path(config.results_dir, "tiny").rename(Layout(config).results_dir)
+    run_stage("comparison", config, other="tiny")
     shutil.copytree(SHIPPED_DEMO, Layout(config).demo_model)  # as a model that was trained there
     return config, Layout(config)
 
@@ -89,6 +95,7 @@ READERS = {
     "seal": (lambda layout: layout.ablation("ioi", ".gaps.csv.seal"), read_sealed),
     "figure.svg": (lambda layout: layout.ablation("ioi", "gap_distributions.svg"), read_svg),
     "lens.safetensors": (lambda layout: layout.lens("text", "oca.safetensors"), read_tensors),
+    "by-prompt.safetensors": (lambda layout: layout.lens("text", "loss-by-prompt.safetensors"), read_tensors),
     "demo/config.json": (lambda layout: f"{layout.demo_model}/config.json", "demo"),
     "demo/model.safetensors": (lambda layout: f"{layout.demo_model}/model.safetensors", "demo"),
     "demo/facts.csv": (lambda layout: f"{layout.demo_model}/facts.csv", "demo"),
@@ -242,6 +249,7 @@ READ_BY = {
     "lens": (lambda layout: layout.lens("text", "tuned-identity.safetensors"), "lens_evaluation", {"task": "text"}),
     "loss": (lambda layout: layout.lens("text", "loss.csv"), "lens_figures", {"task": "text"}),
     "lens figure": (lambda layout: layout.lens("text", "figures/prompt_0.svg"), "report", {}),
+    "numbers of two runs": (lambda layout: f"{layout.results_dir}/compared-with-tiny.csv", "report", {}),
 }
 OTHER = "0" * 64
 

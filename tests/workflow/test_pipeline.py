@@ -74,7 +74,8 @@ def test_outputs_are_exactly_those_promised(finished):
     for task in config.ablation_tasks():
         assert (
             names_in(layout.ablation(task, ""))
-            == {"gaps.csv", "summary.csv", "constants-optimal.safetensors", "constants-optimal_positional.safetensors"}
+            == {"gaps.csv", "gaps-by-prompt.safetensors", "summary.csv"}
+            | {f"constants-{method}.safetensors" for method in config.ablation.fitted()}
             | figures
         )
         assert {path.name for path in Path(layout.task_dir(task)).iterdir()} - {"logs"} == {
@@ -100,6 +101,7 @@ def test_outputs_are_exactly_those_promised(finished):
 
     assert names_in(layout.tracing("facts", "")) - {"figures"} == {
         "aie.csv",
+        "aie-by-prompt.safetensors",
         "pictures.csv",
         "facts.json",
         "constants.safetensors",
@@ -113,7 +115,8 @@ def test_effects_are_complete(finished):
     settings, folder = config.interactions, Path(layout.interactions("ioi", ""))
     tables = {"effects.csv", "paths.csv", "interactions.csv"}
     assert names_in(folder) == tables | {"ranking.csv", "figures", *settings.ablations}
-    assert all(names_in(folder / ablation) == tables for ablation in settings.ablations)
+    parts = tables | {"by-prompt.safetensors"}
+    assert all(names_in(folder / ablation) == parts for ablation in settings.ablations)
     figures = {f"{name}.{kind}" for name in settings.figures() for kind in ("svg", "png")}
     assert {path.name for path in (folder / "figures").iterdir()} == figures
     ranking = pd.read_csv(folder / "ranking.csv")
@@ -195,7 +198,7 @@ def test_importances_are_complete(finished):
     settings, folder = config.vision, Path(layout.vision(""))
     tables = {f"{name}.csv" for name in VISION_TABLES}
     assert names_in(folder) == tables | {"figures", *settings.units}
-    assert all(names_in(folder / units) == tables for units in settings.units)
+    assert all(names_in(folder / units) == tables | {"by-image.safetensors"} for units in settings.units)
     figures = {f"{name}.{kind}" for name in settings.figures() for kind in ("svg", "png")}
     assert {path.name for path in (folder / "figures").iterdir()} == figures
     assert {"model.json", "weights.safetensors"} <= names_in(layout.vision_dir)
@@ -365,7 +368,7 @@ def test_lens_outputs_are_those_promised(finished):
     lenses, folder = config.lenses, Path(layout.lens("text", ""))
     found = names_in(folder) - {"figures"}
     tables = {f"{name}.csv" for name in (*lenses.tables(), "pictures")}
-    assert found == tables | {f"{name}.safetensors" for name in lenses.fitted_files()}
+    assert found == tables | {f"{name}.safetensors" for name in (*lenses.fitted_files(), "loss-by-prompt")}
     names = {f"{name}.{kind}" for name in lenses.figures() for kind in ("svg", "png")} | {"prompt_0.svg"}
     assert {path.name for path in (folder / "figures").iterdir()} == names
     loss = pd.read_csv(folder / "loss.csv")

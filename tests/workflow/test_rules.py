@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import same_gaps, snakemake_dag
 
 from oacore.config.read import parse_config
-from oacore.jobs import STAGES, files_of, planned
+from oacore.jobs import STAGES, WITHOUT_GPU, files_of, planned
 from oacore.store.layout import Layout
+from oacore.store.locks import CACHE_STAGES
 
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load((ROOT / "tests/configs/tiny.yaml").read_text())
@@ -48,6 +50,27 @@ def test_rules_name_the_files_that_the_command_line_takes(tmp_path, positions):
     assert set(found) == set(expected)
     for job, files in expected.items():
         assert found[job] == files, job
+
+
+def test_whatever_may_take_a_gpu_is_timed(tmp_path):
+    """In a file of its own; but for shared files, which a job may find in Snakemake's cache, and then takes no time."""
+    values = TINY | {"cache_dir": str(tmp_path / "cache"), "results_dir": str(tmp_path / "results")}
+    timed = dict[str, set[str]]()
+    jobs = [job for job in snakemake_dag(values, tmp_path / "config.yaml", forced=True).jobs if job.rule.name != "all"]
+    for job in jobs:
+        timed.setdefault(job.params.stage, set()).add(str(job.benchmark))
+    computing = set(timed) - {*WITHOUT_GPU, *CACHE_STAGES}
+    assert computing and all(timed[stage] == {"None"} for stage in set(timed) - computing)
+    files = [file for stage in computing for file in timed[stage]]
+    folder = f"{values['results_dir']}/tiny/benchmarks/"
+    assert all(file.startswith(folder) and file.endswith(".tsv") for file in files)
+    assert len(set(files)) == sum(job.params.stage in computing for job in jobs)
+
+
+def test_the_times_of_a_finished_run(tiny_run):
+    _, layout = tiny_run
+    table = pd.read_csv(f"{layout.results_dir}/benchmarks/ioi/gaps.tsv", sep="\t")
+    assert len(table) == 1 and table["s"].iloc[0] > 0
 
 
 MODULE = f"""

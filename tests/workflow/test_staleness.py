@@ -206,6 +206,7 @@ KEYS = {
     "vision.network.min_accuracy": (0.1, NETWORK),
     **{f"vision.fit.{key}": (7, IMPORTANCE) for key in ("learning_rate", "batch_size", "first_round", "max_steps")},
     "vision.fit.tolerance": (0.5, IMPORTANCE),
+    "compare": (["{other}"], {"comparison": 1} | REPORT),
 }
 
 
@@ -245,8 +246,18 @@ def positive(counts):
 
 
 @pytest.fixture
-def places(finished, tmp_path):
-    return {"demo": str(SHIPPED_DEMO), "elsewhere": str(tmp_path)}
+def places(other, tmp_path):
+    return {"demo": str(SHIPPED_DEMO), "elsewhere": str(tmp_path), "other": str(other)}
+
+
+@pytest.fixture(scope="module")
+def other(finished, tmp_path_factory):
+    """The config of another finished run, of the same results."""
+    values, _, layout = finished
+    root = tmp_path_factory.mktemp("other")
+    shutil.copytree(layout.results_dir, root / "other")
+    (root / "other.yaml").write_text(yaml.safe_dump(values | {"run": "other", "results_dir": str(root)}))
+    return root / "other.yaml"
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -435,6 +446,7 @@ MODULES = {
     "store/reader store/writer tasks/prompts tasks/stored",
     "model vision_model": "store/artefacts store/provenance",
     "model vision": "store/items",
+    "gaps circuits interactions tracing lens_evaluation vision": "store/samples",
     "prompts": "engine/clean stages/prompts tasks/generate",
     "prompts vision_model": "draws",
     "activations removal": "engine/activations engine/prompts engine/statistics",
@@ -478,15 +490,17 @@ MODULES = {
     "vision": "stages/vision vision/agreement vision/attributions vision/budgets vision/curves vision/fit "
     "vision/measures vision/passes vision/replacements vision/shapley vision/study vision/tables vision/units",
     "vision_figures": "stages/vision_figures vision/plots",
-    "report": "ablation/report circuits/report interactions/report lenses/report removal/report report/cells "
+    "report": "ablation/report circuits/report compare/differences compare/report "
+    "interactions/report lenses/report removal/report report/cells "
     "report/convergence report/page report/parts report/svg stages/report tracing/peaks tracing/report "
     "vision/report",
     # Settings and rows reach rules as parameters; messages, paths and locks are no results; tools and estimates are in
     # no rule, and what no row of the tiny run names is in none of its jobs.
     # Training is in a table of its own.
-    "": "__init__ __main__ compare errors jobs plan progress runner running verify ablation/__init__ api/__init__ "
+    "": "__init__ __main__ errors jobs plan progress runner running verify ablation/__init__ api/__init__ "
     "api/circuits api/experiments api/model api/register api/results api/settings api/tasks circuits/__init__ "
-    "circuits/manual circuits/mib circuits/mib_tools config/__init__ config/__main__ config/ablation config/base "
+    "circuits/manual circuits/mib circuits/mib_tools compare/__init__ compare/circuits compare/numbers compare/page "
+    "compare/runs compare/settings stages/comparison config/__init__ config/__main__ config/ablation config/base "
     "config/circuits config/colors config/explain config/interactions config/lenses config/model config/read "
     "config/removal config/rows config/run config/study config/tasks config/tracing config/vision "
     "config/yaml_file "
@@ -494,9 +508,10 @@ MODULES = {
     "estimate/circuits estimate/families estimate/inputs estimate/interactions estimate/lens_evaluation "
     "estimate/lenses estimate/masked estimate/need estimate/passes estimate/run estimate/sizes estimate/table "
     "estimate/removal estimate/throughput estimate/tracing fits/__init__ interactions/__init__ lenses/__init__ "
-    "models/__init__ models/architecture models/demo models/form removal/__init__ removal/erasure removal/export "
-    "report/__init__ stages/__init__ stages/demo stages/study_member stages/study_cost study/__init__ "
-    "study/attribution study/comparison study/effort study/estimates study/member tasks/greater_than tasks/pairs "
+    "models/__init__ models/architecture models/demo models/form sharing/__init__ sharing/bundle sharing/card "
+    "sharing/hub removal/__init__ removal/erasure removal/export report/__init__ stages/__init__ stages/demo "
+    "stages/study_member stages/study_cost study/__init__ study/attribution study/comparison study/effort "
+    "study/estimates study/member tasks/greater_than tasks/pairs "
     "tasks/template stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint "
     "store/housekeeping store/layout store/locks "
     "tasks/__init__ tracing/__init__ vision/__init__ oakernels/__init__",

@@ -12,6 +12,8 @@ rule optimal:
         constants=results("{task}", "constants-{method}.safetensors"),
     log:
         results("{task}", "logs/optimal-{method}.log"),
+    benchmark:
+        benchmarked("{task}/optimal-{method}")
     wildcard_constraints:
         method="|".join(run_config.ablation.fitted()) or "none",
     priority: 1  # gaps and circuits wait for it
@@ -40,10 +42,13 @@ rule gaps:
         activations=task_files("activations.h5"),
         constants=constants,
     output:
-        gaps=results("{task}", "gaps.csv"),
-        summary=results("{task}", "summary.csv"),
+        gaps=told("ablation", results("{task}", "gaps.csv")),
+        summary=told("ablation", results("{task}", "summary.csv")),
+        by_prompt=results("{task}", "gaps-by-prompt.safetensors"),
     log:
         results("{task}", "logs/gaps.log"),
+    benchmark:
+        benchmarked("{task}/gaps")
     conda:
         "../../environment.yml"
     threads: run_config.limits.threads
@@ -70,7 +75,9 @@ rule figures:
         constants=constants,
     output:
         figures=drawn(
-            lambda name: results("{task}", name), run_config.ablation.figures()
+            "ablation",
+            lambda name: results("{task}", name),
+            run_config.ablation.figures(),
         ),
     log:
         results("{task}", "logs/figures.log"),

@@ -31,6 +31,8 @@ if CIRCUITS:
                 circuits=circuit_files("{method}", CIRCUITS.knobs(method)),
             log:
                 circuits("logs/{method}-{ablation}.log"),
+            benchmark:
+                benchmarked("{task}/circuits-{method}-{ablation}")
             wildcard_constraints:
                 method=method,
                 ablation="|".join(CIRCUITS.ablations),
@@ -78,13 +80,17 @@ if CIRCUITS:
                 for path in circuit_files(method, CIRCUITS.knobs(method))
             ),
         output:
-            pareto=circuits("pareto.csv"),
-            fronts=circuits("fronts.csv"),
-            stability=circuits("stability.csv"),
-            edge_frequency=circuits("edge_frequency.csv"),
-            figures=drawn(lambda name: circuits(f"figures/{name}"), CIRCUITS.figures()),
+            pareto=told("circuits", circuits("pareto.csv")),
+            fronts=told("circuits", circuits("fronts.csv")),
+            stability=told("circuits", circuits("stability.csv")),
+            edge_frequency=told("circuits", circuits("edge_frequency.csv")),
+            figures=drawn(
+                "circuits",
+                lambda name: circuits(f"figures/{name}"),
+                CIRCUITS.figures(),
+            ),
             drawings=[
-                circuits(f"figures/circuit_{ablation}.svg")
+                told("circuits", circuits(f"figures/circuit_{ablation}.svg"))
                 for ablation in CIRCUITS.ablations
             ],
         log:

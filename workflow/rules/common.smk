@@ -85,6 +85,13 @@ def minutes(first):
     return lambda wildcards, attempt: first * attempt
 
 
+def benchmarked(name):
+    """Where Snakemake writes what a job took: seconds, memory, reading and writing. Not of shared files, which a job may
+    find in Snakemake's own cache.
+    """
+    return f"{layout.results_dir}/benchmarks/{name}.tsv"
+
+
 def results(task, name):
     """A file of a task's ablation experiment; "{task}" makes it a pattern."""
     return layout.ablation(task, name)
@@ -95,14 +102,51 @@ def task_files(name):
     return lambda wildcards: f"{layout.task_dir(wildcards.task)}/{name}"
 
 
-def drawn(path, names):
-    """The figures of these names as SVG and PNG; `path` makes a file name a path."""
-    return [path(f"{name}.{suffix}") for name in names for suffix in ("svg", "png")]
+# What `snakemake --report` calls the experiments; each has a caption of its name in workflow/report.
+CATEGORIES = {
+    "ablation": "Single components",
+    "circuits": "Circuits",
+    "interactions": "Effects and interactions",
+    "removal": "Behaviour removal",
+    "tracing": "Tracing of facts",
+    "lenses": "Lenses",
+    "vision": "Vision",
+    "study": "Models and cost",
+    "comparison": "Other runs",
+    "page": "Page",
+}
 
 
-def inputs_of(stage):
-    """A stage's inputs by name from the jobs of the command line, for a rule without wildcards."""
-    return files_of(layout, stage)[0].named()
+def told(experiment, path, task="{task}"):
+    """A table, figure or page that `snakemake --report` shows under its experiment and, within, its task."""
+    kinds = {".csv": "table", ".svg": "figure", ".html": "page"}
+    return report(
+        path,
+        caption=f"../report/{experiment}.rst",
+        category=CATEGORIES[experiment],
+        subcategory=task,
+        labels={"what": kinds[Path(path).suffix], "name": Path(path).stem},
+    )
+
+
+def drawn(experiment, path, names, task="{task}"):
+    """The figures of these names as SVG, which the report shows, and PNG; `path` makes a file name a path."""
+    return [
+        each
+        for name in names
+        for each in (told(experiment, path(f"{name}.svg"), task), path(f"{name}.png"))
+    ]
+
+
+def inputs_of(stage, **wildcards):
+    """A stage's inputs by name from the jobs of the command line."""
+    return files_of(layout, stage, **wildcards)[0].named()
+
+
+# The settings that pages print; others change no result.
+asked_of_a_run = run_config.model_dump(
+    mode="json", exclude={"limits", "device", "store_weights"}
+)
 
 
 # Files of the experiments.

@@ -10,6 +10,8 @@ if INTERACTIONS:
             ranking=interactions("ranking.csv"),
         log:
             interactions("logs/ranking.log"),
+        benchmark:
+            benchmarked("{task}/interaction-ranking")
         conda:
             "../../environment.yml"
         threads: run_config.limits.threads
@@ -37,8 +39,11 @@ if INTERACTIONS:
                 name: interactions(f"{{ablation}}/{name}.csv")
                 for name in INTERACTION_TABLES
             },
+            by_prompt=interactions("{ablation}/by-prompt.safetensors"),
         log:
             interactions("logs/{ablation}.log"),
+        benchmark:
+            benchmarked("{task}/interactions-{ablation}")
         wildcard_constraints:
             ablation="|".join(INTERACTIONS.ablations),
         conda:
@@ -70,9 +75,14 @@ if INTERACTIONS:
             },
             model=layout.model_json,
         output:
-            **{name: interactions(f"{name}.csv") for name in INTERACTION_TABLES},
+            **{
+                name: told("interactions", interactions(f"{name}.csv"))
+                for name in INTERACTION_TABLES
+            },
             figures=drawn(
-                lambda name: interactions(f"figures/{name}"), INTERACTIONS.figures()
+                "interactions",
+                lambda name: interactions(f"figures/{name}"),
+                INTERACTIONS.figures(),
             ),
         log:
             interactions("logs/figures.log"),

@@ -33,6 +33,8 @@ if LENS_SETTINGS:
             lens=lenses("{lens}.safetensors"),
         log:
             lenses("logs/fit-{lens}.log"),
+        benchmark:
+            benchmarked("{task}/lens-fit-{lens}")
         wildcard_constraints:
             lens="|".join(LENS_SETTINGS.fitted_files()) or "none",
         conda:
@@ -58,11 +60,18 @@ if LENS_SETTINGS:
             rows=lens_rows,
             lenses=lens_files(LENS_SETTINGS.lenses),
         output:
-            loss=lenses("loss.csv"),
-            pictures=lenses("pictures.csv"),
-            lengths=[lenses("lengths.csv")] if LENS_SETTINGS.lengths else [],
+            loss=told("lenses", lenses("loss.csv")),
+            pictures=told("lenses", lenses("pictures.csv")),
+            lengths=(
+                [told("lenses", lenses("lengths.csv"))]
+                if LENS_SETTINGS.lengths
+                else []
+            ),
+            by_prompt=lenses("loss-by-prompt.safetensors"),
         log:
             lenses("logs/evaluation.log"),
+        benchmark:
+            benchmarked("{task}/lens-evaluation")
         conda:
             "../../environment.yml"
         threads: run_config.limits.threads
@@ -97,9 +106,11 @@ if LENS_SETTINGS:
                 rows=lens_rows,
                 lenses=lens_files(section.lenses),
             output:
-                table=lenses(f"{SECTION}.csv"),
+                table=told("lenses", lenses(f"{SECTION}.csv")),
             log:
                 lenses(f"logs/{SECTION}.log"),
+            benchmark:
+                benchmarked(f"{{task}}/lens-{SECTION}")
             conda:
                 "../../environment.yml"
             threads: run_config.limits.threads
@@ -123,10 +134,12 @@ if LENS_SETTINGS:
             pictures=lenses("pictures.csv"),
         output:
             figures=drawn(
-                lambda name: lenses(f"figures/{name}"), LENS_SETTINGS.figures()
+                "lenses",
+                lambda name: lenses(f"figures/{name}"),
+                LENS_SETTINGS.figures(),
             ),
             drawings=[
-                lenses(f"figures/prompt_{number}.svg")
+                told("lenses", lenses(f"figures/prompt_{number}.svg"))
                 for number in range(LENS_SETTINGS.pictures)
             ],
         log:

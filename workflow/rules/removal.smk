@@ -11,6 +11,8 @@ if REMOVAL:
             ablations=layout.removal("{method}-{ablation}/ablations.safetensors"),
         log:
             layout.removal("logs/{method}-{ablation}.log"),
+        benchmark:
+            benchmarked("removal/{method}-{ablation}")
         wildcard_constraints:
             method="|".join(REMOVAL.methods),
             ablation="|".join(REMOVAL.ablations),
@@ -48,9 +50,12 @@ if REMOVAL:
                 for method in REMOVAL.methods
             ],
         output:
-            front=layout.removal("front.csv"),
+            front=told("removal", layout.removal("front.csv"), task=None),
             figures=drawn(
-                lambda name: layout.removal(f"figures/{name}"), REMOVAL.figures()
+                "removal",
+                lambda name: layout.removal(f"figures/{name}"),
+                REMOVAL.figures(),
+                task=None,
             ),
         log:
             layout.removal("logs/figures.log"),

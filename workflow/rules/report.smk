@@ -2,7 +2,7 @@ rule report:
     input:
         **inputs_of("report"),
     output:
-        report=layout.report,
+        report=told("page", layout.report, task=None),
     log:
         f"{layout.results_dir}/logs/report.log",
     localrule: True
@@ -10,9 +10,7 @@ rule report:
         "../../environment.yml"
     params:
         stage="report",
-        config=run_config.model_dump(
-            mode="json", exclude={"limits", "device", "store_weights"}
-        ),
+        config=asked_of_a_run,
         rows=[rows for experiment in EXPERIMENT_ROWS for rows in experiment],
         code=code("report"),
     script:

@@ -9,6 +9,8 @@ if STUDY:
             comparison=layout.study("{member}/comparison.csv"),
         log:
             layout.study("{member}/logs/run.log"),
+        benchmark:
+            benchmarked("study/{member}/run")
         wildcard_constraints:
             member="|".join(map(re.escape, MEMBERS)),
         conda:
@@ -34,6 +36,8 @@ if STUDY:
             accuracy=layout.study("{member}/accuracy.csv"),
         log:
             layout.study("{member}/logs/cost.log"),
+        benchmark:
+            benchmarked("study/{member}/cost")
         wildcard_constraints:
             member="|".join(map(re.escape, MEMBERS)),
         conda:
@@ -60,10 +64,15 @@ if STUDY:
             },
             member=[layout.study(f"{member}/run.json") for member in MEMBERS],
         output:
-            **{name: layout.study(f"{name}.csv") for name in STUDY_TABLES},
+            **{
+                name: told("study", layout.study(f"{name}.csv"), task=None)
+                for name in STUDY_TABLES
+            },
             figures=drawn(
+                "study",
                 lambda name: layout.study(f"figures/{name}"),
                 STUDY.figures(run_config.study_tasks()),
+                task=None,
             ),
         log:
             layout.study("logs/figures.log"),

@@ -9,6 +9,8 @@ if TRACING:
             constants=traced("constants.safetensors"),
         log:
             traced("logs/fit.log"),
+        benchmark:
+            benchmarked("{task}/tracing-fit")
         conda:
             "../../environment.yml"
         threads: run_config.limits.threads
@@ -30,11 +32,14 @@ if TRACING:
             prompts=task_files("prompts.h5"),
             constants=place_constants,
         output:
-            aie=traced("aie.csv"),
-            pictures=traced("pictures.csv"),
+            aie=told("tracing", traced("aie.csv")),
+            pictures=told("tracing", traced("pictures.csv")),
             facts=traced("facts.json"),
+            by_prompt=traced("aie-by-prompt.safetensors"),
         log:
             traced("logs/tracing.log"),
+        benchmark:
+            benchmarked("{task}/tracing")
         conda:
             "../../environment.yml"
         threads: run_config.limits.threads
@@ -59,7 +64,9 @@ if TRACING:
             aie=traced("aie.csv"),
             pictures=traced("pictures.csv"),
         output:
-            figures=drawn(lambda name: traced(f"figures/{name}"), TRACING.figures()),
+            figures=drawn(
+                "tracing", lambda name: traced(f"figures/{name}"), TRACING.figures()
+            ),
         log:
             traced("logs/figures.log"),
         localrule: True

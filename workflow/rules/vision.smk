@@ -30,6 +30,7 @@ if VISION:
             weights=layout.vision_model("weights.safetensors"),
         output:
             **{name: layout.vision(f"{{units}}/{name}.csv") for name in VISION_TABLES},
+            by_image=layout.vision("{units}/by-image.safetensors"),
         log:
             layout.vision("logs/{units}.log"),
         wildcard_constraints:
@@ -58,9 +59,15 @@ if VISION:
             },
             model=layout.vision_model("model.json"),
         output:
-            **{name: layout.vision(f"{name}.csv") for name in VISION_TABLES},
+            **{
+                name: told("vision", layout.vision(f"{name}.csv"), task=None)
+                for name in VISION_TABLES
+            },
             figures=drawn(
-                lambda name: layout.vision(f"figures/{name}"), VISION.figures()
+                "vision",
+                lambda name: layout.vision(f"figures/{name}"),
+                VISION.figures(),
+                task=None,
             ),
         log:
             layout.vision("logs/figures.log"),
