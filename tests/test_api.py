@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 import oacore as oa
-from oacore.api import circuits, running, settings
+from oacore import running
+from oacore.api import circuits, settings
 from oacore.circuits.mib_file import load_circuit
 from oacore.config.model import SHIPPED_DEMO
 from oacore.config.read import load_config

@@ -11,6 +11,7 @@ from oacore.store import layout as layout_module
 from oacore.store.layout import Layout
 
 COUNTS = ("seed", "n_steps", "batch_size", "n_subjects")
+SIZES = ("n_layers", "n_heads", "d_model")
 RATES = ("learning_rate", "min_ioi_accuracy", "min_year_mass", "min_fact_accuracy")
 BASE = {"tasks": {"ioi": None, "greater_than": None}}
 
@@ -43,7 +44,11 @@ def test_the_training_settings_name_the_folder_of_a_trained_demo_model():
     assert layout({"model": "demo-trained"}).model_dir == layout({"model": "demo-trained", "demo_model": {}}).model_dir
     folders = {
         layout({"model": "demo-trained", "demo_model": {key: value}}).model_dir
-        for key, value in [*((key, getattr(DemoModel(), key) / 2) for key in RATES), *((key, 7) for key in COUNTS)]
+        for key, value in [
+            *((key, getattr(DemoModel(), key) / 2) for key in RATES),
+            *((key, 7) for key in COUNTS),
+            *((key, getattr(DemoModel(), key) * 2) for key in SIZES),
+        ]
     }
     assert len({*folders, layout({"model": "demo-trained"}).model_dir}) == len(DemoModel.model_fields) + 1
 

@@ -250,7 +250,9 @@ def test_a_character_that_a_tokenizer_drops_is_named(letters, tmp_path):
     path = tmp_path / "text.json"
     passages = [f"{a}{b} dead beef cafe {b}{a}" for a in "abcdefgh" for b in "abcdefgh"]
     path.write_text(json.dumps([*passages, "caf\u00e9 dead beef cafe"]))
-    settings = SimpleNamespace(path=path, n_tokens=5, n_train=2, passages="paragraphs", windows="side_by_side")
+    settings = SimpleNamespace(
+        path=path, n_tokens=5, n_train=2, n_validation=2, n_test=2, passages="paragraphs", windows="side_by_side"
+    )
     assert generate("text", settings, letters, 0, "train").meta["n_unknown"] == 1
 
 

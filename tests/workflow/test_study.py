@@ -59,7 +59,11 @@ def changed(values, path, value):
 
 def test_outputs_are_those_promised(studied):
     _, config, layout = studied
-    found = {str(path) for path in Path(layout.results_dir).rglob("[!.]*") if path.is_file() and path.suffix != ".log"}
+    found = {
+        str(path)
+        for path in Path(layout.results_dir).rglob("[!.]*")
+        if path.is_file() and path.suffix not in (".log", ".tsv")
+    }
     assert found == set(promised(layout))
     for name, member in config.members().items():
         own = Layout(member)
