@@ -18,11 +18,22 @@ ROOT = Path(__file__).parents[2]
 CAPTIONS = {path.stem for path in ROOT.glob("workflow/report/*.rst")} - {"workflow"}
 
 
-def test_all_figures_and_whole_tables_are_in_it_with_their_captions(tiny_run, tmp_path):
-    """Of a run of all experiments that is compared with another one."""
-    values = tiny_run[0].model_dump(mode="json")
+def of_another(values, tmp_path):
+    """A run of all experiments that is compared with another one."""
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(values))
-    values |= {"run": "new", "compare": [str(tmp_path / "other.yaml")]}
+    return values | {"run": "new", "compare": [str(tmp_path / "other.yaml")]}
+
+
+def of_models(values, tmp_path):
+    """A study, which has its members alone."""
+    return values | {"run": "study", "study": {"models": {"one": None}, "tasks": ["ioi"]}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "captions"), [(of_another, CAPTIONS - {"study"}), (of_models, {"study", "page"})], ids=["run", "study"]
+)
+def test_all_figures_and_whole_tables_are_in_it_with_their_captions(tiny_run, tmp_path, kind, captions):
+    values = kind(tiny_run[0].model_dump(mode="json"), tmp_path)
     found, used = {}, set()
     for job in snakemake_dag(values, tmp_path / "config.yaml", forced=True).jobs:
         for path in job.output:
@@ -32,7 +43,7 @@ def test_all_figures_and_whole_tables_are_in_it_with_their_captions(tiny_run, tm
                 assert caption.is_file(), caption
                 used.add(caption.stem)
                 found[str(path)] = {key: apply_wildcards(text, job.wildcards) for key, text in shown.labels.items()}
-    assert used == CAPTIONS, "each is of some output"
+    assert used == captions, "each is of some output"
     expected = {path for path in promised(Layout(parse_config(values))) if path.endswith((".svg", ".csv", ".html"))}
     assert set(found) <= expected and all(path.endswith(".csv") for path in expected - set(found))
     # Parts of a table that is there as a whole, and the ranking that only says which components are looked at.

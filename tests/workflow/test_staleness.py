@@ -493,7 +493,7 @@ MODULES = {
     "report": "ablation/report circuits/report compare/differences compare/report "
     "interactions/report lenses/report removal/report report/cells "
     "report/convergence report/page report/parts report/svg stages/report tracing/peaks tracing/report "
-    "study/member study/report vision/report",
+    "study/exponents study/member study/plots study/quality study/report study/tables vision/report",
     # Settings and rows reach rules as parameters; messages, paths and locks are no results; tools and estimates are in
     # no rule, and what no row of the tiny run names is in none of its jobs.
     # Training is in a table of its own.
@@ -511,8 +511,7 @@ MODULES = {
     "models/__init__ models/architecture models/demo models/form sharing/__init__ sharing/bundle sharing/card "
     "sharing/hub removal/__init__ removal/erasure removal/export report/__init__ stages/__init__ stages/demo "
     "stages/study_member stages/study_cost study/__init__ study/attribution study/comparison study/effort "
-    "study/estimates study/exponents study/plots study/quality study/tables stages/study_figures "
-    "tasks/greater_than tasks/pairs "
+    "study/estimates stages/study_figures tasks/greater_than tasks/pairs "
     "tasks/template stages/lens_activations store/__init__ store/atomic store/codehash store/fingerprint "
     "store/housekeeping store/layout store/locks "
     "tasks/__init__ tracing/__init__ vision/__init__ oakernels/__init__",
