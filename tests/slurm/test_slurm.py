@@ -143,5 +143,5 @@ def test_a_cancelled_job_and_a_drained_node_leave_the_same_bits(cluster, config,
 
     assert files_in(remote) == files_in(local), "nothing is missing, nothing half-written"
     for path in files_in(local):
-        if path.parent.name != "logs" and path.name not in VARIES:
+        if path.parent.name != "logs" and path.suffix != ".tsv" and path.name not in VARIES:  # .tsv: times of jobs
             assert content(remote / path) == content(local / path), path
