@@ -491,9 +491,7 @@ def _report(layout: Layout) -> tuple[Named, Named]:
     """Of each experiment and task its tables and figures: the outputs of the stages that come last there."""
     config = layout.config
     if config.study is not None:
-        read, drawn = _study_figures(layout)
-        shown = {name: [path for path in Files(drawn).named()[name] if not path.endswith(".png")] for name in drawn}
-        return {"member": read["member"], **shown}, {"report": layout.report}
+        return _study_report(layout)
     inputs: Named = {"model": layout.model_json}
     inputs |= {f"prompts_{task}": layout.prompts(task) for task in config.tasks.selected()}
     stages = [("gaps", task) for task in config.ablation_tasks()] + [
@@ -514,9 +512,19 @@ def _report(layout: Layout) -> tuple[Named, Named]:
     for stage, task in stages:
         wildcards = {} if stage in ("removal_figures", "vision_figures") else {"task": task}
         for name, paths in files_of(layout, stage, **wildcards)[1].named().items():
-            shown_ones = [path for path in paths if not path.endswith((".png", ".safetensors"))]
-            inputs[f"{stage}_{name}_{task}".rstrip("_")] = shown_ones
+            inputs[f"{stage}_{name}_{task}".rstrip("_")] = _shown(paths)
     return inputs, {"report": layout.report}
+
+
+def _study_report(layout: Layout) -> tuple[Named, Named]:
+    of_members, tables = _study_figures(layout)
+    shown = {name: _shown(paths) for name, paths in Files(tables).named().items()}
+    return {"member": of_members["member"], **shown}, {"report": layout.report}
+
+
+def _shown(paths: list[str]) -> list[str]:
+    """Those of a stage's outputs that the page has: tables, and figures as SVG."""
+    return [path for path in paths if not path.endswith((".png", ".safetensors"))]
 
 
 _FILES: dict[str, Callable[..., tuple[Named, Named]]] = {

@@ -20,9 +20,9 @@ from oacore.store.items import NotStoredError, only_looking
 from oacore.store.layout import Layout
 from oacore.store.locks import CACHE_STAGES
 
+MEMBER = "study_member"  # a run of its own, whose jobs are spoken of
 # What reads the store first and then computes. Stages of the cache make their files whole; those that draw take seconds
 # and are not spoken of.
-MEMBER = "study_member"  # a run of its own, whose jobs are spoken of
 WITH_ITEMS = tuple(stage for stage in STAGES if stage not in (*CACHE_STAGES, *DRAWING))
 
 
@@ -53,9 +53,10 @@ def _steps(config: Config, folder: Path) -> Iterator[Step]:
     layout = Layout(config)
     coming = dict[Path, str]()  # files that are not known yet, and the job that makes them
     made = dict[Path, Path]()  # files that the store gives, and where they lie for now
+    members = config.members()
     for stage, wildcards in planned(config):
         if stage == MEMBER:
-            steps = list(_steps(config.members()[wildcards["member"]], folder))
+            steps = list(_steps(members[wildcards["member"]], folder))
             yield from (replace(step, job=f"{wildcards['member']}: {step.job}") for step in steps)
             made_by_it = files_of(layout, stage, **wildcards)[1].every()
             if any(step.n_new != 0 for step in steps) or not all(path.exists() for path in made_by_it):

@@ -62,6 +62,14 @@ def test_what_is_said_to_be_left_is_about_what_is_left():
         assert (found.left < 6 * truth).all() and (found.left > truth / 6).all()
 
 
+@pytest.mark.parametrize(("first_round", "cap"), [(75, 1050), (50, 749)])
+def test_a_last_round_that_takes_what_the_cap_leaves_says_no_more_than_others(first_round, cap):
+    """It is several times as long as usual; taken for a usual one it said 3 to 15 times what is left."""
+    found = Noisy().fit(OptimalFit(first_round=first_round, tolerance=1e-4, max_steps=cap))
+    truth = found.best_loss - FLOOR
+    assert (found.left < 3 * truth).all() and (found.left > truth / 3).all()
+
+
 @pytest.mark.parametrize("rate", [2e-4, 30.0])
 def test_a_rate_that_is_too_low_or_too_high_is_tried_again(capsys, rate):
     """At 2e-4 a first round of 50 steps moves a coordinate by at most 0.005; at 30 it ends far from the optimum."""
