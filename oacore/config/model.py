@@ -18,7 +18,7 @@ REGISTERED, REGISTERED_FILE = "registered", "registered.json"
 # `model:` of the embedded model: as it is shipped with the package, or trained by the workflow.
 DEMO, DEMO_TRAINED = "demo", "demo-trained"
 SHIPPED_DEMO = Path(__file__).parents[1] / "models" / "demo_model"
-# Keys of the embedded model's shape, which those that trained it before there were such keys do not have in their names.
+# Keys of the embedded model's shape. At their defaults they are left out of all names, as before there were such keys.
 SIZES = ("n_layers", "n_heads", "d_model")
 
 

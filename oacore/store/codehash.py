@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGES = ("oacore", "oakernels")
 
 
-# Settings reach a rule through its params, paths through its inputs and outputs; messages, how a file gets its name, and
+# Settings reach a rule through its params, paths through its inputs and outputs; messages, how a file gets its name and
 # how a stage is called are no results.
 NOT_FOLLOWED = {
     f"oacore.{name}"
