@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from oacore.circuits.numbers import WIDEST_BLOCK
 from oacore.engine.masked import Engine
 from oacore.engine.statistics import Statistics
 from oacore.models.weights import Model
@@ -27,6 +28,11 @@ class Constants(NamedTuple):
         shapes = [part.shape[1:] for part in self]
         parts = values.split([shape.numel() for shape in shapes], 1)
         return Constants(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
+
+    def blocks(self) -> list[int]:
+        """Widths of the vectors that a fit's flattened constants consist of, in parts of at most `WIDEST_BLOCK`."""
+        vectors = [width for part in self for width in [part.shape[-1]] * part[0].shape[:-1].numel()]
+        return [min(WIDEST_BLOCK, width - begin) for width in vectors for begin in range(0, width, WIDEST_BLOCK)]
 
     def writes(self, engine: Engine, n_tokens: int) -> Tensor:
         """What they write to the stream [F, S, Q or t, d]; differentiable."""

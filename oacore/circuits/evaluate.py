@@ -80,6 +80,7 @@ def refit_constants(
         key="circuits.refit.learning_rate",
         resumable=resumable,
         what=what,
+        blocks=start.blocks(),
     )
     return start.unflattened(descent.best), descent
 

@@ -8,6 +8,9 @@ Snakefile estimates on every dry run.
 # saves.
 ROWS_WORTH_KEEPING = 16
 
+# Coordinates of one constant that are whitened together: for each a refit keeps as many numbers.
+WIDEST_BLOCK = 32
+
 # Prompts of a circuit's evaluation whose activations are held as replacements.
 REPLACED_AT_ONCE = 64
 

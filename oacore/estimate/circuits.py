@@ -4,7 +4,7 @@ which is called with the case, the task and the rows of the method and of the ed
 
 from typing import NamedTuple
 
-from oacore.circuits.numbers import REPLACED_AT_ONCE
+from oacore.circuits.numbers import REPLACED_AT_ONCE, WIDEST_BLOCK
 from oacore.config.base import OptimalFit
 from oacore.config.circuits import (
     CIRCUIT_METHODS,
@@ -134,8 +134,8 @@ def edge_by_edge(case: Case, task: str, method: SearchMethod, ablation: EdgeAbla
 
 
 def judgement(case: Case, task: str, C: int, fit: OptimalFit, row: EdgeAblationType) -> CircuitCost:
-    """C circuits: their masks thrice in fp32; where constants are fitted, 15 values each in a step, and their writes 3
-    C S Q d.
+    """C circuits: their masks thrice in fp32; where constants are fitted, 15 values each in a step, four times their
+    blocks' moments, and their writes 3 C S Q d.
     """
     s, t, (n_train, n_validation, n_test) = case.sizes, case.prompt_tokens(task) - 1, case.n_prompts(task)
     n_most, n_held_out = max(n_validation, n_test), n_validation + n_test
@@ -146,6 +146,9 @@ def judgement(case: Case, task: str, C: int, fit: OptimalFit, row: EdgeAblationT
     if row.fitted:
         B, Q = min(fit.batch_size, n_train), t if row.positional else 1
         parts["optimiser"] = descent_bytes(C * Q * (s.d_model + s.n_layers * (s.z + s.d_model)))
+        parts["moments"] = (
+            4 * FP32 * C * Q * (_moments(s.d_model) * (1 + s.n_layers) + _moments(s.d_head) * s.n_layers * s.n_heads)
+        )
         moment = fullest(moment, masked_pass(case, t, C * B, C, gradient=True))
         flop += fit_flop(
             fit,
@@ -153,3 +156,9 @@ def judgement(case: Case, task: str, C: int, fit: OptimalFit, row: EdgeAblationT
             test=lambda: masked_pass_flop(s, C * n_validation, t, gradient=False),
         )
     return CircuitCost(parts | fullest(moment, {"making replacements": making}), flop)
+
+
+def _moments(width: int) -> int:
+    """Second moments of one constant's blocks (`fits.whitening`)."""
+    whole, rest = divmod(width, WIDEST_BLOCK)
+    return whole * WIDEST_BLOCK**2 + rest**2

@@ -10,11 +10,9 @@ Four of the demo's circuits (IOI, 1,152 coordinates each): after 80 steps of 8 p
 44 % above that of a fit of 96,000 prompts, after two more rounds 3 to 17 %; one round as long as all three ended within
 4 % of those (a fifth circuit has several minima). Gauss-Newton steps (the Fisher metric of 1,024 sampled gradients,
 damped adaptively) were behind at any number of prompts, L-BFGS on all training prompts from where the third round ended
-was no faster than more rounds, and Adam in the eigenbasis of each source's gradients was unstable. What does help, and
-waits for all expected numbers to be measured anew: from the second round on each 32 coordinates of a constant
-multiplied by the inverse root of their gradients' second moments (decay 0.99 a step, damped by 1 % of their mean
-eigenvalue, steps 1.4 times as long). Four other circuits, which 1,050 steps leave 3.8 to 7.8 % above 10,575, came
-within 4.5 %.
+was no faster than more rounds, and Adam in the eigenbasis of each source's gradients was unstable. What does help where
+coordinates are coupled is to whiten them from the second round on (`whitening`): four other circuits, which 1,050 steps
+of Adam leave 3.8 to 7.8 % above 10,575, came within 4.5 %.
 
 The whole state is one dictionary of tensors, and each step's prompts follow from the seed and the step alone: a
 checkpoint resumes bit by bit.
@@ -31,6 +29,7 @@ from torch import Tensor
 from oacore.config.base import OptimalFit
 from oacore.fits.resume import NOT_KEPT, Resumable, State
 from oacore.fits.watch import Watch
+from oacore.fits.whitening import Whitening
 from oacore.progress import progress
 
 BETAS, EPSILON = (0.9, 0.99), 1e-10
@@ -114,6 +113,7 @@ def descend(
     what: str = "constants",
     on_test: Callable[[], object] = lambda: None,
     sgd: bool = False,
+    blocks: Sequence[int] = (),
 ) -> Descent:
     """Fit every row of `start` [n, ...].
 
@@ -128,13 +128,20 @@ def descend(
         resumable: where the state is kept, after every round and every minute.
         on_test: called after every round.
         sgd: take `sgd_step`s instead of Adam's; the rate is then absolute but for `scale`.
+        blocks: widths of consecutive blocks of coupled coordinates of a row [n, coordinates], which are whitened
+            together from the second round on; the first one's gradients, of which the largest come first, are what is
+            known by then.
 
     Raises:
         UserError: a gradient or loss is not finite; names step, rows, and the last good checkpoint.
     """
     everything = Running(torch.arange(len(start), device=start.device), list(range(len(start))))
-    state = resumable.load(start.device) or _initial_state(start, validate(everything, start), settings)
     scale, step_of = scale.expand(len(start), *scale.shape[1:]), _sgd if sgd else _adam
+    whitening = Whitening(blocks, scale) if blocks else None
+    state = resumable.load(start.device)
+    if state is None:
+        state = _initial_state(start, validate(everything, start), settings)
+        state |= {} if whitening is None else whitening.initial_state()
     watch = Watch(resumable.path, int(state["step"]))
     advice = f"allowed: a smaller {key}, now {settings.learning_rate:g}, and a model with finite weights"
     watch.see("validation loss", state["best_loss"], int(state["step"]), everything.index)
@@ -149,7 +156,14 @@ def descend(
             while (step := int(state["step"])) < end:
                 slope = gradient(running, state["value"][index], step)
                 rate = _like(state["rate"][index], start) * scale[index] * ((end - step) / (end - begin))
-                step_of(state, index, slope, rate, step - begin + 1)
+                if whitening is not None and begin > 0:
+                    if (step - begin) % LOOK_EVERY == 0:  # and not oftener: whoever resumes must find the same
+                        whitening.refresh(state, index, step)
+                    _whitened(whitening, state, index, slope, rate, step - begin + 1)
+                else:
+                    step_of(state, index, slope, rate, step - begin + 1)
+                if whitening is not None:
+                    whitening.see(state, index, slope)
                 state["step"] += 1
                 watch.see("gradient", slope, step + 1, index)
                 bar.update()
@@ -206,6 +220,12 @@ def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: int)
 
 def _sgd(state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: int) -> None:
     state["value"][rows], state["first"][rows] = sgd_step(state["value"][rows], state["first"][rows], gradient, rate)
+
+
+def _whitened(whitening: Whitening, state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: int) -> None:
+    state["first"][rows] = state["first"][rows].lerp(gradient, 1 - BETAS[0])
+    momentum = state["first"][rows] / (1 - BETAS[0] ** step)
+    state["value"][rows] -= rate * whitening.direction(rows, momentum)
 
 
 def _usual_rounds(begin: int, end: int, first_round: int) -> float:

@@ -451,7 +451,7 @@ def test_partly_ablated_edges_would_bias_the_constants(monkeypatch):
     half = ablated.clone()
     half[0, j, s] = 0.5
     start = setting.replacements("optimal").start
-    settings = Refit(max_steps=600, batch_size=8, tolerance=1e-4)
+    settings = Refit(first_round=300, max_steps=600, batch_size=8, tolerance=1e-4)
     fitted, _ = refit_constants(
         setting.passes(), setting.passes(), start, setting.scales, ablated, settings, names=["edge"]
     )
