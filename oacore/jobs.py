@@ -11,7 +11,7 @@ from oacore.config.lenses import LENS_SECTIONS, Truthfulness
 from oacore.config.read import compared_runs
 from oacore.config.run import Config
 from oacore.errors import UserError
-from oacore.store.layout import WEIGHTS, Layout, circuit_file
+from oacore.store.layout import IMAGES, WEIGHTS, Layout, circuit_file
 
 # In the order in which they run; what each is run for beside the config.
 STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -38,7 +38,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "lens_faithfulness": ("compare how lenses and model react to changes", ("task",)),
     "lens_truthfulness": ("compare layers before true and wrong demonstrations", ("task",)),
     "lens_figures": ("draw the lenses' figures", ("task",)),
-    "vision_model": ("train the network of vision:", ()),
+    "vision_model": ("train the network of vision:, or read a pretrained one", ()),
     "vision": ("measure the importance of a network's units", ("units",)),
     "vision_figures": ("draw importances and how methods agree", ()),
     "study_member": ("run all experiments on one member of a study", ("member",)),
@@ -394,7 +394,11 @@ VISION_TABLES = ("importance", "agreement", "curves", "sanity")
 
 
 def _vision_model(layout: Layout) -> tuple[Named, Named]:
-    return {}, {"model": layout.vision_model("model.json"), "weights": layout.vision_model(WEIGHTS)}
+    return {}, {
+        "model": layout.vision_model("model.json"),
+        "weights": layout.vision_model(WEIGHTS),
+        "images": layout.vision_model(IMAGES),
+    }
 
 
 def _vision(layout: Layout, units: str) -> tuple[Named, Named]:

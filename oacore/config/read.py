@@ -10,9 +10,15 @@ from oacore.config.explain import describe_error
 from oacore.config.model import check_architecture, description_of, is_directory_name
 from oacore.config.run import Config
 from oacore.config.tasks import task_row
-from oacore.config.vision import PACKAGES
+from oacore.config.vision import IMAGE_FILES, image_files
 from oacore.config.yaml_file import read_yaml
 from oacore.errors import UserError
+
+EXISTING = {  # what else than a file a path may name
+    "tasks.text.path": "file or directory",
+    "vision.pretrained.images": "folder of images",
+    "vision.pretrained.model": "model directory, or a Hugging Face name",
+}
 
 
 def parse_config(values: object) -> Config:
@@ -40,6 +46,7 @@ def parse_config(values: object) -> Config:
         raise UserError("config is not valid\n" + "\n".join(lines)) from None
     _check_model(config)
     _check_paths(config)
+    _check_images(config)
     _check_packages(config)
     _check_members(config)
     return config
@@ -78,8 +85,20 @@ def _check_model(config: Config) -> None:
 def _check_paths(config: Config) -> None:
     for key, path in input_files(config):
         if not path.exists():
-            folder = " or directory" if key == "tasks.text.path" else ""
-            raise UserError(f"{key}: {str(path)!r} does not exist; allowed: an existing file{folder}")
+            kind = EXISTING.get(key, "file")
+            raise UserError(f"{key}: {str(path)!r} does not exist; allowed: an existing {kind}")
+
+
+def _check_images(config: Config) -> None:
+    pretrained = config.vision.pretrained if config.vision is not None else None
+    if config.vision is None or pretrained is None:
+        return
+    there, asked = len(image_files(pretrained.images)), config.vision.splits
+    if there < sum(asked.values()):
+        raise UserError(
+            f"vision.images: {sum(asked.values())} in all splits; allowed: as many as {str(pretrained.images)!r} "
+            f"has: {there} ({', '.join(IMAGE_FILES)})"
+        )
 
 
 class Compared(NamedTuple):
@@ -109,7 +128,7 @@ def compared_runs(config: Config) -> dict[str, Compared]:
 
 def _check_packages(config: Config) -> None:
     if config.vision is not None and (
-        missing := [name for module, name in PACKAGES.items() if find_spec(module) is None]
+        missing := [name for module, name in config.vision.packages.items() if find_spec(module) is None]
     ):
         raise UserError(
             f"vision: {' and '.join(missing)} can't be imported; allowed: without this section, or after "
@@ -142,5 +161,9 @@ def input_files(config: Config) -> list[tuple[str, Path]]:
     ]
     truth = config.lenses.truthfulness if config.lenses is not None else None
     datasets = [("lenses.truthfulness.datasets", path) for path in (truth.datasets or () if truth is not None else ())]
+    pretrained = config.vision.pretrained if config.vision is not None else None
+    of_vision = [("vision.pretrained.images", pretrained.images)] if pretrained is not None else []
+    if pretrained is not None and is_directory_name(pretrained.model):
+        of_vision.append(("vision.pretrained.model", Path(pretrained.model)))
     compared = [("compare", path) for path in config.compare]
-    return [(key, path) for key, path in [*tasks, *datasets, *compared] if path is not None]
+    return [(key, path) for key, path in [*tasks, *datasets, *of_vision, *compared] if path is not None]

@@ -3,6 +3,7 @@ what replaces a unit and of how its importance is measured.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -14,7 +15,9 @@ from oacore.config.rows import Look, Row, registry
 Whole = Annotated[int, Field(ge=1)]
 UnitKind = Literal["channels", "branches", "blocks"]
 FEWEST_RANKED = 5  # units whose order says something
-PACKAGES = {"sklearn": "scikit-learn", "captum": "captum"}  # that only this section needs, by what is imported
+DIGITS = 1797
+MB_OF_AN_IMAGE = 25  # of a ResNet-50's branches, at 224 x 224 pixels
+IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -124,26 +127,40 @@ else:
     ReplacementName = Literal[tuple(REPLACEMENTS)]
 
 
-DIGITS = 1797
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and in folders of it, in the order of their names; hidden ones are left out."""
+    found = (path for path in folder.expanduser().rglob("*") if path.suffix.lower() in IMAGE_FILES and path.is_file())
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder.expanduser()).parts)
+    )
 
 
 class Images(Settings):
-    """How the digits are split."""
+    """How the images are split."""
 
     n_network: int = Field(
-        700, ge=20, description="images to train the network on; it is too sure of them to say what a unit is worth"
+        700,
+        ge=20,
+        description="images to train the network on; it is too sure of them to say what a unit is worth; none with "
+        "`pretrained`",
     )
     n_train: int = Field(500, ge=2, description="images to fit constants on, and to take means of")
     n_validation: int = Field(150, ge=2, description="images that stop the fits of constants")
     n_test: int = Field(447, ge=4, description="images on which everything is measured")
 
-    @model_validator(mode="after")
-    def _there_are_so_many(self) -> "Images":
-        if (asked := sum(self.model_dump().values())) > DIGITS:
-            raise ValueError(
-                f"n_network: {asked} images with n_train, n_validation and n_test; allowed: {DIGITS} in all"
-            )
-        return self
+
+class Pretrained(Settings):
+    """A network that others have trained, on images of one's own, instead of a small one on digits."""
+
+    model: str = Field(
+        min_length=1,
+        description="Hugging Face name or directory of a ResNet for image classification, such as microsoft/resnet-18",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face model")
+    images: Path = Field(
+        description="folder with images, in folders of their own or not; where those have the names of the network's "
+        "classes its accuracy is told"
+    )
 
 
 class Network(Settings):
@@ -206,22 +223,30 @@ class Vision(Settings):
     )
     images: Images = Images()
     network: Network = Network()
+    pretrained: Pretrained | None = None
     fit: ConstantsFit = ConstantsFit()
 
-    @property
-    def n_branches(self) -> int:
-        """Residual branches of the network."""
-        return len(self.network.widths) * self.network.branches
-
     def n_units(self, kind: UnitKind) -> int:
-        """How many units of a kind the network has."""
+        """How many units of a kind the network that the workflow trains has."""
+        widths, branches = self.network.widths, self.network.branches
         if kind == "channels":
-            return self.network.widths[max(0, self.layer - 1) // self.network.branches]
-        return self.n_branches if kind == "branches" else len(self.network.widths)
+            return widths[max(0, self.layer - 1) // branches]
+        return len(widths) * branches if kind == "branches" else len(widths)
 
     def ranked(self, kind: UnitKind) -> bool:
-        """Whether there are enough units of a kind to compare orders."""
-        return self.n_units(kind) >= FEWEST_RANKED
+        """Whether there are enough units of a kind to compare orders; of a pretrained network there have to be."""
+        return kind != "blocks" if self.pretrained else self.n_units(kind) >= FEWEST_RANKED
+
+    @property
+    def packages(self) -> dict[str, str]:
+        """Packages that only this section needs, by what is imported."""
+        return {"captum": "captum"} | ({} if self.pretrained else {"sklearn": "scikit-learn"})
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Images of each split."""
+        used = {"n_network"} if self.pretrained else set()
+        return {name.removeprefix("n_"): count for name, count in self.images.model_dump(exclude=used).items()}
 
     def measures(self) -> tuple[str, ...]:
         """The rows of `MEASURES` that these replacements give, in the registry's order."""
@@ -229,9 +254,16 @@ class Vision(Settings):
             row.name for row in MEASURES.values() if not row.replacement or row.replacement in self.replacements
         )
 
+    @property
+    def images_mb(self) -> int:
+        """Memory for what a pretrained network puts out on all images, at every branch."""
+        return MB_OF_AN_IMAGE * sum(self.splits.values()) if self.pretrained else 0
+
     def of_network(self) -> dict[str, Any]:
-        """What determines the trained network and the splits, JSON-able."""
-        return self.model_dump(mode="json", include={"network", "images"})
+        """What determines the network and the splits, JSON-able, but for what lies in files."""
+        if self.pretrained is None:
+            return self.model_dump(mode="json", include={"network", "images"})
+        return {"revision": self.pretrained.revision, "images": self.splits}
 
     def read_by(self, kind: UnitKind) -> dict[str, Any]:
         """What the measurements of one kind of units depend on beside the network, JSON-able."""
@@ -254,6 +286,12 @@ class Vision(Settings):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}: {', '.join(map(str, values))} repeats a value; allowed: each once")
-        if self.layer > self.n_branches:
-            raise ValueError(f"layer: {self.layer}; allowed: 0 to {self.n_branches}, the network's residual branches")
+        if self.pretrained is not None:
+            if "network" in self.model_fields_set:
+                raise ValueError("network: is not trained where pretrained names one; allowed: one of the two")
+            return self
+        if (asked := sum(self.splits.values())) > DIGITS:
+            raise ValueError(f"images: {asked} in all splits; allowed: {DIGITS} in all")
+        if self.layer > (most := self.n_units("branches")):
+            raise ValueError(f"layer: {self.layer}; allowed: 0 to {most}, the network's residual branches")
         return self

@@ -29,11 +29,11 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
         )
     from transformers import AutoTokenizer
 
-    with _hub_errors(source, revision):
+    with hub_errors(source, revision):
         return AutoTokenizer.from_pretrained(
             source,
             revision=revision,
-            local_files_only=not _hub_is_needed_and_there(source),
+            local_files_only=not hub_is_needed_and_there(source),
             trust_remote_code=False,
             use_fast=True,
         )
@@ -52,11 +52,11 @@ def load_hugging_face(source: str | Path, *, revision: str | None = None, dtype:
     if is_directory_name(str(source)):
         source = Path(source).expanduser()
         logging.disable_progress_bar()  # of weights that are on disk; a download shows its progress
-    with _hub_errors(source, revision):
+    with hub_errors(source, revision):
         return AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
-            local_files_only=not _hub_is_needed_and_there(source),
+            local_files_only=not hub_is_needed_and_there(source),
             dtype=DTYPES[dtype],
             trust_remote_code=False,
             attn_implementation="eager",
@@ -79,8 +79,8 @@ def hugging_face_config(source: str | Path, *, revision: str | None = None) -> A
             )
         source = Path(source).expanduser()
         check_architecture(str(source), source / "config.json")
-    with _hub_errors(source, revision):
-        only_local = not _hub_is_needed_and_there(source)
+    with hub_errors(source, revision):
+        only_local = not hub_is_needed_and_there(source)
         config = AutoConfig.from_pretrained(
             source, revision=revision, local_files_only=only_local, trust_remote_code=False
         )
@@ -92,7 +92,7 @@ def hugging_face_config(source: str | Path, *, revision: str | None = None) -> A
         return config
 
 
-def _hub_is_needed_and_there(source: str | Path) -> bool:
+def hub_is_needed_and_there(source: str | Path) -> bool:
     """Whether to ask the hub: not for a directory, nor when it does not answer, since the hub's own client retries for
     23-46 s.
     """
@@ -115,14 +115,14 @@ def _hub_answers() -> bool:
 
 
 @contextmanager
-def _hub_errors(source: str | Path, revision: str | None) -> Any:
+def hub_errors(source: str | Path, revision: str | None, key: str = "model") -> Any:
     """Turn the many exceptions of a failed load into one sentence with the cause."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors and hub errors alike
-        where = f"model: {str(source)!r}" + (f" (revision {revision!r})" if revision else "")
+        where = f"{key}: {str(source)!r}" + (f" (revision {revision!r})" if revision else "")
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = (
             "a complete model directory"

@@ -8,7 +8,6 @@ import torch
 
 from oacore.config.run import Config
 from oacore.config.vision import UnitKind
-from oacore.errors import UserError
 from oacore.fits.resume import Resumable
 from oacore.jobs import Files
 from oacore.store.artefacts import read_json, write_table
@@ -16,14 +15,13 @@ from oacore.store.codehash import codehash
 from oacore.store.items import FOLDER, Items
 from oacore.store.provenance import Provenance
 from oacore.store.samples import write_samples
-from oacore.vision.data import digest, digits
+from oacore.vision.data import read_pictures
 from oacore.vision.measures import Bench, bench
+from oacore.vision.network import rows_at_once
+from oacore.vision.source import read_network
 from oacore.vision.study import Study, at_budgets, randomised, shuffled, whole
 from oacore.vision.tables import VisionTables, agreement_table, curve_table, importance_table, sanity_table
-from oacore.vision.train import read_network
 from oacore.vision.units import units_of
-
-TOKENS_OF_AN_IMAGE = 16  # of limits.tokens_per_batch
 
 
 def run(config: Config, inputs: Files, outputs: Files, units: UnitKind) -> None:
@@ -35,22 +33,22 @@ def run(config: Config, inputs: Files, outputs: Files, units: UnitKind) -> None:
     torch.set_num_threads(config.limits.threads)
     facts = read_json(inputs["model"])
     hashes = {name: facts[name] for name in ("model_hash", "images_hash")}
-    network = read_network(inputs["weights"], settings.network, Provenance({"model_hash": facts["model_hash"]}))
-    splits = digits(settings.images, config.seed)
-    if digest(splits) != facts["images_hash"]:
-        raise UserError(f"{inputs['model']}: trained on other images than scikit-learn has; delete it and run again")
-    chosen = units_of(network, kind, settings.layer, settings.network.branches)
-    rows_at_once = max(1, config.limits.tokens_per_batch // TOKENS_OF_AN_IMAGE)
+    network = read_network(inputs["weights"], facts, settings)
+    splits = read_pictures(inputs["images"], Provenance({"images_hash": facts["images_hash"]}))
+    chosen = units_of(network, kind, settings.layer, facts["n_branches"])
+    at_once = rows_at_once(network, splits["test"].pixels, config.limits.tokens_per_batch)
 
     @cache
     def bench_of(part: str) -> Bench:
-        return bench(shuffled(network, part, config.seed) if part else network, chosen, splits, settings, rows_at_once)
+        return bench(shuffled(network, part, config.seed) if part else network, chosen, splits, settings, at_once)
+
+    images = "digits" if settings.pretrained is None else "images"
 
     def items(name: str, module: str, *keys: str) -> Items:
         layer = {"layer": settings.layer} if kind == "channels" else {}
         code = {"torch": torch.__version__, "captum": version("captum"), "code": codehash(f"oacore.vision.{module}")}
         determined = {**hashes, **code, "units": kind, **layer, **settings.model_dump(mode="json", include=set(keys))}
-        return Items(inputs["model"].parent / FOLDER / "digits", name, determined, {"run": config.run})
+        return Items(inputs["model"].parent / FOLDER / images, name, determined, {"run": config.run})
 
     provenance = Provenance({**hashes, "units": kind}, {"run": config.run, "seed": config.seed})
     with Resumable.beside(outputs["importance"], provenance, "oacore.vision.fit") as resumable:

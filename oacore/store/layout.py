@@ -17,6 +17,7 @@ from oacore.store.fingerprint import fingerprint
 
 SPLITS = ("train", "validation", "test")
 WEIGHTS = "weights.safetensors"  # beside model.json
+IMAGES = "images.safetensors"  # beside that of `vision:`
 
 
 def short_hash(value: object) -> str:
@@ -52,7 +53,23 @@ def task_settings(config: Config, task: str) -> dict[str, object]:
 def vision_settings(config: Config) -> dict[str, object]:
     """What determines the network of `vision:` and its images."""
     assert config.vision is not None
-    return {"seed": config.seed, **config.vision.of_network()}
+    named, files = config.vision.pretrained, {}
+    if named is not None:
+        model = fingerprint(named.model) if is_directory_name(named.model) else named.model
+        files = {"model": model, "folder": fingerprint(named.images)}
+    return {"seed": config.seed, **config.vision.of_network(), **files}
+
+
+def _name_of(model: str) -> str:
+    """What a model's folder is called."""
+    base = Path(model).expanduser().resolve().name if is_directory_name(model) else model
+    return re.sub(r"[^\w.]+", "--", base)
+
+
+def _vision_name(config: Config) -> str:
+    assert config.vision is not None
+    named = config.vision.pretrained
+    return f"{'digits' if named is None else _name_of(named.model)}-{short_hash(vision_settings(config))}"
 
 
 def circuit_file(knob: float, seed: int) -> str:
@@ -68,20 +85,18 @@ class Layout:
     """
 
     def __init__(self, config: Config, prefix: str = ""):
-        base = config.model if not is_directory_name(config.model) else Path(config.model).expanduser().resolve().name
-        name = re.sub(r"[^\w.]+", "--", base)
         self.config = config
         cache, results = (
             path if path.is_absolute() or str(path).startswith("..") else f"{prefix}{path}"
             for path in (config.cache_dir, config.results_dir)
         )
-        self.model_dir = f"{cache}/{name}-{short_hash(model_settings(config))}"
+        self.model_dir = f"{cache}/{_name_of(config.model)}-{short_hash(model_settings(config))}"
         self.results_dir = f"{results}/{config.run}"
         self.report = f"{self.results_dir}/report.html"
         self.model_json = f"{self.model_dir}/model.json"
         self.weights = f"{self.model_dir}/{WEIGHTS}"
         self.demo_model = f"{self.model_dir}/demo"  # where the workflow trains it; the shipped one is not there
-        self.vision_dir = f"{cache}/digits-{short_hash(vision_settings(config))}" if config.vision is not None else ""
+        self.vision_dir = f"{cache}/{_vision_name(config)}" if config.vision is not None else ""
         self._task_dirs = {
             task: f"{task}-{short_hash(task_settings(config, task))}" for task in config.tasks.selected()
         }
@@ -130,7 +145,7 @@ class Layout:
         tasks += [self.activations(task) for task in config.cached_tasks()]
         rows = [self.lens_rows(task) for task in config.lens_tasks()]
         stored = [self.weights] * config.store_weights
-        rows += [self.vision_model(name) for name in ("model.json", WEIGHTS) if config.vision is not None]
+        rows += [self.vision_model(name) for name in ("model.json", WEIGHTS, IMAGES) if config.vision is not None]
         return [self.demo_model] * config.trains_demo + [self.model_json, *stored, *tasks, *rows]
 
     def ablation(self, task: str, file: str) -> str:

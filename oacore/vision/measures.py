@@ -29,6 +29,7 @@ class Bench:
 
     Args:
         means: by replacement that is or starts from a mean or zero, the values.
+        test_activations: empty where no replacement is of another image.
     """
 
     train: Passes
@@ -64,7 +65,8 @@ def bench(
     rows = [row for row in REPLACEMENTS.values() if row.name in settings.replacements and not row.of_partner]
     means = {row.name: row.load()(activations) for row in rows}
     spread = {row.name: spreads(activations, means[row.name]) for row in rows if row.fitted}
-    return Bench(train, validation, test, means, spread, test.activations(), settings)
+    of_others = any(REPLACEMENTS[name].of_partner for name in settings.replacements)
+    return Bench(train, validation, test, means, spread, test.activations() if of_others else {}, settings)
 
 
 def ablation(of: Bench, row: Measure, effort: Effort, constants: Tensor | None, images: Tensor, seed: int) -> Tensor:

@@ -30,14 +30,13 @@ class Passes:
 
     network: nn.Sequential
     units: Units
-    pixels: Tensor  # [N, 1, h, w]
+    pixels: Tensor  # [N, c, h, w]
     rows_at_once: int = 1024
 
     def __post_init__(self) -> None:
-        with torch.no_grad():
-            start = self.units.first_part
-            self.clean = self.network(self.pixels).log_softmax(-1)  # [N, K]
-            self._entering, self._tail = self.network[:start](self.pixels), self.network[start:]
+        start = self.units.first_part
+        self.clean = self._through(self.network, self.pixels).log_softmax(-1)  # [N, K]
+        self._entering, self._tail = self._through(self.network[:start], self.pixels), self.network[start:]
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -45,15 +44,15 @@ class Passes:
     @torch.no_grad()
     def activations(self) -> dict[str, Tensor]:
         """What the clean network puts out at every place, [N, C, h, w]."""
-        seen: dict[str, Tensor] = {}
+        seen: dict[str, list[Tensor]] = {place: [] for place in self.units.owners}
 
         def keep(place: str, value: Tensor) -> Tensor:
-            seen[place] = value
+            seen[place].append(value)
             return value
 
         with self._edited(keep):
-            self._tail(self._entering)
-        return {place: seen[place] for place in self.units.owners}
+            self._through(self._tail, self._entering)
+        return {place: torch.cat(values) for place, values in seen.items()}
 
     def losses(self, rows: Tensor, gates: Tensor, values: Values) -> Tensor:
         """KL [R] of rows in one pass, with gradients if they are enabled.
@@ -79,6 +78,11 @@ class Passes:
             part = slice(begin, begin + self.rows_at_once)
             found.append(self.losses(rows[part], gates[part], values_of(part)))
         return torch.cat(found) if found else torch.zeros(0)
+
+    @torch.no_grad()
+    def _through(self, parts: nn.Module, entering: Tensor) -> Tensor:
+        """What parts make of all images, some at a time."""
+        return torch.cat([parts(some) for some in entering.split(self.rows_at_once)])
 
     @contextmanager
     def _edited(self, edit: Callable[[str, Tensor], Tensor]) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """The report's section on a convolutional network; what it says is computed from the tables."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -49,7 +50,8 @@ def vision_section(
     sentences.append(
         convergence_sentence(_fits(importance), "", "left_nats", "move the loss that was fitted, in nats,")
     )
-    return Section("digits: importance of a network's units", " ".join(filter(None, sentences)), parts)
+    images = Path(facts["pretrained"]["model"]).name if "pretrained" in facts else "digits"
+    return Section(f"{images}: importance of a network's units", " ".join(filter(None, sentences)), parts)
 
 
 def vision_methods_section(measures: Sequence[str]) -> Section:
@@ -156,6 +158,7 @@ def _column(rows: pd.DataFrame, name: str, methods: Sequence[str]) -> list[objec
 
 def _network(facts: Mapping[str, Any]) -> dict[str, object]:
     return {
+        **facts.get("pretrained", {}),
         "weights": facts["n_weights"],
         "images": facts["n_images"],
         "test accuracy": facts["accuracy"]["test"],

@@ -1,6 +1,4 @@
-"""Training of the network, in seconds, and its file."""
-
-from pathlib import Path
+"""Training of the network, in seconds."""
 
 import torch
 from torch import nn
@@ -9,8 +7,6 @@ from torch.nn.functional import cross_entropy
 from oacore.config.vision import Network
 from oacore.draws import prompts_of_step
 from oacore.errors import UserError
-from oacore.store.artefacts import read_tensors, write_tensors
-from oacore.store.provenance import Provenance
 from oacore.vision.data import N_CLASSES, Pictures
 from oacore.vision.network import residual_network
 
@@ -36,14 +32,6 @@ def train(settings: Network, images: Pictures, seed: int) -> nn.Sequential:
     return network.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def accuracy_and_loss(network: nn.Sequential, images: Pictures) -> tuple[float, float]:
-    """The share of images that are classified rightly, and the mean cross-entropy in nats."""
-    logits = network(images.pixels)
-    right = (logits.argmax(-1) == images.labels).double().mean()
-    return float(right), float(cross_entropy(logits, images.labels))
-
-
 def check_accuracy(accuracy: float, settings: Network) -> None:
     """Refuse a network that has learned too little to be looked at.
 
@@ -55,20 +43,3 @@ def check_accuracy(accuracy: float, settings: Network) -> None:
             f"vision.network: training failed: accuracy is {accuracy:.3f}, required {settings.min_accuracy:g} "
             f"(vision.network.n_steps: {settings.n_steps})"
         )
-
-
-def write_network(path: str | Path, network: nn.Sequential, provenance: Provenance) -> None:
-    """Write the weights."""
-    write_tensors(path, network.state_dict(), provenance)
-
-
-def read_network(path: str | Path, settings: Network, provenance: Provenance) -> nn.Sequential:
-    """The network that `write_network` wrote.
-
-    Raises:
-        UserError: the file is damaged or of other settings.
-    """
-    _, weights = read_tensors(path, provenance)
-    network = residual_network(settings, N_CLASSES)
-    network.load_state_dict(weights)
-    return network.eval().requires_grad_(False)

@@ -7,13 +7,14 @@ from the image, and all blocks would lose the same.
 Symbols: n units, C channels of a place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from oacore.config.vision import UnitKind
+from oacore.config.vision import FEWEST_RANKED, UnitKind, Vision
+from oacore.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Units:
         return min(int(place.partition(".")[0]) for place in self.owners)
 
 
-def units_of(network: nn.Sequential, kind: UnitKind, layer: int, branches: int) -> Units:
+def units_of(network: nn.Sequential, kind: UnitKind, layer: int, branches: Sequence[int]) -> Units:
     """The units of a residual network.
 
     Args:
         layer: channels: after how many residual branches.
-        branches: of a block.
+        branches: how many each block has.
     """
     if kind == "channels":
         n = _width(network, layer)
@@ -51,7 +52,7 @@ def units_of(network: nn.Sequential, kind: UnitKind, layer: int, branches: int) 
         names = tuple(f"channel {channel}" for channel in range(n))
         return Units(names, (f"after {place}",) * n, {str(layer): torch.arange(n)})
     numbers = range(1, len(network) - 1)
-    block = {number: (number - 1) // branches for number in numbers}
+    block = dict(zip(numbers, (of for of, count in enumerate(branches) for _ in range(count)), strict=True))
     if kind == "branches":
         owner = {number: number - 1 for number in numbers}
         names = tuple(f"branch {number}" for number in numbers)
@@ -63,6 +64,22 @@ def units_of(network: nn.Sequential, kind: UnitKind, layer: int, branches: int) 
         layers = tuple(f"branches {', '.join(of_block)}" for of_block in members)
     owners = {f"{number}.branch": torch.full((_width(network, number),), owner[number]) for number in numbers}
     return Units(names, layers, owners)
+
+
+def check_units(network: nn.Sequential, settings: Vision, branches: Sequence[int]) -> None:
+    """Refuse units that a network does not have, or too few where they are to be ranked.
+
+    Raises:
+        UserError: names the key and what is allowed.
+    """
+    if settings.layer > (most := sum(branches)):
+        raise UserError(f"vision.layer: {settings.layer}; allowed: 0 to {most}, the network's residual branches")
+    for kind in settings.units:
+        n = len(units_of(network, kind, settings.layer, branches))
+        if settings.ranked(kind) and n < FEWEST_RANKED:
+            raise UserError(
+                f"vision.units: {kind}, of which the network has {n}; allowed: those of which it has {FEWEST_RANKED}"
+            )
 
 
 def _width(network: nn.Sequential, part: int) -> int:

@@ -184,7 +184,7 @@ CIRCUITS = {"tasks": {"ioi": None}}
         ({"vision": {"network": {"widths": [4] * 5}}}, ["vision.network.widths: [4, 4, 4, 4, 4]", "at most 4"]),
         ({"vision": {"network": {"widths": [4, 0]}}}, ["vision.network.widths[1]: 0", "greater than or equal to 1"]),
         ({"vision": {"budgets": [0]}}, ["vision.budgets[0]: 0", "greater than or equal to 1"]),
-        ({"vision": {"images": {"n_test": 1000}}}, ["vision.images.n_network: 2350 images", "1797 in all"]),
+        ({"vision": {"images": {"n_test": 1000}}}, ["vision.images: 2350 in all splits", "1797 in all"]),
         ({"study": None}, ["study.models", "missing"]),
         ({"study": {"models": {}}}, ["study.models: {}", "at least 1"]),
         ({"study": {"models": {"a/b": None}}}, ["study.models.a/b", "pattern"]),

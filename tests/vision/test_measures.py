@@ -19,8 +19,9 @@ from oacore.vision.fit import fit_alone, fit_together, random_sets
 from oacore.vision.measures import Measurement, bench, measure
 from oacore.vision.passes import Passes
 from oacore.vision.shapley import exact, sampled
+from oacore.vision.source import accuracy_and_loss
 from oacore.vision.study import shuffled
-from oacore.vision.train import accuracy_and_loss, check_accuracy, train
+from oacore.vision.train import check_accuracy, train
 from oacore.vision.units import units_of
 
 SMALL = Vision(
@@ -36,7 +37,7 @@ KINDS = ("channels", "branches", "blocks")
 
 @pytest.fixture(scope="module")
 def splits():
-    return digits(SMALL.images, 0)
+    return digits(SMALL.splits, 0)
 
 
 @pytest.fixture(scope="module")
@@ -50,29 +51,29 @@ def network(splits):
 
 @pytest.fixture(scope="module", params=KINDS)
 def of(request, network, splits):
-    units = units_of(network, request.param, SMALL.layer, SMALL.network.branches)
+    units = units_of(network, request.param, SMALL.layer, (2, 2))
     return bench(network, units, splits, SMALL, 64)
 
 
 def test_kinds_of_units(network):
-    found = {kind: units_of(network, kind, 2, 2) for kind in KINDS}
+    found = {kind: units_of(network, kind, 2, (2, 2)) for kind in KINDS}
     assert [len(units) for units in found.values()] == [SMALL.n_units(kind) for kind in KINDS] == [4, 4, 2]
     assert found["blocks"].names == ("block 1", "block 2") and found["blocks"].layers[1] == "branches 3, 4"
     assert list(found["branches"].owners) == ["1.branch", "2.branch", "3.branch", "4.branch"]
-    assert list(units_of(network, "channels", 0, 2).owners) == ["0"]
+    assert list(units_of(network, "channels", 0, (2, 2)).owners) == ["0"]
 
 
 def test_splits_share_no_image(splits):
     pixels = torch.cat([split.pixels for split in splits.values()]).flatten(1)
     assert [len(split) for split in splits.values()] == [200, 40, 10, 30]
     assert len(pixels.unique(dim=0)) == len(pixels)
-    assert digest(splits) == digest(digits(SMALL.images, 0)) != digest(digits(SMALL.images, 1))
+    assert digest(splits) == digest(digits(SMALL.splits, 0)) != digest(digits(SMALL.splits, 1))
 
 
 def test_training_is_repeatable_and_learns(splits):
     first, second = (train(SMALL.network, splits["network"], 0) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    accuracy, nats = accuracy_and_loss(first, splits["test"])
+    accuracy, nats = accuracy_and_loss(first, splits["test"], 7)
     assert accuracy > 0.5 and nats < 1.6
     with pytest.raises(UserError, match=r"vision\.network: training failed.*required 0.9.*n_steps: 200"):
         check_accuracy(0.5, SMALL.network)

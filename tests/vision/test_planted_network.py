@@ -20,7 +20,7 @@ EXACT = 1e-4
 def of(request):
     """The channels of the stem, and the same after a branch that adds nothing."""
     network = planted()
-    return bench(network, units_of(network, "channels", request.param, 1), pictures(), SETTINGS, 100)
+    return bench(network, units_of(network, "channels", request.param, (1,)), pictures(), SETTINGS, 100)
 
 
 def values(of, name, constants=None, **effort):

@@ -227,7 +227,8 @@ def _is_section(kind):
 def test_the_table_has_every_key():
     training = {f"demo_model.{key}" for key in TRAINING_KEYS}
     of_study = {key for key in leaves() if key.startswith("study.")}  # in test_study.py: such a run has other jobs
-    assert {*KEYS, *training, *of_study, "model", "circuits.tasks", "tracing.tasks"} == set(leaves())
+    pretrained = {key for key in leaves() if key.startswith("vision.pretrained.")}  # in a test of its own
+    assert {*KEYS, *training, *of_study, *pretrained, "model", "circuits.tasks", "tracing.tasks"} == set(leaves())
 
 
 def filled(value, places):
@@ -320,6 +321,18 @@ def test_each_training_key_trains_anew(trained, key, tmp_path):
     value = 0.5 if "min" in key else {"n_heads": 2, "d_model": 64}.get(key, 7)  # heads share the width
     changed = planned(with_value(values, f"demo_model.{key}", value), tmp_path / "config.yaml")
     assert changed["demo"] == changed["model"] == 1
+
+
+def test_a_pretrained_network_re_runs_what_is_of_a_network(finished, tmp_path):
+    values, path, _ = finished
+    for name in ("model", "images"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "any").write_text(name)
+    for number in range(90):
+        (tmp_path / f"images/{number}.png").write_text(f"{number}")
+    of_vision = {key: value for key, value in values["vision"].items() if key != "network"}
+    named = {"model": str(tmp_path / "model"), "images": str(tmp_path / "images")}
+    assert planned(with_value(values, "vision", of_vision | {"pretrained": named}), path) == positive(NETWORK)
 
 
 def test_a_task_from_a_file_leaves_the_others_as_they_are(finished, tmp_path):
@@ -452,7 +465,7 @@ MODULES = {
     "activations removal": "engine/activations engine/prompts engine/statistics",
     "activations": "stages/activations",
     "optimal interaction_ranking removal tracing_fit lens_fit vision": "fits/descent fits/record fits/resume "
-    "fits/watch metrics",
+    "fits/watch fits/whitening metrics",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
     "gaps circuits interaction_ranking removal tracing lens_evaluation vision": "fits/convergence",
     "gaps": "ablation/gaps ablation/replacements stages/gaps",
@@ -486,9 +499,10 @@ MODULES = {
     "lens_faithfulness": "lenses/faithfulness stages/lens_faithfulness",
     "lens_truthfulness": "lenses/labelled lenses/truthfulness stages/lens_truthfulness",
     "lens_figures": "lenses/drawing lenses/plots lenses/tables stages/lens_figures",
-    "vision_model": "stages/vision_model vision/data vision/network vision/train",
+    "vision_model": "stages/vision_model vision/data vision/network vision/pretrained vision/source vision/train "
+    "vision/units",
     "vision": "stages/vision vision/agreement vision/attributions vision/budgets vision/curves vision/fit "
-    "vision/measures vision/passes vision/replacements vision/shapley vision/study vision/tables vision/units",
+    "vision/measures vision/passes vision/replacements vision/shapley vision/study vision/tables",
     "vision_figures": "stages/vision_figures vision/plots",
     "report": "ablation/report circuits/report compare/differences compare/report "
     "interactions/report lenses/report removal/report report/cells "

@@ -1,12 +1,16 @@
 if VISION:
     EXPERIMENT_ROWS.append(shown(MEASURES, VISION.measures()))
 
+    def vision_mem_mb(wildcards, attempt):
+        return (4000 + VISION.images_mb) * attempt
+
     rule vision_model:
         output:
             multiext(
                 f"{layout.vision_dir}/",
                 model="model.json",
                 weights="weights.safetensors",
+                images="images.safetensors",
             ),
         log:
             f"{layout.vision_dir}/logs/model.log",
@@ -15,7 +19,7 @@ if VISION:
             "../../environment.yml"
         threads: 1
         resources:
-            mem_mb=4000,
+            mem_mb=vision_mem_mb,
             runtime=minutes(30),
         params:
             stage="vision_model",
@@ -28,6 +32,7 @@ if VISION:
         input:
             model=layout.vision_model("model.json"),
             weights=layout.vision_model("weights.safetensors"),
+            images=layout.vision_model("images.safetensors"),
         output:
             **{name: layout.vision(f"{{units}}/{name}.csv") for name in VISION_TABLES},
             by_image=layout.vision("{units}/by-image.safetensors"),
@@ -39,7 +44,7 @@ if VISION:
             "../../environment.yml"
         threads: run_config.limits.threads
         resources:
-            mem_mb=4000,
+            mem_mb=vision_mem_mb,
             runtime=minutes(240),
         params:
             stage="vision",
