@@ -24,7 +24,20 @@ from typing import Any
 __version__ = "0.1.0"
 
 # In the order in which they are used. Whoever names one imports `oacore.api`; until then this package is a name.
-API = ("register", "load", "pairs", "task", "gaps", "circuit", "fronts", "effects", "remove", "trace", "lens")
+API = (
+    "register",
+    "load",
+    "pairs",
+    "task",
+    "gaps",
+    "circuit",
+    "fronts",
+    "effects",
+    "remove",
+    "trace",
+    "lens",
+    "importance",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -258,6 +258,19 @@ def test_removal(model):
         oa.remove(model, [facts], **asked | {"retain": "ioi"})
 
 
+def test_importance_of_a_network_s_units(model, tmp_path):
+    places = {name: model.settings[name] for name in ("cache_dir", "results_dir")}
+    few = {"images": {"n_network": 200, "n_train": 20, "n_validation": 5, "n_test": 10}, "budgets": [300], "n_pairs": 1}
+    network = {"widths": [5], "branches": 1, "n_steps": 60, "min_accuracy": 0}
+    asked = {"units": ["channels"], "layer": 1, "replacements": ["zero"], "ig_steps": 2}
+    found = oa.importance(**asked, **few, network=network, **places)
+    assert found.table.query("method == 'zero'")["importance_nats"].ge(0).all() and len(found.table) == 4 * 5
+    assert list(found.tables) == ["importance", "agreement", "curves", "sanity"] and "curves_channels" in found.figures
+    assert oa.importance(**asked, **few, network=network, **places).folder == found.folder
+    with pytest.raises(UserError, match=r"vision.pretrained.images: missing"):
+        oa.importance("microsoft/resnet-18", **places)
+
+
 def test_tracing(model):
     facts = oa.task("facts", model, n_train=20, n_validation=8, n_test=8)
     traced = oa.trace(model, facts, corruptions=["mean"], sites=["mlp"], positions=["last"], windows=[1], pictures=1)

@@ -4,7 +4,7 @@ A function builds the config that a YAML file would give, runs the stages that a
 """
 
 from oacore.api.circuits import Circuit, circuit
-from oacore.api.experiments import effects, fronts, gaps, lens, remove, trace
+from oacore.api.experiments import effects, fronts, gaps, importance, lens, remove, trace
 from oacore.api.model import Model, load
 from oacore.api.register import register
 from oacore.api.results import Drawing, Result
@@ -12,5 +12,6 @@ from oacore.api.tasks import Task, pairs, task
 
 __all__ = [
     "Circuit", "Drawing", "Model", "Result", "Task",
-    "circuit", "effects", "fronts", "gaps", "lens", "load", "pairs", "register", "remove", "task", "trace",
+    "circuit", "effects", "fronts", "gaps", "importance", "lens", "load",
+    "pairs", "register", "remove", "task", "trace",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The experiments, on one model and task each."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from oacore.api.model import Model
@@ -152,3 +153,41 @@ def lens(model: Model, task: Task, *, lenses: Sequence[str] | None = None, **set
     section = given(lenses=lenses) | settings
     config = config_of(model.settings, {task.name: task.settings}, lenses=section)
     return result_of(config, "lens_evaluation", *(f"lens_{name}" for name in LENS_SECTIONS), "lens_figures")
+
+
+def importance(
+    model: str | None = None,
+    folder: str | Path | None = None,
+    *,
+    units: Sequence[str] | None = None,
+    replacements: Sequence[str] | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    cache_dir: str | Path = "cache",
+    results_dir: str | Path = "results",
+    limits: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Result:
+    """The importance of channels, branches and blocks of a convolutional network, in nats, by several methods and at
+    equal numbers of forward passes: docs/vision.md.
+
+    Tables: `importance`, `agreement`, `curves`, `sanity`.
+
+    Args:
+        model: Hugging Face name or directory of a ResNet for image classification; by default a small one is trained on
+            digits.
+        folder: of the images that `model` is looked at on.
+        units: of `channels`, `branches`, `blocks`; by default all.
+        replacements: what a replaced unit carries; by default all.
+        settings: more keys of the section `vision`, such as `layer`, `budgets`, or `images={"n_train": 100}`.
+
+    Raises:
+        UserError: a bad setting.
+    """
+    section = given(units=units, replacements=replacements) | settings
+    if model is not None or folder is not None:
+        section["pretrained"] = given(model=model, images=folder and str(folder), revision=revision)
+    places = {"cache_dir": str(cache_dir), "results_dir": str(results_dir)}
+    return result_of(
+        config_of({"seed": seed, **places, **given(limits=limits)}, {"ioi": {}}, vision=section), "vision_figures"
+    )

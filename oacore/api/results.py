@@ -12,7 +12,7 @@ from oacore.config.run import Config
 from oacore.inputs import provenance_of, provenance_of_several
 from oacore.jobs import files_of, planned
 from oacore.running import run_behind
-from oacore.store.artefacts import read_svg, read_table
+from oacore.store.artefacts import read_json, read_svg, read_table
 from oacore.store.atomic import atomic_path
 from oacore.store.layout import Layout
 from oacore.store.provenance import Provenance
@@ -92,6 +92,9 @@ def result_of(config: Config, *stages: str) -> Result:
 
 def _provenance(config: Config, model_json: Path) -> Provenance:
     """What the results of the one experiment of a config require."""
+    if config.vision is not None:
+        facts = read_json(Layout(config).vision_model("model.json"))
+        return Provenance({name: facts[name] for name in ("model_hash", "images_hash")})
     if config.removal is not None:
         return provenance_of_several(config, model_json, "removal", config.removal.tasks())
     (task,) = config.tasks.selected()

@@ -26,7 +26,7 @@ def config_of(
 
     Args:
         settings: of the model, at the top level of the config.
-        sections: `circuits`, `interactions`, `removal`, `tracing` or `lenses`.
+        sections: `circuits`, `interactions`, `removal`, `tracing`, `lenses` or `vision`.
 
     Raises:
         UserError: as the pipeline's, by the keys of the config.
