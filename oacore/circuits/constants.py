@@ -30,7 +30,11 @@ class Constants(NamedTuple):
         return Constants(*(part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)))
 
     def blocks(self) -> list[int]:
-        """Widths of the vectors that a fit's flattened constants consist of, in parts of at most `WIDEST_BLOCK`."""
+        """Widths of the vectors that a fit's flattened constants consist of, in parts of at most `WIDEST_BLOCK`; none
+        of constants by position, whose moments would take that many times the memory.
+        """
+        if self.input.shape[1] > 1:
+            return []
         vectors = [width for part in self for width in [part.shape[-1]] * part[0].shape[:-1].numel()]
         return [min(WIDEST_BLOCK, width - begin) for width in vectors for begin in range(0, width, WIDEST_BLOCK)]
 

@@ -134,8 +134,8 @@ def edge_by_edge(case: Case, task: str, method: SearchMethod, ablation: EdgeAbla
 
 
 def judgement(case: Case, task: str, C: int, fit: OptimalFit, row: EdgeAblationType) -> CircuitCost:
-    """C circuits: their masks thrice in fp32; where constants are fitted, 15 values each in a step, four times their
-    blocks' moments, and their writes 3 C S Q d.
+    """C circuits: their masks thrice in fp32; where constants are fitted, 15 values each in a step, five times their
+    blocks' moments (`fits.whitening`), and their writes 3 C S Q d.
     """
     s, t, (n_train, n_validation, n_test) = case.sizes, case.prompt_tokens(task) - 1, case.n_prompts(task)
     n_most, n_held_out = max(n_validation, n_test), n_validation + n_test
@@ -146,9 +146,9 @@ def judgement(case: Case, task: str, C: int, fit: OptimalFit, row: EdgeAblationT
     if row.fitted:
         B, Q = min(fit.batch_size, n_train), t if row.positional else 1
         parts["optimiser"] = descent_bytes(C * Q * (s.d_model + s.n_layers * (s.z + s.d_model)))
-        parts["moments"] = (
-            4 * FP32 * C * Q * (_moments(s.d_model) * (1 + s.n_layers) + _moments(s.d_head) * s.n_layers * s.n_heads)
-        )
+        if not row.positional:
+            vectors = _moments(s.d_model) * (1 + s.n_layers) + _moments(s.d_head) * s.n_layers * s.n_heads
+            parts["moments"] = 5 * FP32 * C * vectors
         moment = fullest(moment, masked_pass(case, t, C * B, C, gradient=True))
         flop += fit_flop(
             fit,

@@ -154,10 +154,13 @@ def descend(
             if int(state["step"]) >= end or not len(index):
                 continue
             running = Running(index, index.tolist())
+            whitens = whitening is not None and number >= ROUNDS_OF_ADAM
+            if whitens and number == ROUNDS_OF_ADAM:
+                state["gain"][index] = torch.inf  # what Adam's rounds gained says nothing of further ones
             while (step := int(state["step"])) < end:
                 slope = gradient(running, state["value"][index], step)
                 rate = _like(state["rate"][index], start) * scale[index] * ((end - step) / (end - begin))
-                if whitening is not None and number >= ROUNDS_OF_ADAM:
+                if whitening is not None and whitens:
                     if (step - begin) % LOOK_EVERY == 0:  # and not oftener: whoever resumes must find the same
                         whitening.refresh(state, index, step)
                     _whitened(whitening, state, index, slope, rate, step - begin + 1)

@@ -51,7 +51,11 @@ class Whitening:
         gradient = gradient * self.unit[rows]
         for width, index in self.blocks.items():
             part, moments = gradient[:, index], state[_name(width)]
-            moments[rows] = moments[rows].lerp(part[..., :, None] * part[..., None, :], 1 - DECAY)
+            product = part[..., :, None] * part[..., None, :]
+            if len(rows) == len(moments):  # all of them, in order
+                moments.lerp_(product, 1 - DECAY)
+            else:
+                moments[rows] = moments[rows].lerp_(product, 1 - DECAY)
 
     def refresh(self, state: State, rows: Tensor, n_seen: int) -> None:
         """Take the roots of some fits' moments, for `direction` until the next call.

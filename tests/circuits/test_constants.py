@@ -32,3 +32,12 @@ def test_a_fit_beside_others_has_the_bits_that_it_has_alone(n_fits):
     for fit in range(n_fits):
         for whole, own in zip(together, written(slice(fit, fit + 1)), strict=True):
             assert torch.equal(whole[fit], own[0])
+
+
+def test_blocks_are_parts_of_single_vectors_in_their_order():
+    """What a refit whitens together: every coordinate once, and never two of different vectors."""
+    shaped = Constants(torch.zeros(1, 1, 70), torch.zeros(1, 2, 3, 1, 40), torch.zeros(1, 2, 1, 70))
+    assert shaped.blocks() == [32, 32, 6] + [32, 8] * 6 + [32, 32, 6] * 2
+    assert sum(shaped.blocks()) == sum(part[0].numel() for part in shaped)
+    positional = Constants(torch.zeros(1, 5, 70), torch.zeros(1, 2, 3, 5, 40), torch.zeros(1, 2, 5, 70))
+    assert positional.blocks() == []

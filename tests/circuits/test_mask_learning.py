@@ -9,6 +9,7 @@ import torch
 from conftest import FAMILIES, random_hf
 from scipy import stats
 
+from oacore.circuits import evaluate
 from oacore.circuits import learn as learning
 from oacore.circuits.circuit import by_threshold
 from oacore.circuits.constants import constant_scales
@@ -465,6 +466,24 @@ def test_partly_ablated_edges_would_bias_the_constants(monkeypatch):
     assert pull(half) == 0, "with the rule, half-ablated edges leave constants alone"
     monkeypatch.setattr(oakernels.constants, "ABLATED", 2.0)
     assert pull(half) > 10 * at_optimum, "without it they pull them away from the optimum"
+
+
+def test_refits_are_whitened_in_blocks_of_their_constants(monkeypatch):
+    setting, given = Setting(), {}
+
+    def noting(*arguments, **keywords):
+        given.update(keywords)
+        return descend(*arguments, **keywords)
+
+    descend = evaluate.descend
+    monkeypatch.setattr(evaluate, "descend", noting)
+    start, masks = (
+        setting.replacements("optimal").start,
+        torch.zeros_like(torch.tensor(setting.engine.graph.valid).float())[None],
+    )
+    settings = Refit(first_round=1, max_steps=2, batch_size=2)
+    refit_constants(setting.passes(), setting.passes(), start, setting.scales, masks, settings, names=["none"])
+    assert given["blocks"] == start.blocks() and len(given["blocks"]) > 1
 
 
 def test_auto_memory_is_what_is_free_on_a_gpu_and_the_same_everywhere_on_a_cpu(monkeypatch):

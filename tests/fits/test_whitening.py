@@ -111,3 +111,12 @@ def test_killed_within_a_round_it_goes_on_to_the_same_bits(tmp_path, monkeypatch
     assert Resumable(path, "a").load()["moments_40"].shape == (3, 1, 40, 40)
     resumed = Coupled().fit(blocks=(40, 24), resumable=Resumable(path, "a"))
     assert torch.equal(resumed.best, whole.best) and torch.equal(resumed.left, whole.left)
+
+
+def test_what_is_left_is_not_judged_by_rounds_of_adam():
+    """The first whitened round gains more than Adam's last: that is no sign of ever larger gains."""
+    problem = Coupled()
+    fit = problem.fit(blocks=(64,))
+    assert fit.curve_steps.tolist() == [0, 50, 150, 350], "one whitened round"
+    gain = fit.curve_losses[-2] - fit.curve_losses[-1]
+    assert torch.allclose(fit.left, gain) and (gain > 0).all(), "as much again, as after a first round"
