@@ -64,7 +64,7 @@ def heads(model: Model, layer: int, residual: Tensor, last: Tensor | None = None
             q = rotate(q, cos[:, None], sin[:, None])
         else:
             q = rotate(q, cos[last][:, None, None], sin[last][:, None, None])
-    return _attend(block, q, k, v, last)
+    return attend(block, q, k, v, last)
 
 
 def rotary_of(model: Model, block: Block) -> Rotary | None:
@@ -115,7 +115,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned * cos + half * sin, rest), -1)
 
 
-def _attend(block: Block, q: Tensor, k: Tensor, v: Tensor, last: Tensor | None) -> Tensor:
+def attend(block: Block, q: Tensor, k: Tensor, v: Tensor, last: Tensor | None) -> Tensor:
     """Causal attention: q [B, Q, H, k], k and v [B, T, KV, k] -> [B, Q, H, k]; Q = 1 with `last` [B], else T."""
     n_tokens = k.shape[1]
     position = torch.arange(n_tokens, device=q.device)
@@ -199,7 +199,7 @@ def run_block_at(model: Model, layer: int, residual: Tensor, keys: Tensor, value
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     rows = torch.arange(len(last), device=last.device)
     keys[rows, last], values[rows, last] = k[:, 0], v[:, 0]
-    return add_attention(model, layer, residual, combine_heads(model, layer, _attend(block, q, keys, values, last)))
+    return add_attention(model, layer, residual, combine_heads(model, layer, attend(block, q, keys, values, last)))
 
 
 def residual_after(model: Model, tokens: Tensor, n_layers: int | None = None) -> Tensor:

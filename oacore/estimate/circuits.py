@@ -26,7 +26,7 @@ from oacore.estimate.masked import (
 )
 from oacore.estimate.need import Need, Parts, fullest
 from oacore.estimate.passes import descent_bytes, fit_flop
-from oacore.estimate.sizes import FP32
+from oacore.estimate.sizes import FP32, Sizes
 
 
 class CircuitCost(NamedTuple):
@@ -134,8 +134,8 @@ def edge_by_edge(case: Case, task: str, method: SearchMethod, ablation: EdgeAbla
 
 
 def judgement(case: Case, task: str, C: int, fit: OptimalFit, row: EdgeAblationType) -> CircuitCost:
-    """C circuits: their masks thrice in fp32; where constants are fitted, 15 values each in a step, five times their
-    blocks' moments (`fits.whitening`), and their writes 3 C S Q d.
+    """C circuits: their masks thrice in fp32; where constants are fitted, 15 values each in a step, their moments, and
+    their writes 3 C S Q d.
     """
     s, t, (n_train, n_validation, n_test) = case.sizes, case.prompt_tokens(task) - 1, case.n_prompts(task)
     n_most, n_held_out = max(n_validation, n_test), n_validation + n_test
@@ -146,9 +146,7 @@ def judgement(case: Case, task: str, C: int, fit: OptimalFit, row: EdgeAblationT
     if row.fitted:
         B, Q = min(fit.batch_size, n_train), t if row.positional else 1
         parts["optimiser"] = descent_bytes(C * Q * (s.d_model + s.n_layers * (s.z + s.d_model)))
-        if not row.positional:
-            vectors = _moments(s.d_model) * (1 + s.n_layers) + _moments(s.d_head) * s.n_layers * s.n_heads
-            parts["moments"] = 5 * FP32 * C * vectors
+        parts["moments"] = moments_bytes(s, C) * (not row.positional)
         moment = fullest(moment, masked_pass(case, t, C * B, C, gradient=True))
         flop += fit_flop(
             fit,
@@ -158,7 +156,13 @@ def judgement(case: Case, task: str, C: int, fit: OptimalFit, row: EdgeAblationT
     return CircuitCost(parts | fullest(moment, {"making replacements": making}), flop)
 
 
-def _moments(width: int) -> int:
-    """Second moments of one constant's blocks (`fits.whitening`)."""
-    whole, rest = divmod(width, WIDEST_BLOCK)
-    return whole * WIDEST_BLOCK**2 + rest**2
+def moments_bytes(s: Sizes, C: int) -> int:
+    """Five times the second moments of the blocks of C circuits' constants (`fits.whitening`), with their roots and
+    what a step adds.
+    """
+
+    def of_vector(width: int) -> int:
+        whole, rest = divmod(width, WIDEST_BLOCK)
+        return whole * WIDEST_BLOCK**2 + rest**2
+
+    return 5 * FP32 * C * (of_vector(s.d_model) * (1 + s.n_layers) + of_vector(s.d_head) * s.n_layers * s.n_heads)

@@ -5,7 +5,7 @@ masked or plain passes, and fine-tuning of all weights.
 from oacore.config.circuits import EDGE_ABLATIONS, EdgeAblation
 from oacore.config.removal import REMOVAL_METHODS, Removal, RemovalMethodName
 from oacore.estimate.case import Case
-from oacore.estimate.circuits import CircuitCost, replacement_bytes
+from oacore.estimate.circuits import CircuitCost, moments_bytes, replacement_bytes
 from oacore.estimate.masked import folded_weights_bytes, mask_bytes, masked_pass, masked_pass_flop
 from oacore.estimate.need import Need, Parts, fullest
 from oacore.estimate.passes import (
@@ -30,7 +30,7 @@ def removal(case: Case, method: RemovalMethodName, ablation: EdgeAblation) -> Ne
     n_ablations = len(settings.knobs(method)) * len(settings.seeds)
     chosen = _choice(case, settings, task, method, ablation, n_ablations)
     fitted = _fit(case, settings, task, row.unit, ablation, n_ablations)
-    tuned = _relearning(case, settings, task, n_ablations) if row.unit != "edge" else CircuitCost({}, 0.0)
+    tuned = _relearning(case, settings, task, row.unit, n_ablations)
     held = case.held(task) | {"folded weights": folded_weights_bytes(s)}
     n_prompts = sum(sum(case.n_prompts(name)) for name in settings.tasks())
     held["cache rows"] = s.number_bytes * n_prompts * case.prompt_tokens(task) * s.d_model
@@ -97,6 +97,7 @@ def _masked_fit(case: Case, settings: Removal, task: str, ablation: EdgeAblation
     parts: Parts = {"masks": 3 * C * mask_bytes(s), "replacements": replacement}
     if row.fitted:
         parts["optimiser"] = descent_bytes(C * (s.d_model + s.n_layers * (s.z + s.d_model)))
+        parts["moments"] = moments_bytes(s, C) * (not row.positional)
         moment = fullest(moment, masked_pass(case, t, C * fit.batch_size, C, gradient=True))
         flop += fit_flop(
             fit,
@@ -106,13 +107,21 @@ def _masked_fit(case: Case, settings: Removal, task: str, ablation: EdgeAblation
     return CircuitCost(parts | moment, flop)
 
 
-def _relearning(case: Case, settings: Removal, task: str, n_ablations: int) -> CircuitCost:
-    """Thrice a pass for every step: forward, and backward for activations and weights."""
-    T, relearn = case.prompt_tokens(task), settings.relearn
+def _relearning(case: Case, settings: Removal, task: str, unit: str, n_ablations: int) -> CircuitCost:
+    """Thrice a pass for every step: forward, and backward for activations and weights. With edges cut, each prompt has
+    a residual stream for every source, twice a block, and destinations have their own; fewer prompts go at a time.
+    """
+    T, relearn, s = case.prompt_tokens(task), settings.relearn, case.sizes
     if not relearn.max_steps:
         return CircuitCost({}, 0.0)
-    parts = _plain_pass(case, T, relearn.n_prompts) | {"fine-tuning": FINE_TUNED * case.sizes.weights_bytes}
-    return CircuitCost(parts, n_ablations * relearn.max_steps * 3 * _plain_flop(case, T, relearn.n_prompts))
+    n, n_sources, flop = relearn.n_prompts, s.graph.n_sources, _plain_flop(case, T, relearn.n_prompts)
+    parts: Parts = {"fine-tuning": FINE_TUNED * s.weights_bytes}
+    if unit == "edge":
+        n = min(n, max(1, case.tokens_per_batch // (n_sources * T)))
+        streams = 2 * FP32 * n * T * s.d_model * (s.n_layers * n_sources + 2 * s.graph.n_destinations)
+        parts["streams"] = streams
+        flop += 2 * relearn.n_prompts * T * s.d_model * s.graph.n_edges
+    return CircuitCost(parts | _plain_pass(case, T, n), n_ablations * relearn.max_steps * 3 * flop)
 
 
 def _plain_pass(case: Case, T: int, n: int) -> Parts:

@@ -7,13 +7,14 @@ Symbols: B prompts, T tokens, V vocabulary, L layers, H heads, k head width, d m
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from oacore.circuits.constants import Constants
 from oacore.engine.clean import Batch
+from oacore.engine.edge_pass import logits_without_edges
 from oacore.engine.forward import embed, last_residual_from, logits_of, run_block
 from oacore.engine.masked import Engine
 from oacore.models.weights import Model
@@ -22,22 +23,22 @@ Tensors = dict[str, Tensor]
 
 
 class Ablated(Protocol):
-    """An ablation; `tunable` where it stays what it is whatever the weights become, and its logits are differentiable
-    in them.
-    """
-
-    tunable: ClassVar[bool]
+    """An ablation, which stays what it is whatever the weights become."""
 
     @property
     def size(self) -> int:
         """How many edges, components or directions it ablates."""
 
     def logits(self, engine: Engine, model: Model, batch: Batch) -> Tensor:
-        """Logits [B, V] at each prompt's last position.
+        """Logits [B, V] at each prompt's last position, differentiable in the weights of another model than the
+        engine's.
 
         Args:
             model: the engine's, or one fine-tuned from it.
         """
+
+    def streams(self, model: Model) -> int:
+        """As many residual streams a prompt's tokens take in a pass of a fine-tuned model."""
 
     def tensors(self) -> Tensors:
         """All that it is made of, by name, on the CPU."""
@@ -53,7 +54,6 @@ class Components:
     mlps: Tensor  # bool [L]
     head: Tensor  # [L, H, k]
     mlp: Tensor  # [L, d]
-    tunable: ClassVar[bool] = True
 
     @property
     def size(self) -> int:
@@ -80,6 +80,10 @@ class Components:
         """As `Ablated`."""
         return plain_logits(self.edited(model), batch)
 
+    def streams(self, model: Model) -> int:
+        """As `Ablated`."""
+        return 1
+
     def tensors(self) -> Tensors:
         """As `Ablated`."""
         return {field.name: getattr(self, field.name).cpu() for field in fields(self)}
@@ -94,7 +98,6 @@ class Directions:
     layer: int
     basis: Tensor  # [d, r] orthonormal
     along: Tensor  # [r] where the stream is along them
-    tunable: ClassVar[bool] = True
 
     @property
     def size(self) -> int:
@@ -110,6 +113,10 @@ class Directions:
         residual = residual + (along - residual @ basis) @ basis.T  # [B, T, d]
         return logits_of(model, last_residual_from(model, self.layer, residual, batch.lengths - 1))
 
+    def streams(self, model: Model) -> int:
+        """As `Ablated`."""
+        return 1
+
     def tensors(self) -> Tensors:
         """As `Ablated`."""
         return {"layer": torch.tensor(self.layer), "basis": self.basis.cpu(), "along": self.along.cpu()}
@@ -122,7 +129,6 @@ class Edges:
     kept: Tensor  # bool [J, S]
     constants: Constants  # F = 1
     n_edges: int  # of the whole graph
-    tunable: ClassVar[bool] = False
 
     @property
     def size(self) -> int:
@@ -130,12 +136,17 @@ class Edges:
         return self.n_edges - int(self.kept.sum())
 
     def logits(self, engine: Engine, model: Model, batch: Batch) -> Tensor:
-        """As `Ablated`, of the engine's own model alone."""
-        if model is not engine.model:
-            raise ValueError("edges: the masked pass has weights of its own; allowed: the engine's model")
-        prompts, rows = engine.prompts(batch), torch.arange(len(batch), device=model.device)
+        """As `Ablated`; edges carry what the engine's model wrote."""
+        prompts = engine.prompts(batch)
         written = self.constants.writes(engine, prompts.n_tokens)
+        if model is not engine.model:
+            return logits_without_edges(model, batch, self.kept, written[0].to(model.dtype))
+        rows = torch.arange(len(batch), device=model.device)
         return engine.logits(prompts, rows, self.kept.float()[None], written)
+
+    def streams(self, model: Model) -> int:
+        """As `Ablated`."""
+        return model.graph.n_sources
 
     def tensors(self) -> Tensors:
         """As `Ablated`."""

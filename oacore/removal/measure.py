@@ -35,7 +35,7 @@ def measured(behaviours: Behaviours, chosen: Chosen, settings: Relearn) -> Item:
     for role in ROLES:
         for number, group in enumerate(behaviours.groups[role]["test"]):
             tensors[f"{role}/{number}"] = _values(behaviours, ablated, role, group)
-    again = relearn(behaviours, ablated, before, settings) if ablated.tunable and settings.max_steps else None
+    again = relearn(behaviours, ablated, before, settings) if settings.max_steps else None
     facts = {
         "size": ablated.size,
         "before": before,

@@ -26,7 +26,7 @@ class Relearned(NamedTuple):
 
 def accuracy(behaviours: Behaviours, ablated: Ablated, model: Model, group: Group) -> Tensor:
     """Whether each prompt [N] of a group is answered rightly, 1.0 or 0.0."""
-    parts = group.batch.split(behaviours.tokens_per_batch)
+    parts = group.batch.split(behaviours.tokens_per_batch // ablated.streams(model))
     with torch.no_grad():
         logits = torch.cat([ablated.logits(behaviours.engine, model, part) for part in parts])
     return correct(logits, group.answers, group.wrong)
@@ -37,8 +37,6 @@ def relearn(behaviours: Behaviours, ablated: Ablated, before: float, settings: R
     on the forgotten test prompts is `BACK` times the one before the ablation.
 
     Args:
-        ablated: of components or directions, which are differentiable in the weights and stay ablated whatever these
-            become.
         before: accuracy on the test prompts without the ablation.
     """
     (train,), (test,) = (behaviours.groups["forget"][split] for split in ("train", "test"))
@@ -46,6 +44,7 @@ def relearn(behaviours: Behaviours, ablated: Ablated, before: float, settings: R
     chosen = order[: settings.n_prompts]
     batch, answers = train.batch.take(chosen), train.answers[chosen.to(train.answers.device), :1]
     model = _trainable(behaviours.model)
+    tokens_at_once = behaviours.tokens_per_batch // ablated.streams(model)
     weights = list(dict.fromkeys(weight for weight in named_tensors(model).values() if weight.requires_grad))
     adam = torch.optim.Adam(weights, lr=settings.learning_rate)
     best = 0.0
@@ -54,8 +53,12 @@ def relearn(behaviours: Behaviours, ablated: Ablated, before: float, settings: R
         if best >= BACK * before or step == settings.max_steps:
             break
         adam.zero_grad()
-        log_probs = ablated.logits(behaviours.engine, model, batch).log_softmax(-1)
-        (-log_probs.gather(1, answers).mean()).backward()
+        begin = 0
+        for part in batch.split(tokens_at_once):
+            log_probs = ablated.logits(behaviours.engine, model, part).log_softmax(-1)
+            right = log_probs.gather(1, answers[begin : begin + len(part)])
+            (-right.sum() / len(batch)).backward()
+            begin += len(part)
         adam.step()
     return Relearned(step, best >= BACK * before, best)
 

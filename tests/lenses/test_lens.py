@@ -255,7 +255,7 @@ def test_fits_lower_the_loss_resume_bit_by_bit_and_never_attend(gpt2, cached, tm
             raise AssertionError("a fit ran attention")
 
         monkeypatch.setattr(oacore.engine.forward, "heads", attends)
-        monkeypatch.setattr(oacore.engine.forward, "_attend", attends)
+        monkeypatch.setattr(oacore.engine.forward, "attend", attends)
     resumed, _ = fitted(gpt2, cached, name, init, resumable=resumable)
     assert all(torch.equal(resumed.values[key], value) for key, value in whole.values.items())
 

@@ -91,7 +91,7 @@ def test_ugs_cuts_the_path_and_nothing_else(ablation):
     assert cut and cut <= PATH and len(cut) == row["ablations"] == ablated.size
     assert_removed(row)
     assert np.isnan(row["left_nats"]) == (ablation == "zero")
-    assert pd.isna(row["relearn_steps"])  # a masked pass has no weights to tune
+    assert row["relearned"] and 0 < row["relearn_steps"] <= 16, "other edges say it again"
 
 
 @pytest.mark.parametrize("ablation", ["optimal", "zero"])
@@ -139,6 +139,26 @@ def test_fine_tuning_leaves_the_ablation_in_place():
     (group,) = of_all.groups["retain"]["test"]
     ablated.logits(of_all.engine, model, group.batch)[:, WORDS // 2 + 1 :].sum().backward()
     assert not weights["W_O"].grad[0].any() and weights["W_O"].grad[1].any()
+    assert not weights["W_V"].grad[:, 0].any() and weights["W_V"].grad[:, 1].any()
+
+
+def test_fine_tuning_leaves_cut_edges_in_place():
+    """A head whose edges are all cut takes no gradient, and what they carry stays what the engine's model wrote."""
+    ablated, of_all, _ = removed("ugs", "optimal")
+    graph = of_all.engine.graph
+    head, other = (graph.source_index(name) for name in ("a0.h0", "a0.h1"))
+    ablated.kept[:] = torch.tensor(graph.valid)
+    ablated.kept[:, head] = False
+    weights = {name: getattr(of_all.model.blocks[0], name).clone().requires_grad_() for name in ("W_O", "W_V")}
+    block = replace(of_all.model.blocks[0], **weights)
+    model = replace(of_all.model, blocks=(block, *of_all.model.blocks[1:]))
+    (group,) = of_all.groups["retain"]["test"]
+    logits = ablated.logits(of_all.engine, model, group.batch)
+    with torch.no_grad():
+        expected = ablated.logits(of_all.engine, of_all.model, group.batch)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    logits[:, WORDS // 2 + 1 :].sum().backward()
+    assert head < other and not weights["W_O"].grad[0].any() and weights["W_O"].grad[1].any()
     assert not weights["W_V"].grad[:, 0].any() and weights["W_V"].grad[:, 1].any()
 
 

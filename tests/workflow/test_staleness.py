@@ -485,7 +485,7 @@ MODULES = {
     "interaction_ranking": "interactions/edges interactions/ranking stages/interaction_ranking",
     "interactions": "interactions/effects stages/interactions",
     "interaction_figures": "interactions/plots stages/interaction_figures",
-    "removal": "removal/ablated removal/behaviours removal/constants removal/loss removal/measure removal/relearn "
+    "removal": "engine/edge_pass removal/ablated removal/behaviours removal/constants removal/loss removal/measure removal/relearn "
     "removal/request removal/validation stages/removal",
     "removal_figures": "stages/removal_figures",
     "removal_figures report": "removal/plots",
