@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from planted.effects import ANSWER, MESSAGE, ONE_OF_EACH, WORD, WORDS, linear, planted

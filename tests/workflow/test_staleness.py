@@ -485,8 +485,8 @@ MODULES = {
     "interaction_ranking": "interactions/edges interactions/ranking stages/interaction_ranking",
     "interactions": "interactions/effects stages/interactions",
     "interaction_figures": "interactions/plots stages/interaction_figures",
-    "removal": "engine/edge_pass removal/ablated removal/behaviours removal/constants removal/loss removal/measure removal/relearn "
-    "removal/request removal/validation stages/removal",
+    "removal": "engine/edge_pass removal/ablated removal/behaviours removal/constants removal/loss removal/measure "
+    "removal/relearn removal/request removal/validation stages/removal",
     "removal_figures": "stages/removal_figures",
     "removal_figures report": "removal/plots",
     "tracing_fit": "stages/tracing_fit tracing/facts tracing/fit tracing/places tracing/recall tracing/restore "
