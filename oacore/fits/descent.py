@@ -6,14 +6,16 @@ best so far. What rounds gain falls by about the same factor from each to the ne
 all further ones would gain: what is left. A fit has converged, and leaves the batch, when two rounds in a row put that
 below the tolerance; circuits of the demo that one round had called converged were 1 to 10 % above 20 times the steps.
 
-Four of the demo's circuits (IOI, 1,152 coordinates each): after 80 steps of 8 prompts their validation KL was 23 to
-44 % above that of a fit of 96,000 prompts, after two more rounds 3 to 17 %; one round as long as all three ended within
-4 % of those (a fifth circuit has several minima). Gauss-Newton steps (the Fisher metric of 1,024 sampled gradients,
+Four of the demo's circuits (IOI, 1,152 coordinates each): after 80 steps of 8 prompts their validation KL was 23 to 44
+% above that of a fit of 96,000 prompts, after two more rounds 3 to 17 %; one round as long as all three ended within 4
+% of those (a fifth circuit has several minima). Gauss-Newton steps (the Fisher metric of 1,024 sampled gradients,
 damped adaptively) were behind at any number of prompts, L-BFGS on all training prompts from where the third round ended
 was no faster than more rounds, and Adam in the eigenbasis of each source's gradients was unstable. What does help where
-coordinates are coupled is to whiten them (`whitening`): four other circuits, which 1,050 steps of Adam leave 3.8 to
-7.8 % above 10,575, came within 4.7 %. Adam chooses the basin first, in two rounds: whitened from the second round on,
-33 edges that lose much on any constants ended at 1.58 nats instead of 0.93.
+coordinates are coupled is to whiten them (`whitening`): four other circuits, which 1,050 steps of Adam leave 3.8 to 7.8
+% above 10,575, came within 4.7 %. Adam comes first. It chooses the basin: whitened after 75 gradients of 16 prompts, 33
+edges that lose much on any constants ended at 1.58 nats instead of 0.93. And it ends fits that have nothing to gain:
+whitened after 60 of 8 prompts, steps along directions that hardly any gradient had shown yet, flat as far as these saw,
+threw 12 of 55 fits out of their basins.
 
 The whole state is one dictionary of tensors, and each step's prompts follow from the seed and the step alone: a
 checkpoint resumes bit by bit.
@@ -39,7 +41,7 @@ SLOWER, FASTER = 1 / 4, 8.0  # times the rate, after a round that made things wo
 RETRIES = 2  # rounds that either may be tried again
 LOOK_EVERY = 20  # steps between looks for numbers that are not finite, and chances to save
 QUIET_ROUNDS = 2  # in a row, with too little left, before a fit has converged
-ROUNDS_OF_ADAM = 2  # before gradients are whitened
+GRADIENTS_OF_ADAM = 200  # before gradients are whitened: twice as many as their moments remember
 SHRINKS = (0.5, 0.8)  # bounds of the factor between two rounds' gains: 0.5 is an error of one over the steps
 ABSOLUTE_PROGRESS = 1e-6  # nats, or probability where that is the loss: smaller improvements do not count
 
@@ -131,7 +133,7 @@ def descend(
         on_test: called after every round.
         sgd: take `sgd_step`s instead of Adam's; the rate is then absolute but for `scale`.
         blocks: widths of consecutive blocks of coupled coordinates of a row [n, coordinates], which are whitened
-            together from the third round on.
+            together in rounds that begin after `GRADIENTS_OF_ADAM`.
 
     Raises:
         UserError: a gradient or loss is not finite; names step, rows, and the last good checkpoint.
@@ -148,19 +150,19 @@ def descend(
     watch.see("validation loss", state["best_loss"], int(state["step"]), everything.index)
     watch.check(names, advice)
     ends = settings.round_ends
+    whitened_from = next((end for end in ends if end >= GRADIENTS_OF_ADAM), settings.max_steps)
     with progress(what=what, unit="steps", total=settings.max_steps, initial=int(state["step"])) as bar:
-        for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        for begin, end in zip([0, *ends], ends, strict=False):
             index = (~state["done"]).nonzero()[:, 0]
             if int(state["step"]) >= end or not len(index):
                 continue
             running = Running(index, index.tolist())
-            whitens = whitening is not None and number >= ROUNDS_OF_ADAM
-            if whitens and number == ROUNDS_OF_ADAM:
+            if begin == whitened_from:
                 state["gain"][index] = torch.inf  # what Adam's rounds gained says nothing of further ones
             while (step := int(state["step"])) < end:
                 slope = gradient(running, state["value"][index], step)
                 rate = _like(state["rate"][index], start) * scale[index] * ((end - step) / (end - begin))
-                if whitening is not None and whitens:
+                if whitening is not None and begin >= whitened_from:
                     if (step - begin) % LOOK_EVERY == 0:  # and not oftener: whoever resumes must find the same
                         whitening.refresh(state, index, step)
                     _whitened(whitening, state, index, slope, rate, step - begin + 1)
