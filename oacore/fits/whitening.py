@@ -7,6 +7,7 @@ of its gradients' second moments, a matrix, as in full-matrix Adagrad (Duchi et 
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,9 +22,8 @@ TINY = 1e-20  # beside it, for blocks without any gradient
 
 def blocks_of(widths: Sequence[int]) -> dict[int, Tensor]:
     """Coordinates of consecutive blocks: by width w those of its b blocks, [b, w] int64."""
-    ends = torch.tensor(widths).cumsum(0)
     by_width: dict[int, list[Tensor]] = {}
-    for width, end in zip(widths, ends.tolist(), strict=True):
+    for width, end in zip(widths, accumulate(widths), strict=True):
         by_width.setdefault(width, []).append(torch.arange(end - width, end))
     return {width: torch.stack(blocks) for width, blocks in by_width.items()}
 

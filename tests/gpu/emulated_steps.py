@@ -24,6 +24,7 @@ from oacore.config.base import OptimalFit
 from oacore.config.circuits import MaskFit
 from oacore.engine.forward import final_norm
 from oacore.fits import descent
+from oacore.fits.whitening import Whitening
 from oacore.lenses.constant import from_all_starts
 from oacore.lenses.kl import unembedded_kl
 from oacore.tracing import fit as tracing_fit
@@ -93,6 +94,18 @@ def steps(gpu: Gpu, family: str) -> Iterator[tuple[str, Callable[[], object]]]:
     index = gpu.put(torch.arange(len(PLACES)))
     of_fits = dict.fromkeys(("first", "second", "value"), values)
     yield "descent", lambda: descent._adam(of_fits, index, values, values, 3)
+    with gpu.watched():
+        whitening = Whitening([width // 2, width - width // 2 - 1, 1], torch.ones_like(values))
+        state = of_fits | whitening.initial_state()
+        for block, places in whitening.blocks.items():  # as `refresh` leaves them
+            shape = (len(values), *places.shape)
+            whitening._roots[block] = values.new_ones(shape), values.new_zeros(*shape, block)
+
+    def whitened_step() -> None:
+        descent._whitened(whitening, state, index, values, values, 3)
+        whitening.see(state, index, values)
+
+    yield "whitened descent", whitened_step
 
 
 def _gradient_of(module: object, fit: Callable[..., object], *given: object, **more: object) -> None:

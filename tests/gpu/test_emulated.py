@@ -29,6 +29,7 @@ LAUNCHES = {
         "tracing": 416,
         "oca": 83,
         "descent": 16,
+        "whitened descent": 45,
     },
     "llama": {
         "ugs optimal": 720,
@@ -39,6 +40,7 @@ LAUNCHES = {
         "tracing": 795,
         "oca": 180,
         "descent": 16,
+        "whitened descent": 45,
     },
     "gemma2": {
         "ugs optimal": 870,
@@ -49,6 +51,7 @@ LAUNCHES = {
         "tracing": 959,
         "oca": 226,
         "descent": 16,
+        "whitened descent": 45,
     },
     "neox-parallel": {
         "ugs optimal": 665,
@@ -59,6 +62,7 @@ LAUNCHES = {
         "tracing": 636,
         "oca": 78,
         "descent": 16,
+        "whitened descent": 45,
     },
 }
 SLACK = 1.05  # for other releases
