@@ -454,10 +454,10 @@ NEXT = {
 
 # The first rules that use each module, without those that come after them anyway.
 MODULES = {
-    "model": "engine/forward engine/parity inputs models/graph models/hub models/load "
-    "models/registered models/stored models/weights stages/model store/checksums "
+    "model": "engine/forward engine/parity inputs models/load models/registered models/stored stages/model "
+    "store/checksums "
     "store/reader store/writer tasks/prompts tasks/stored",
-    "model vision_model": "store/artefacts store/provenance",
+    "model vision_model": "models/graph models/hub models/weights store/artefacts store/provenance",
     "model vision": "store/items",
     "gaps circuits interactions tracing lens_evaluation vision": "store/samples",
     "prompts": "engine/clean stages/prompts tasks/generate",
