@@ -75,6 +75,10 @@ def mem_mb(wildcards, attempt):
     return first_mem_mb() * attempt
 
 
+def vision_mem_mb(wildcards, attempt):
+    return (4000 + VISION.images_mb) * attempt
+
+
 def member_mem_mb(wildcards, attempt):
     """Of a study's member."""
     return first_mem_mb(wildcards.member) * attempt

@@ -1,9 +1,6 @@
 if VISION:
     EXPERIMENT_ROWS.append(shown(MEASURES, VISION.measures()))
 
-    def vision_mem_mb(wildcards, attempt):
-        return (4000 + VISION.images_mb) * attempt
-
     rule vision_model:
         output:
             multiext(
