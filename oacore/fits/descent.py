@@ -157,7 +157,7 @@ def descend(
             if int(state["step"]) >= end or not len(index):
                 continue
             running = Running(index, index.tolist())
-            if begin == whitened_from:
+            if whitening is not None and begin == whitened_from:
                 state["gain"][index] = torch.inf  # what Adam's rounds gained says nothing of further ones
             while (step := int(state["step"])) < end:
                 slope = gradient(running, state["value"][index], step)
