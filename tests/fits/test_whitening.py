@@ -123,11 +123,3 @@ def test_what_is_left_is_not_judged_by_rounds_of_adam():
     gain = fit.curve_losses[-2] - fit.curve_losses[-1]
     rounds = math.log(700 / 225) / math.log(525 / 225)  # of the usual length
     assert torch.allclose(fit.left, gain / rounds) and (gain > 0).all(), "as much again, as after a first round"
-
-
-def test_without_whitening_every_round_is_judged_by_the_one_before():
-    fit = Coupled().fit()
-    first, second = fit.curve_losses[1:-1].neg().diff(dim=0), fit.curve_losses[-2] - fit.curve_losses[-1]
-    rounds = math.log(700 / 225) / math.log(525 / 225)
-    shrink = (second / rounds / first[-1]).clamp(0.5, 0.8)
-    assert torch.allclose(fit.left, second / rounds * shrink / (1 - shrink)) and (shrink > 0.5).any()
