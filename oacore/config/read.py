@@ -164,6 +164,6 @@ def input_files(config: Config) -> list[tuple[str, Path]]:
     pretrained = config.vision.pretrained if config.vision is not None else None
     of_vision = [("vision.pretrained.images", pretrained.images)] if pretrained is not None else []
     if pretrained is not None and is_directory_name(pretrained.model):
-        of_vision.append(("vision.pretrained.model", Path(pretrained.model)))
+        of_vision.append(("vision.pretrained.model", Path(pretrained.model).expanduser()))
     compared = [("compare", path) for path in config.compare]
     return [(key, path) for key, path in [*tasks, *datasets, *of_vision, *compared] if path is not None]

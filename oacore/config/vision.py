@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from oacore.config.base import OptimalFit, Settings
+from oacore.config.base import LocalPath, OptimalFit, Settings
 from oacore.config.colors import ACCENT, BLUE, GOLD, GREEN, INK, PURPLE, SLATE, TEAL
 from oacore.config.rows import Look, Row, registry
 
@@ -129,10 +129,8 @@ else:
 
 def image_files(folder: Path) -> list[Path]:
     """The images in a folder and in folders of it, in the order of their names; hidden ones are left out."""
-    found = (path for path in folder.expanduser().rglob("*") if path.suffix.lower() in IMAGE_FILES and path.is_file())
-    return sorted(
-        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder.expanduser()).parts)
-    )
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_FILES and path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 class Images(Settings):
@@ -157,7 +155,7 @@ class Pretrained(Settings):
         description="Hugging Face name or directory of a ResNet for image classification, such as microsoft/resnet-18",
     )
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face model")
-    images: Path = Field(
+    images: LocalPath = Field(
         description="folder with images, in folders of their own or not; where those have the names of the network's "
         "classes its accuracy is told"
     )

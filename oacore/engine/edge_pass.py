@@ -45,15 +45,12 @@ def logits_without_edges(model: Model, batch: Batch, kept: Tensor, carried: Tens
     for layer, block in enumerate(model.blocks):
         n = graph.first_source(layer)
         q, k, v = (read(destinations, n) for destinations in graph.qkv(layer))
-        from_heads = _written_by_heads(model, block, q, k, v)
-        if model.parallel:
-            outs += [mlp(model, layer, read(_one(graph.mlp_destination(layer)), n)[0])]
-            outs[n:n] = from_heads
-            biases = biases if block.b_O is None else biases + block.b_O
-        else:
-            outs += from_heads
-            biases = biases if block.b_O is None else biases + block.b_O
-            outs.append(mlp(model, layer, read(_one(graph.mlp_destination(layer)), n + graph.n_heads)[0]))
+        of_mlp = _one(graph.mlp_destination(layer))
+        beside = read(of_mlp, n) if model.parallel else None  # what the MLP reads there, before the heads have written
+        outs += _written_by_heads(model, block, q, k, v)
+        biases = biases if block.b_O is None else biases + block.b_O
+        entering = read(of_mlp, n + graph.n_heads) if beside is None else beside
+        outs.append(mlp(model, layer, entering[0]))
     final = read(_one(graph.n_destinations - 1), graph.n_sources)[0]
     return logits_of(model, at(final, batch.lengths - 1)[:, 0])
 

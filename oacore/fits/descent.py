@@ -140,7 +140,9 @@ def descend(
     """
     everything = Running(torch.arange(len(start), device=start.device), list(range(len(start))))
     scale, step_of = scale.expand(len(start), *scale.shape[1:]), _sgd if sgd else _adam
-    whitening = Whitening(blocks, scale) if blocks else None
+    ends = settings.round_ends
+    whitened_from = next((end for end in ends[:-1] if end >= GRADIENTS_OF_ADAM), None) if blocks else None
+    whitening = None if whitened_from is None else Whitening(blocks, scale)
     state = resumable.load(start.device)
     if state is None:
         state = _initial_state(start, validate(everything, start), settings)
@@ -149,20 +151,19 @@ def descend(
     advice = f"allowed: a smaller {key}, now {settings.learning_rate:g}, and a model with finite weights"
     watch.see("validation loss", state["best_loss"], int(state["step"]), everything.index)
     watch.check(names, advice)
-    ends = settings.round_ends
-    whitened_from = next((end for end in ends if end >= GRADIENTS_OF_ADAM), settings.max_steps)
     with progress(what=what, unit="steps", total=settings.max_steps, initial=int(state["step"])) as bar:
         for begin, end in zip([0, *ends], ends, strict=False):
             index = (~state["done"]).nonzero()[:, 0]
             if int(state["step"]) >= end or not len(index):
                 continue
             running = Running(index, index.tolist())
-            if whitening is not None and begin == whitened_from:
+            if begin == whitened_from:
                 state["gain"][index] = torch.inf  # what Adam's rounds gained says nothing of further ones
+            whitens = whitened_from is not None and begin >= whitened_from
             while (step := int(state["step"])) < end:
                 slope = gradient(running, state["value"][index], step)
                 rate = _like(state["rate"][index], start) * scale[index] * ((end - step) / (end - begin))
-                if whitening is not None and begin >= whitened_from:
+                if whitening is not None and whitens:
                     if (step - begin) % LOOK_EVERY == 0:  # and not oftener: whoever resumes must find the same
                         whitening.refresh(state, index, step)
                     _whitened(whitening, state, index, slope, rate, step - begin + 1)

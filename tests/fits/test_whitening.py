@@ -123,3 +123,17 @@ def test_what_is_left_is_not_judged_by_rounds_of_adam():
     gain = fit.curve_losses[-2] - fit.curve_losses[-1]
     rounds = math.log(700 / 225) / math.log(525 / 225)  # of the usual length
     assert torch.allclose(fit.left, gain / rounds) and (gain > 0).all(), "as much again, as after a first round"
+
+
+@pytest.mark.parametrize("blocks", [(), (4,)])
+def test_a_round_s_gain_is_judged_by_the_one_before_but_for_the_first_whitened_one(blocks):
+    losses = iter([1.0, 0.8, 0.65, 0.54])
+    settings = OptimalFit(first_round=75, max_steps=700, tolerance=1e-4)
+    fit = descend(
+        torch.zeros(1, 4), torch.ones(1, 1), lambda running, values, step: torch.zeros_like(values),
+        lambda running, values: torch.tensor([next(losses)]), settings, names=["a"], key="rate", blocks=blocks,
+    )  # fmt: skip
+    gain = 0.11 / (math.log(700 / 225) / math.log(525 / 225))
+    shrink = 0.5 if blocks else gain / 0.15
+    assert shrink != 0.5 or blocks
+    assert fit.left.item() == pytest.approx(gain * shrink / (1 - shrink), rel=1e-4)

@@ -196,6 +196,17 @@ def test_another_architecture_and_units_that_are_not_there(place, tmp_path):
         check_units(few, settings, (2, 2))
 
 
+def test_paths_may_begin_at_home(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    settings = asked(place, pretrained={"model": "~/model", "images": "~/images"})
+    config = parse_config({"tasks": {"ioi": None}, "cache_dir": "c", "vision": settings})
+    assert config.vision.pretrained.images == place / "images"
+    assert (
+        Layout(config).vision_dir
+        == Layout(parse_config({"tasks": {"ioi": None}, "cache_dir": "c", "vision": asked(place)})).vision_dir
+    )
+
+
 def test_the_folder_names_what_is_cached(place, tmp_path):
     def folder(**change):
         return Layout(
