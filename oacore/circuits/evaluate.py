@@ -15,7 +15,7 @@ from oacore.circuits.numbers import REPLACED_AT_ONCE
 from oacore.circuits.passes import Passes
 from oacore.circuits.replacements import Replacements
 from oacore.config.base import OptimalFit
-from oacore.draws import prompts_of_step, uploaded
+from oacore.draws import prompts_of_step
 from oacore.fits.descent import Descent, Running, descend
 from oacore.fits.resume import NOT_KEPT, Resumable
 
@@ -50,8 +50,10 @@ def refit_constants(
     engine, device, on_cpu = passes.engine, masks.device, masks.device.type == "cpu"
     shapes = [part.shape[1:] for part in start]
 
-    def gradient(running: Running, values: Tensor, step: int) -> Tensor:
-        chosen = uploaded(prompts_of_step(len(passes.examples), settings.batch_size, seed, step), device)
+    def draw(step: int) -> tuple[Tensor]:
+        return (prompts_of_step(len(passes.examples), settings.batch_size, seed, step),)
+
+    def gradient(running: Running, values: Tensor, chosen: Tensor) -> Tensor:
         slots, fits = torch.arange(len(chosen), device=device).repeat(len(running.rows)), masks[running.index]
         with torch.enable_grad():
             leaf = values.detach().requires_grad_()
@@ -60,9 +62,8 @@ def refit_constants(
                 "kl", chosen, slots, fits, written.detach(), owned=False, constants=True, skip_dead=on_cpu
             )
             assert computed.constants is not None
-            written.backward(computed.constants / len(chosen))
-        assert leaf.grad is not None
-        return leaf.grad
+            (found,) = torch.autograd.grad(written, leaf, computed.constants / len(chosen))
+        return found
 
     def validate(running: Running, values: Tensor) -> Tensor:
         losses = _losses_with_constants(validation, masks[running.index], start.unflattened(values))
@@ -78,6 +79,7 @@ def refit_constants(
         settings,
         names=names,
         key="circuits.refit.learning_rate",
+        draw=draw,
         resumable=resumable,
         what=what,
         blocks=start.blocks(),

@@ -35,7 +35,11 @@ class HardConcreteSampler:
         """Locations at 0 and temperatures at `TEMPERATURE`, [F, E] each."""
         return {"location": torch.zeros(n_fits, n_edges), "temperature": torch.full((n_fits, n_edges), TEMPERATURE)}
 
-    def sample(self, parameters: State, noise: Tensor, second: State, step_share: float) -> tuple[Tensor, Tensor]:
+    def schedule(self, step_share: float, n_edges: int) -> Tensor:
+        """Nothing: the distribution follows from its parameters alone."""
+        return torch.empty(0)
+
+    def sample(self, parameters: State, noise: Tensor, second: State, schedule: Tensor) -> tuple[Tensor, Tensor]:
         """Masks alpha [F, R, E] from noise in [0, 1), and P(alpha > 0) [F, E]; both differentiable."""
         location, beta = parameters["location"], parameters["temperature"].relu() + COLDEST
         noise = noise.clamp(1e-6, 1 - 1e-6)

@@ -24,8 +24,9 @@ from oacore.circuits.passes import Passes
 from oacore.circuits.replacements import Replacements
 from oacore.circuits.search import LOSSES, SIZES, Found, Knob, SearchRequest, bool_masks
 from oacore.config.circuits import EDGE_ABLATIONS, MaskFit, Objective
-from oacore.draws import prompts_of_step, uploaded
+from oacore.draws import prompts_of_step
 from oacore.fits.descent import adam_step
+from oacore.fits.replayed import Replayed
 from oacore.fits.resume import NOT_KEPT, Resumable, State
 from oacore.fits.watch import Watch
 from oacore.progress import progress
@@ -46,7 +47,10 @@ class Sampler(Protocol):
     def start(self, n_fits: int, n_edges: int) -> State:
         """Initial parameters, [F, E] each."""
 
-    def sample(self, parameters: State, noise: Tensor, second: State, step_share: float) -> tuple[Tensor, Tensor]:
+    def schedule(self, step_share: float, n_edges: int) -> Tensor:
+        """What of the distribution depends on how far the fit is, a share in [0, 1]: [F], or [0] if nothing does."""
+
+    def sample(self, parameters: State, noise: Tensor, second: State, schedule: Tensor) -> tuple[Tensor, Tensor]:
         """Masks [F, R, E] and expected sizes [F, E]."""
 
     def score(self, parameters: State) -> Tensor:
@@ -70,6 +74,7 @@ def base_rate(weight: float) -> float:
 
 ADVICE = "allowed: a smaller circuits.masks.learning_rate or constants_rate, and a model with finite weights"
 CONSTANTS = tuple(f"constants/{name}" for name in Constants._fields)
+CONSTANTS_BETAS = (0.9, 0.999)
 
 
 def learn(
@@ -100,30 +105,35 @@ def learn(
     sweep = _Sweep(sampler, knobs, weights, passes, replacements, scales, objective, settings, train_constants)
     device, n_fits = passes.engine.model.device, len(knobs)
     state = resumable.load(device) or sweep.initial_state()
-    since: list[tuple[Tensor, Tensor]] = []
+    since: list[tuple[Tensor, ...]] = []
     watch, every_fit = Watch(resumable.path, int(state["step"])), torch.arange(n_fits, device=device)
     fits = [f"{what} {knob.value:g} (seed {knob.seed})" for knob in knobs]
+
+    def take(number: float | Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
+        losses, gradients, sizes = sweep.gradients(state, *drawn)
+        named = {"loss": losses} | {f"gradient of {name}": value for name, value in gradients.items()}
+        for name, values in named.items():
+            watch.see(name, values, number, every_fit)
+        sweep.descend(state, gradients, number)
+        return losses, sizes
+
+    taken = Replayed(take, device)
     with progress(what=what, unit="steps", total=settings.steps, initial=int(state["step"])) as bar:
-        while int(state["step"]) < settings.steps:
-            losses, gradients, sizes = sweep.gradients(state)
+        while (step := int(state["step"])) < settings.steps:
+            since.append(taken(step + 1, *sweep.draw(step)))
             state["step"] += 1
-            named = {"loss": losses} | {f"gradient of {name}": value for name, value in gradients.items()}
-            for name, values in named.items():
-                watch.see(name, values, int(state["step"]), every_fit)
-            sweep.descend(state, gradients)
-            since.append((losses, sizes))
             bar.update()
-            if len(since) == settings.record_every or int(state["step"]) == settings.steps:
+            if len(since) == settings.record_every or step + 1 == settings.steps:
                 watch.check(fits, ADVICE)  # the one place where the host waits for the device
                 _record(state, since)
                 since = []
                 resumable.save(state)
-                watch.saved = int(state["step"])
+                watch.saved = step + 1
     return sweep.masks(state)
 
 
 class _Sweep:
-    """The fits of all knobs side by side; what changes from step to step is the state."""
+    """The fits of all knobs side by side; what changes from step to step is the state, in place, and what is drawn."""
 
     def __init__(
         self,
@@ -170,18 +180,27 @@ class _Sweep:
         steps = {"step": torch.zeros((), dtype=torch.int64), LOSSES: torch.zeros(0, F), SIZES: torch.zeros(0, F)}
         return state | moments | steps
 
-    def gradients(self, state: State) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Of one step: mean losses [F], gradients by the names of the state, and expected sizes [F]."""
-        step, edges, passes = int(state["step"]), self.edges, self.passes
-        drawn = [prompts_of_step(len(passes.examples), self.n_prompts, knob.stream, step) for knob in self.knobs]
-        chosen = uploaded(torch.cat(drawn), self.device)
-        shape = (self.n_rows, len(edges.index))
+    def draw(self, step: int) -> tuple[Tensor, ...]:
+        """What a step draws: noise [F, R, E], drawn on the device; its part of the schedule; the prompts of every fit
+        [F P]; and what replacements draw.
+        """
+        n_edges, n_prompts = len(self.edges.index), len(self.passes.examples)
+        shape = (self.n_rows, n_edges)
         noise = torch.stack([_uniform(self.generator, knob, step, shape) for knob in self.knobs])
-        parameters = {name: state[name].requires_grad_() for name in self.parameters}
-        alpha, theta, penalty = self._sampled(state, noise, step / self.settings.steps)
+        chosen = [prompts_of_step(n_prompts, self.n_prompts, knob.stream, step) for knob in self.knobs]
+        schedule = self.sampler.schedule(step / self.settings.steps, n_edges)
+        return noise, schedule, torch.cat(chosen), *(() if self.train_constants else self.replacements.drawn(step))
+
+    def gradients(
+        self, state: State, noise: Tensor, schedule: Tensor, chosen: Tensor, *drawn: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Of one step: mean losses [F], gradients by the names of the state, and expected sizes [F]."""
+        edges, passes = self.edges, self.passes
+        parameters = {name: state[name].detach().requires_grad_() for name in self.parameters}
+        alpha, theta, penalty = self._sampled(state, parameters, noise, schedule)
         masks = edges.full(alpha.flatten(0, 1))  # [F R, J, S]
         masks = masks * edges.prune(masks.detach() > 0)
-        constants, written = self._written(state, chosen, step)
+        constants, written = self._written(state, chosen, drawn)
         computed = passes.gradients(
             self.objective,
             chosen,
@@ -193,24 +212,27 @@ class _Sweep:
             skip_dead=self.device.type == "cpu",
             apart=len(self.knobs),
         )
-        torch.autograd.backward([masks, penalty], [computed.masks / self.n_rows, None])
-        if constants is not None:
-            assert computed.constants is not None
-            written.backward(computed.constants / self.n_rows)
+        outer = computed.masks / self.n_rows, torch.ones_like(penalty)
+        slopes = torch.autograd.grad((masks, penalty), tuple(parameters.values()), outer, materialize_grads=True)
         with torch.no_grad():
             losses = computed.losses.view(len(self.knobs), -1).mean(1)
-            gradients = {name: edges.clip(_gradient(parameters[name])) for name in self.parameters}
+            gradients = {name: edges.clip(slope) for name, slope in zip(parameters, slopes, strict=True)}
             if constants is not None:
-                gradients |= {name: _gradient(state[name]) for name in CONSTANTS}
+                assert computed.constants is not None
+                outer_constants = computed.constants / self.n_rows
+                slopes = torch.autograd.grad(written, tuple(constants), outer_constants, materialize_grads=True)
+                gradients |= dict(zip(CONSTANTS, slopes, strict=True))
         return losses, gradients, theta.detach().sum(1)
 
-    def _sampled(self, state: State, noise: Tensor, step_share: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _sampled(
+        self, state: State, parameters: State, noise: Tensor, schedule: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Masks [F, R, E], expected sizes [F, E], and what they cost over all fits; differentiable."""
         alphas, thetas, penalty = [], [], torch.zeros((), device=self.device)
         for fits in self.runs:
-            parameters = {name: state[name][fits] for name in self.parameters}
-            second = {name: state[f"{name}/second"][fits] for name in self.parameters}
-            alpha, theta = self.sampler.take(fits).sample(parameters, noise[fits], second, step_share)
+            own = {name: values[fits] for name, values in parameters.items()}
+            second = {name: state[f"{name}/second"][fits] for name in parameters}
+            alpha, theta = self.sampler.take(fits).sample(own, noise[fits], second, schedule[fits])
             prices = self.lambdas[fits]
             of_nodes = (prices / 2).clamp(max=NODE_WEIGHT) * self.edges.node_term(theta)
             penalty = penalty + (prices * theta.sum(1) + of_nodes).sum()
@@ -218,30 +240,29 @@ class _Sweep:
             thetas.append(theta)
         return torch.cat(alphas), torch.cat(thetas), penalty
 
-    def _written(self, state: State, chosen: Tensor, step: int) -> tuple[Constants | None, Tensor]:
+    def _written(self, state: State, chosen: Tensor, drawn: Sequence[Tensor]) -> tuple[Constants | None, Tensor]:
         """What ablated edges carry, and the constants that it is differentiable in, if these are trained."""
         if not self.train_constants:
-            return None, self.replacements.of(chosen, step)
-        constants = Constants(*(state[name].requires_grad_() for name in CONSTANTS))
+            return None, self.replacements.given(chosen, *drawn)
+        constants = Constants(*(state[name].detach().requires_grad_() for name in CONSTANTS))
         return constants, constants.writes(self.passes.engine, self.passes.examples.prompts.n_tokens)
 
     @torch.no_grad()
-    def descend(self, state: State, gradients: dict[str, Tensor]) -> None:
-        """Adam's step number `state["step"]`, in place."""
-        for name in self.parameters:
-            _adam(state, name, gradients[name], self.rates, self.sampler.betas)
+    def descend(self, state: State, gradients: dict[str, Tensor], number: float | Tensor) -> None:
+        """Adam's step of this number, in place."""
+        rates = dict.fromkeys(self.parameters, (self.rates, self.sampler.betas))
         if self.train_constants:
             for name, scale in zip(CONSTANTS, self.scales, strict=True):
-                _adam(state, name, gradients[name], scale * self.settings.constants_rate, (0.9, 0.999))
+                rates[name] = scale * self.settings.constants_rate, CONSTANTS_BETAS
+        for name, (rate, betas) in rates.items():
+            moments = state[f"{name}/first"], state[f"{name}/second"]
+            adam_step(state[name], *moments, gradients[name], number, rate, betas)
 
     def masks(self, state: State) -> Masks:
         """What the sweep has learned."""
-        constants = Constants(*(state[name].detach() for name in CONSTANTS)) if self.train_constants else None
+        constants = Constants(*(state[name] for name in CONSTANTS)) if self.train_constants else None
         scores = torch.cat(
-            [
-                self.sampler.take(fits).score({name: state[name][fits].detach() for name in self.parameters})
-                for fits in self.runs
-            ]
+            [self.sampler.take(fits).score({name: state[name][fits] for name in self.parameters}) for fits in self.runs]
         )
         return Masks(self.edges.full(scores), constants, state[LOSSES], state[SIZES])
 
@@ -254,21 +275,7 @@ def _uniform(generator: torch.Generator, knob: Knob, step: int, shape: tuple[int
     return torch.rand(shape, generator=generator, device=generator.device)
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    """A parameter's gradient, taken off it; zeros if no loss reached it."""
-    gradient, parameter.grad = parameter.grad, None
-    return torch.zeros_like(parameter) if gradient is None else gradient
-
-
-def _adam(state: State, name: str, gradient: Tensor, rate: Tensor, betas: tuple[float, float]) -> None:
-    first, second = f"{name}/first", f"{name}/second"
-    value, state[first], state[second] = adam_step(
-        state[name].detach(), state[first], state[second], gradient, int(state["step"]), rate, betas
-    )
-    state[name] = value
-
-
-def _record(state: State, since: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _record(state: State, since: Sequence[tuple[Tensor, ...]]) -> None:
     """Add what the steps since the last time had: losses and expected sizes [F]."""
     for name, values in zip((LOSSES, SIZES), zip(*since, strict=True), strict=True):
         state[name] = torch.cat((state[name], torch.stack(values).cpu()))

@@ -1,11 +1,11 @@
 """What ablated edges carry: one function for each edge ablation type that `oacore.config.circuits` lists.
 
 A type of constants gives them from the training prompts: `(TrainingPrompts) -> Constants`; fits start from them. A type
-that differs from prompt to prompt gives the values on chosen prompts: `(Replacements, chosen [n], draw) -> [n, S, t,
-d]`.
+that differs from prompt to prompt gives the values on chosen prompts: `(Replacements, chosen [n]) -> [n, S, t, d]`, and
+one of another prompt's values takes after these what was drawn: `partner` [N] and `place` [N, t] in [0, 1).
 
-Symbols: n chosen prompts, S sources, t tokens after BOS, d model width, L layers, H heads, Q = 1 or P + 1 positions of
-constants (P: the shortest prompt).
+Symbols: N prompts of a split, n chosen ones, S sources, t tokens after BOS, d model width, L layers, H heads, Q = 1 or
+P + 1 positions of constants (P: the shortest prompt).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor
 from oacore.circuits.constants import Constants
 from oacore.circuits.passes import Examples
 from oacore.config.circuits import EDGE_ABLATIONS, EdgeAblation
-from oacore.draws import derangement
+from oacore.draws import derangement, uploaded
 from oacore.engine.clean import Batch
 from oacore.engine.masked import Engine
 from oacore.engine.statistics import Statistics, first_pooled
@@ -44,19 +44,29 @@ class Replacements:
         row = EDGE_ABLATIONS[ablation]
         self.engine, self.ablation, self.examples, self.seed = engine, ablation, examples, seed
         self.start, self.per_prompt = start, row.per_prompt
-        self._values = row.load() if row.per_prompt else None
+        self._values, self._is_drawn = (row.load() if row.per_prompt else None), row.drawn
         self._constants = None if row.per_prompt else start.writes(engine, examples.prompts.n_tokens)
 
-    def of(self, chosen: Tensor, draw: int = 0) -> Tensor:
-        """[1, S, Q or t, d] constants, or [n, S, t, d] for the chosen prompts [n].
-
-        Args:
-            draw: the number of the draw, of types that are drawn.
+    def drawn(self, number: int) -> tuple[Tensor, ...]:
+        """What is drawn at random, on the CPU: each prompt's partner [N] and, for every place, one in [0, 1) [N, t];
+        nothing for a type that is not drawn.
         """
+        if not self._is_drawn:
+            return ()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        shape = len(self.examples), self.examples.prompts.n_tokens
+        return derangement(len(self.examples), generator), torch.rand(shape, generator=generator)
+
+    def of(self, chosen: Tensor, number: int = 0) -> Tensor:
+        """[1, S, Q or t, d] constants, or [n, S, t, d] for the chosen prompts [n]; `number` is that of the draw."""
+        return self.given(chosen, *(uploaded(values, chosen.device) for values in self.drawn(number)))
+
+    def given(self, chosen: Tensor, *drawn: Tensor) -> Tensor:
+        """The same, given what was drawn, on the device."""
         if self._constants is not None:
             return self._constants
         assert self._values is not None
-        values: Tensor = self._values(self, chosen, draw)
+        values: Tensor = self._values(self, chosen, *drawn)
         return values
 
 
@@ -88,28 +98,23 @@ def counterfactual_mean(prompts: TrainingPrompts) -> Constants:
     return _constants(prompts, prompts.statistics.cf_mean, prompts.counterfactual, positional=True)
 
 
-def counterfactual(replacements: Replacements, chosen: Tensor, draw: int) -> Tensor:
+def counterfactual(replacements: Replacements, chosen: Tensor) -> Tensor:
     """What every source writes on the prompt's own counterfactual."""
     batch = replacements.examples.counterfactual
     return replacements.engine.sources(Batch(batch.tokens[chosen], batch.lengths[chosen]))
 
 
-def resample(replacements: Replacements, chosen: Tensor, draw: int) -> Tensor:
+def resample(replacements: Replacements, chosen: Tensor, partner: Tensor, place: Tensor) -> Tensor:
     """What every source writes on another prompt, at positions drawn from that one's real tokens."""
-    examples, device = replacements.examples, chosen.device
-    generator = torch.Generator().manual_seed(replacements.seed * 1_000_003 + draw)
-    partner = derangement(len(examples), generator).to(device)[chosen]
-    drawn = torch.rand(len(examples), examples.prompts.n_tokens, generator=generator).to(device)[chosen]  # in [0, 1)
-    positions = (drawn * (examples.prompts.last[partner] + 1)[:, None]).long()  # [n, t]
+    partner = partner[chosen]
+    positions = (place[chosen] * (replacements.examples.prompts.last[partner] + 1)[:, None]).long()  # [n, t]
     return _partners_values(replacements, partner, positions)
 
 
-def resample_positional(replacements: Replacements, chosen: Tensor, draw: int) -> Tensor:
+def resample_positional(replacements: Replacements, chosen: Tensor, partner: Tensor, place: Tensor) -> Tensor:
     """What every source writes on another prompt, at the same positions; past its end, at its last one."""
-    examples, device = replacements.examples, chosen.device
-    generator = torch.Generator().manual_seed(replacements.seed * 1_000_003 + draw)
-    partner = derangement(len(examples), generator).to(device)[chosen]
-    positions = torch.arange(examples.prompts.n_tokens, device=device).minimum(examples.prompts.last[partner][:, None])
+    partner, prompts = partner[chosen], replacements.examples.prompts
+    positions = torch.arange(prompts.n_tokens, device=chosen.device).minimum(prompts.last[partner][:, None])
     return _partners_values(replacements, partner, positions)
 
 

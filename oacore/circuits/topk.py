@@ -40,16 +40,15 @@ class TopKSampler(UniformSampler):
         """Logits at 0, [F, E]."""
         return {"logit": torch.zeros(n_fits, n_edges)}
 
-    def probability(self, parameters: State, step_share: float) -> Tensor:
-        """theta [F, E] of the expected size that is left at this part of the fit: it shrinks to the budget."""
-        logit = parameters["logit"]
-        full = START * logit.shape[1]
-        sizes = self.sizes.to(logit)
-        share = min(1.0, step_share / ANNEALED)
-        budget = torch.where(
-            sizes < full, full ** (1 - share) * sizes.clamp(min=1e-3) ** share, sizes.clamp(max=logit.shape[1] - 1e-3)
-        )
-        return budgeted(logit, budget)
+    def schedule(self, step_share: float, n_edges: int) -> Tensor:
+        """The expected size [F] that is left at this part of the fit: it shrinks to the budget."""
+        full, share, sizes = START * n_edges, min(1.0, step_share / ANNEALED), self.sizes
+        shrinking = full ** (1 - share) * sizes.clamp(min=1e-3) ** share
+        return torch.where(sizes < full, shrinking, sizes.clamp(max=n_edges - 1e-3))
+
+    def probability(self, parameters: State, schedule: Tensor) -> Tensor:
+        """theta [F, E], whose sums are the scheduled sizes [F]."""
+        return budgeted(parameters["logit"], schedule)
 
 
 def budgeted(logit: Tensor, budget: Tensor) -> Tensor:

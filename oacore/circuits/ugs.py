@@ -65,17 +65,21 @@ class UniformSampler:
         """Logits at 1, [F, E]."""
         return {"logit": torch.ones(n_fits, n_edges)}
 
-    def probability(self, parameters: State, step_share: float) -> Tensor:
-        """theta [F, E]; `step_share` in [0, 1] says how far the fit is."""
+    def schedule(self, step_share: float, n_edges: int) -> Tensor:
+        """Nothing: the distribution follows from its parameters alone."""
+        return torch.empty(0)
+
+    def probability(self, parameters: State, schedule: Tensor) -> Tensor:
+        """theta [F, E]."""
         return parameters["logit"].sigmoid()
 
-    def sample(self, parameters: State, noise: Tensor, second: State, step_share: float) -> tuple[Tensor, Tensor]:
+    def sample(self, parameters: State, noise: Tensor, second: State, schedule: Tensor) -> tuple[Tensor, Tensor]:
         """Masks alpha [F, R, E] from noise in [0, 1), and theta [F, E], the size that lambda weighs; both
         differentiable.
 
         `second` holds Adam's running mean square of each parameter's gradient.
         """
-        theta = self.probability(parameters, step_share)
+        theta = self.probability(parameters, schedule)
         window = (theta * (1 - theta)).detach().clamp(min=1e-6)
         if self.dynamic_window:
             spread = second["logit"].sqrt()
@@ -86,7 +90,8 @@ class UniformSampler:
 
     def score(self, parameters: State) -> Tensor:
         """What the threshold rule compares with 1/2: theta [F, E]."""
-        return self.probability(parameters, 1.0)
+        logit = parameters["logit"]
+        return self.probability(parameters, self.schedule(1.0, logit.shape[1]).to(logit))
 
 
 def search(request: SearchRequest) -> Found:

@@ -168,12 +168,14 @@ class EdgeAblationType(Row):
     Args:
         look: of its fronts in figures.
         per_prompt: values differ from prompt to prompt; otherwise they are constants.
+        drawn: they are those of another prompt, which is drawn at random.
         positional: there is one constant per position.
         fitted: constants are fitted, from what `code` gives.
     """
 
     look: Look
     per_prompt: bool = False
+    drawn: bool = False
     positional: bool = False
     fitted: bool = False
 
@@ -201,6 +203,7 @@ EDGE_ABLATIONS = registry(
             "It carries its source's output on another prompt, at shuffled positions.",
             Look(PURPLE, "D"),
             per_prompt=True,
+            drawn=True,
         ),
         EdgeAblationType(
             "resample_positional",
@@ -208,6 +211,7 @@ EDGE_ABLATIONS = registry(
             "It carries its source's output on another prompt, at the same position as far as that prompt goes.",
             Look(PURPLE, "<"),
             per_prompt=True,
+            drawn=True,
         ),
         EdgeAblationType(
             "cf_mean",

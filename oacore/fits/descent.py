@@ -23,13 +23,16 @@ checkpoint resumes bit by bit.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from oacore.config.base import OptimalFit
+from oacore.fits.replayed import Replayed, Tensors
 from oacore.fits.resume import NOT_KEPT, Resumable, State
 from oacore.fits.watch import Watch
 from oacore.fits.whitening import Whitening
@@ -80,17 +83,16 @@ def adam_step(
     first: Tensor,
     second: Tensor,
     gradient: Tensor,
-    step: int,
+    step: float | Tensor,
     rate: Tensor,
     betas: tuple[float, float] = BETAS,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """New (value, first, second moment) after Adam's step number `step` >= 1; `rate` broadcasts: torch.optim has one
-    per tensor.
+) -> None:
+    """Adam's step number `step` >= 1, which changes value, first and second moment; `rate` broadcasts: torch.optim has
+    one per tensor.
     """
-    first = first.lerp(gradient, 1 - betas[0])
-    second = second.lerp(gradient.square(), 1 - betas[1])
-    direction = first / (1 - betas[0] ** step) / ((second / (1 - betas[1] ** step)).sqrt() + EPSILON)
-    return value - rate * direction, first, second
+    first.lerp_(gradient, 1 - betas[0])
+    second.lerp_(gradient.square(), 1 - betas[1])
+    value -= rate * (first / (1 - betas[0] ** step) / ((second / (1 - betas[1] ** step)).sqrt() + EPSILON))
 
 
 def sgd_step(value: Tensor, momentum: Tensor, gradient: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,12 +109,13 @@ def sgd_step(value: Tensor, momentum: Tensor, gradient: Tensor, rate: Tensor) ->
 def descend(
     start: Tensor,
     scale: Tensor,
-    gradient: Callable[[Running, Tensor, int], Tensor],
+    gradient: Callable[..., Tensor],
     validate: Callable[[Running, Tensor], Tensor],
     settings: OptimalFit,
     *,
     names: Sequence[str],
     key: str,
+    draw: Callable[[int], Tensors] | None = None,
     resumable: Resumable = NOT_KEPT,
     what: str = "constants",
     on_test: Callable[[], object] = lambda: None,
@@ -126,9 +129,12 @@ def descend(
 
     Args:
         scale: broadcasts against start; the unit of `settings.learning_rate`.
-        gradient: (running, their values [m, ...], step) -> gradient [m, ...] of each row's loss.
+        gradient: (running, their values [m, ...], step) -> gradient [m, ...] of each row's loss; with `draw`, what that
+            returned in place of the step.
         validate: (running, their values [m, ...]) -> validation losses [m] in nats.
         names: of the rows, and `key`: of the learning rate in the config, for errors.
+        draw: what differs from step to step, by its number. All else that the gradient reads stays in a round, so that
+            a GPU may replay its steps (`replayed`).
         resumable: where the state is kept, after every round and every minute.
         on_test: called after every round.
         sgd: take `sgd_step`s instead of Adam's; the rate is then absolute but for `scale`.
@@ -151,6 +157,31 @@ def descend(
     advice = f"allowed: a smaller {key}, now {settings.learning_rate:g}, and a model with finite weights"
     watch.see("validation loss", state["best_loss"], int(state["step"]), everything.index)
     watch.check(names, advice)
+
+    def steps_of_round(running: Running, begin: int, end: int) -> Iterator[None]:
+        index, whitens = running.index, whitened_from is not None and begin >= whitened_from
+        update = partial(_whitened, whitening) if whitening is not None and whitens else step_of
+
+        def take(number: float | Tensor, *drawn: Any) -> Tensors:
+            slope = gradient(running, state["value"][index], *drawn)
+            rate = _like(state["rate"][index], start) * scale[index] * ((end + 1 - number) / (end - begin))
+            update(state, index, slope, rate, number - begin)
+            if whitening is not None:
+                whitening.see(state, index, slope)
+            watch.see("gradient", slope, number, index)
+            return ()
+
+        taken = Replayed(take, start.device) if draw is not None else take
+        while (step := int(state["step"])) < end:
+            if whitening is not None and whitens and (step - begin) % LOOK_EVERY == 0:
+                whitening.refresh(state, index, step)  # and not oftener: whoever resumes must find the same
+            taken(step + 1, *((step,) if draw is None else draw(step)))
+            state["step"] += 1
+            yield
+            if (step + 1 - begin) % LOOK_EVERY == 0:
+                watch.check(names, advice)
+                resumable.save_sometimes(state)
+
     with progress(what=what, unit="steps", total=settings.max_steps, initial=int(state["step"])) as bar:
         for begin, end in zip([0, *ends], ends, strict=False):
             index = (~state["done"]).nonzero()[:, 0]
@@ -159,24 +190,8 @@ def descend(
             running = Running(index, index.tolist())
             if begin == whitened_from:
                 state["gain"][index] = torch.inf  # what Adam's rounds gained says nothing of further ones
-            whitens = whitened_from is not None and begin >= whitened_from
-            while (step := int(state["step"])) < end:
-                slope = gradient(running, state["value"][index], step)
-                rate = _like(state["rate"][index], start) * scale[index] * ((end - step) / (end - begin))
-                if whitening is not None and whitens:
-                    if (step - begin) % LOOK_EVERY == 0:  # and not oftener: whoever resumes must find the same
-                        whitening.refresh(state, index, step)
-                    _whitened(whitening, state, index, slope, rate, step - begin + 1)
-                else:
-                    step_of(state, index, slope, rate, step - begin + 1)
-                if whitening is not None:
-                    whitening.see(state, index, slope)
-                state["step"] += 1
-                watch.see("gradient", slope, step + 1, index)
+            for _ in steps_of_round(running, begin, end):
                 bar.update()
-                if (step + 1 - begin) % LOOK_EVERY == 0:
-                    watch.check(names, advice)
-                    resumable.save_sometimes(state)
             loss = validate(running, state["value"][index])
             watch.see("validation loss", loss, end, index)
             watch.check(names, advice)
@@ -219,17 +234,19 @@ def _initial_state(start: Tensor, loss: Tensor, settings: OptimalFit) -> State:
     }
 
 
-def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: int) -> None:
+def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: float | Tensor) -> None:
     value, first, second = (state[name][rows] for name in ("value", "first", "second"))
-    value, first, second = adam_step(value, first, second, gradient, step, rate)
+    adam_step(value, first, second, gradient, step, rate)
     state["first"][rows], state["second"][rows], state["value"][rows] = first, second, value
 
 
-def _sgd(state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: int) -> None:
+def _sgd(state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: float | Tensor) -> None:
     state["value"][rows], state["first"][rows] = sgd_step(state["value"][rows], state["first"][rows], gradient, rate)
 
 
-def _whitened(whitening: Whitening, state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: int) -> None:
+def _whitened(
+    whitening: Whitening, state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: float | Tensor
+) -> None:
     state["first"][rows] = state["first"][rows].lerp(gradient, 1 - BETAS[0])
     momentum = state["first"][rows] / (1 - BETAS[0] ** step)
     state["value"][rows] -= rate * whitening.direction(rows, momentum)

@@ -1,5 +1,6 @@
 """Numbers that are not finite, found without waiting for the device."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from oacore.errors import UserError
 
-NEVER = torch.iinfo(torch.int64).max
+NEVER = math.inf
 
 
 class Watch:
@@ -25,16 +26,19 @@ class Watch:
             str, tuple[Tensor, Tensor]
         ] = {}  # what -> steps of the first bad number (or NEVER), rows of the fit
 
-    def see(self, what: str, values: Tensor, step: int, rows: Tensor) -> None:
-        """Values [m, ...] of the fits `rows` [m], which stay the same until the next `check`."""
+    def see(self, what: str, values: Tensor, step: float | Tensor, rows: Tensor) -> None:
+        """Values [m, ...] of the fits `rows` [m], which stay the same until the next `check`; what is noted of them is
+        changed in place, for a step that a GPU replays.
+        """
         finite = values.reshape(len(values), -1).isfinite().all(1)
-        first = self._first[what][0] if what in self._first else torch.full_like(rows, NEVER)
-        self._first[what] = torch.where(finite, first, first.clamp(max=step)), rows
+        if what not in self._first or self._first[what][1] is not rows:
+            self._first[what] = torch.full(rows.shape, NEVER, dtype=torch.float64, device=rows.device), rows
+        first = self._first[what][0]
+        first.copy_(torch.where(finite, first, first.clamp(max=step)))
 
     def check(self, names: Sequence[str], advice: str) -> None:
         """Raise UserError if anything seen since the last check was not finite."""
-        bad = {what: (first, rows) for what, (first, rows) in self._first.items() if int(first.min()) < NEVER}
-        self._first = {}
+        bad = {what: (first, rows) for what, (first, rows) in self._first.items() if float(first.min()) < NEVER}
         if not bad:
             return
         step = min(int(first.min()) for first, _ in bad.values())

@@ -63,11 +63,15 @@ class Whitening:
         Args:
             n_seen: gradients so far, of which the moments are a decaying mean that began at zero.
         """
-        self._roots = {}
         for width in self.blocks:
             values, vectors = _eigen(state[_name(width)][rows] / (1 - DECAY**n_seen))
             values = values.clamp(min=0) + DAMPING * values.clamp(min=0).mean(-1, keepdim=True) + TINY
-            self._roots[width] = values.rsqrt(), vectors
+            roots, kept = (values.rsqrt(), vectors), self._roots.get(width)
+            if kept is not None and len(kept[0]) == len(rows):
+                for memory, new in zip(kept, roots, strict=True):  # in place: a GPU may replay steps that read it
+                    memory.copy_(new)
+            else:
+                self._roots[width] = roots
 
     def direction(self, rows: Tensor, momentum: Tensor) -> Tensor:
         """Momentum [m, coordinates] of the fits of the last `refresh` after the inverse roots, in units of their own: a

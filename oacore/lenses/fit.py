@@ -3,7 +3,7 @@
 It reads residuals and targets, never the model's attention; the gradient lens alone runs the model, for its Jacobian.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,10 +42,11 @@ def fit_lens(
     held_out = sources.cache.read("validation")
     problem = row.load().problem(row.name, init, sources, held_out)
 
-    def losses(rows: LensRows | FitRows, running: Sequence[int], values: Tensor) -> Tensor:
+    def losses(rows: LensRows | FitRows, running: Running, values: Tensor) -> Tensor:
         """[m, B]; one row of all layers' mean for a shared lens."""
-        layers = range(model.n_layers) if row.shared else running
-        residual = rows.residual[:, list(layers)].transpose(0, 1)  # [m, B, d]
+        layers = range(model.n_layers) if row.shared else running.rows
+        residual = rows.residual if row.shared else rows.residual[:, running.index]
+        residual = residual.transpose(0, 1)  # [m, B, d]
         target = rows.target
         if teacher is not None:
             taught = [teacher.final(residual[r], layer) for r, layer in enumerate(layers)]
@@ -53,16 +54,15 @@ def fit_lens(
         kl = unembedded_kl(model, final_norm(model, problem.final(values, layers, residual)), target)
         return kl.mean(0, keepdim=True) if row.shared else kl
 
-    def gradient(running: Running, value: Tensor, step: int) -> Tensor:
-        rows = batches.at(step)
+    def gradient(running: Running, value: Tensor, *drawn: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = value.detach().requires_grad_()
-            return torch.autograd.grad(losses(rows, running.rows, leaf).mean(1).sum(), leaf)[0]
+            return torch.autograd.grad(losses(FitRows(*drawn), running, leaf).mean(1).sum(), leaf)[0]
 
     def validate(running: Running, value: Tensor) -> Tensor:
         total = torch.zeros(len(running.rows), dtype=torch.float64, device=device)
         for part in held_out.in_batches(settings.batch_size):
-            total += losses(part, running.rows, value).double().sum(1)
+            total += losses(part, running, value).double().sum(1)
         return (total / len(held_out)).float()
 
     with sources.cache.shuffled(settings.batch_size, sources.seed) as batches:
@@ -77,6 +77,7 @@ def fit_lens(
             resumable=resumable,
             what=f"{row.name} {init}".strip(),
             on_test=on_test,
+            draw=batches.at,
             sgd=problem.sgd,
         )
     return problem.lens(descent.best), descent

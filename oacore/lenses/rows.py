@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -43,9 +43,8 @@ class LensRows:
         return (self.take(slice(first, first + size)) for first in range(0, len(self), size))
 
 
-@dataclass(frozen=True)
-class FitRows:
-    """What fits read of some rows, on the model's device."""
+class FitRows(NamedTuple):
+    """What fits read of some rows."""
 
     residual: Tensor  # [B, L, d]
     target: Tensor  # [B, d]
@@ -104,20 +103,20 @@ class ShuffledRows:
     """
 
     def __init__(self, cache: RowCache, size: int, seed: int):
-        self.reader, self.size, self.seed, self.device = Reader(cache.path, cache.provenance), size, seed, cache.device
+        self.reader, self.size, self.seed = Reader(cache.path, cache.provenance), size, seed
         self.names = [f"train/{name}" for name in FITTED_ON]
         self.per_epoch = -(-len(self.reader[self.names[0]]) // size)
         self.next_step, self.batches = -1, iter(())
 
     def at(self, step: int) -> FitRows:
-        """The batch of a step; steps in order are a stream."""
+        """The batch of a step, on the CPU; steps in order are a stream."""
         if step != self.next_step or step % self.per_epoch == 0:
             epoch, index = divmod(step, self.per_epoch)
             self.batches = self.reader.shuffled(self.names, self.size, self.seed * 1_000_003 + epoch)
             for _ in range(index):  # after a restart
                 next(self.batches)
         self.next_step = step + 1
-        return FitRows(*_on_device(self.reader, next(self.batches), self.device))
+        return FitRows(*_on_device(self.reader, next(self.batches), "cpu"))
 
     def __enter__(self) -> Self:
         return self

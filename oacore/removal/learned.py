@@ -28,9 +28,9 @@ class EdgeSampler(UniformSampler):
         """Logits at `START`, [F, E]."""
         return {"logit": torch.full((n_fits, n_edges), START)}
 
-    def sample(self, parameters: State, noise: Tensor, second: State, step_share: float) -> tuple[Tensor, Tensor]:
+    def sample(self, parameters: State, noise: Tensor, second: State, schedule: Tensor) -> tuple[Tensor, Tensor]:
         """Masks alpha [F, R, E], and how much of each edge is ablated [F, E]."""
-        alpha, theta = super().sample(parameters, noise, second, step_share)
+        alpha, theta = super().sample(parameters, noise, second, schedule)
         return alpha, 1 - theta
 
 
@@ -51,10 +51,10 @@ class ComponentSampler(EdgeSampler):
             0, source, order, "amin"
         )  # [S] whose noise is the component's
 
-    def sample(self, parameters: State, noise: Tensor, second: State, step_share: float) -> tuple[Tensor, Tensor]:
+    def sample(self, parameters: State, noise: Tensor, second: State, schedule: Tensor) -> tuple[Tensor, Tensor]:
         """Masks alpha [F, R, E], and [F, E], over whose edges a component's share of being ablated is spread."""
         alpha, ablated = super().sample(
-            self._by_source(parameters), noise[..., self.first], self._by_source(second), step_share
+            self._by_source(parameters), noise[..., self.first], self._by_source(second), schedule
         )
         is_input = self.source == 0
         edges = alpha[..., self.source].masked_fill(is_input, 1.0)

@@ -21,12 +21,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from oacore.draws import uploaded
 from oacore.engine.activations import write_activations
 from oacore.engine.clean import Batch, clean_pass
 from oacore.engine.forward import final_norm, logits_of
 from oacore.lenses.constant import from_all_starts, without_attention
 from oacore.lenses.kl import unembedded_kl
-from oacore.lenses.rows import LensRows, RowCache, rows_of
+from oacore.lenses.rows import FitRows, LensRows, RowCache, rows_of
 from oacore.metrics import kl_divergence
 from oacore.models.load import canonical, pick_device
 from oacore.models.weights import Model, to_device
@@ -114,7 +115,9 @@ def main() -> None:
         stream = files.enter_context(RowCache(path, Provenance(), model.device).shuffled(given.batch, 0))
         steps = iter(range(10**9))
         ways: dict[str, Callable[[], object]] = {
-            "cache": lambda: fitted_step(model, stream.at(next(steps)), constants),
+            "cache": lambda: fitted_step(
+                model, FitRows(*(uploaded(part, model.device) for part in stream.at(next(steps)))), constants
+            ),
             "  of it reading": lambda: stream.at(next(steps)),
             "rerun": lambda: fitted_step(model, rows_of(model, batch), constants),
             "research": lambda: research_step(model, batch, constants),

@@ -97,6 +97,8 @@ def setting():
     return Setting()
 
 
+NOTHING = torch.empty(0)  # of the samplers without a schedule
+
 # ---- Samplers --------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +106,7 @@ def setting():
 def test_ugs_masks_have_the_stated_distribution(logit):
     parameters = {"logit": torch.full((1, 1), logit)}
     alpha, theta = UniformSampler().sample(
-        parameters, torch.rand(1, 40000, 1, generator=torch.Generator().manual_seed(3)), {}, 0.0
+        parameters, torch.rand(1, 40000, 1, generator=torch.Generator().manual_seed(3)), {}, NOTHING
     )
     alpha, theta = alpha.flatten().numpy(), float(theta)
     window = theta * (1 - theta)
@@ -117,7 +119,7 @@ def test_ugs_masks_have_the_stated_distribution(logit):
 def test_a_dynamic_window_follows_the_gradient_noise():
     noise = torch.rand(1, 20000, 3, generator=torch.Generator().manual_seed(3))
     second = {"logit": torch.tensor([[0.0001, 1.0, 100.0]])}
-    alpha, _ = UniformSampler(dynamic_window=True).sample({"logit": torch.zeros(1, 3)}, noise, second, 0.0)
+    alpha, _ = UniformSampler(dynamic_window=True).sample({"logit": torch.zeros(1, 3)}, noise, second, NOTHING)
     share = ((alpha > 0) & (alpha < 1)).float().mean(1)[0]
     torch.testing.assert_close(share, 0.25 * torch.tensor([0.5, 0.5, 2.0]), atol=0.02, rtol=0)
 
@@ -128,7 +130,7 @@ def test_the_noisiest_edges_do_not_narrow_all_other_windows():
     spread[7] = 1e6
     noise = torch.rand(1, 4000, 200, generator=torch.Generator().manual_seed(3))
     sampler = UniformSampler(dynamic_window=True)
-    alpha, _ = sampler.sample({"logit": torch.zeros(1, 200)}, noise, {"logit": spread.square()[None]}, 0.0)
+    alpha, _ = sampler.sample({"logit": torch.zeros(1, 200)}, noise, {"logit": spread.square()[None]}, NOTHING)
     share = ((alpha > 0) & (alpha < 1)).float().mean(1)[0]
     mean = (99 * 1 + 101 * 2) / 200
     assert share[8:100].mean() == pytest.approx(0.25 * 1 / mean, rel=0.02)
@@ -155,7 +157,7 @@ def test_ugs_gradient_is_unbiased_on_a_multilinear_function():
     for _ in range(400):
         own = logit.clone().requires_grad_()
         noise = torch.rand(1, 64, 4, generator=generator, dtype=torch.float64)
-        alpha, _ = UniformSampler().sample({"logit": own}, noise, {}, 0.0)
+        alpha, _ = UniformSampler().sample({"logit": own}, noise, {}, NOTHING)
         loss(alpha[0]).mean().backward()
         slope = logit.sigmoid() * (1 - logit.sigmoid())
         estimates.append(own.grad / slope)
@@ -167,7 +169,7 @@ def test_ugs_gradient_is_unbiased_on_a_multilinear_function():
 def test_hard_concrete_size_is_the_probability_of_a_mask_above_zero():
     parameters = {"location": torch.tensor([[-1.0, 0.0, 2.0]]), "temperature": torch.tensor([[0.3, 2 / 3, 1.0]])}
     alpha, size = HardConcreteSampler().sample(
-        parameters, torch.rand(1, 40000, 3, generator=torch.Generator().manual_seed(1)), {}, 0.0
+        parameters, torch.rand(1, 40000, 3, generator=torch.Generator().manual_seed(1)), {}, NOTHING
     )
     share = (alpha > 0).float().mean(1)
     assert ((share - size).abs() < 4 * (size * (1 - size) / 40000).sqrt() + 1e-4).all()
@@ -181,7 +183,11 @@ def test_topk_probabilities_add_up_to_the_budget():
     weights = torch.randn(3, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: (budgeted(x, budget) * weights).sum(1), logit, eps=1e-5, atol=1e-5)
     sampler = TopKSampler(budget)
-    assert sampler.probability({"logit": logit}, 0.0)[0].sum().item() == pytest.approx(0.73 * 50, abs=1e-4)
+    assert sampler.schedule(0.0, 50)[0].item() == pytest.approx(0.73 * 50, abs=1e-4)
+    for share in (0.1, 0.3, 1.0):
+        scheduled = sampler.schedule(share, 50)
+        torch.testing.assert_close(sampler.probability({"logit": logit}, scheduled).sum(1), scheduled, atol=1e-6, rtol=0)
+    assert torch.equal(scheduled, budget)
     torch.testing.assert_close(sampler.score({"logit": logit}).sum(1), budget.float().double(), atol=1e-4, rtol=0)
 
 

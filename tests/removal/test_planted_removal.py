@@ -42,6 +42,8 @@ SECTION = {
     "relearn": {"n_prompts": 4, "learning_rate": 0.1, "max_steps": 16},
 }
 
+NOTHING = torch.empty(0)  # these samplers have no schedule
+
 
 def prompts(split):
     words = np.arange(1, WORDS + 1, dtype=np.int32)
@@ -179,7 +181,7 @@ def test_samplers_count_what_is_ablated():
         for window in (False, True):
             sampler.dynamic_window = window
             state = sampler.start(1, graph.n_edges)
-            alpha, sizes = sampler.sample(state, noise, {"logit": torch.rand(1, graph.n_edges)}, 0.0)
+            alpha, sizes = sampler.sample(state, noise, {"logit": torch.rand(1, graph.n_edges)}, NOTHING)
             assert torch.allclose(sizes.sum(), n * gone)
             assert ((alpha >= 0) & (alpha <= 1)).all() and 0.8 < alpha.mean() < 1
             if n < graph.n_edges:
