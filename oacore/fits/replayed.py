@@ -67,7 +67,7 @@ class Replayed:
         """Whether the step could be captured: one that does not fit into memory twice goes on being launched."""
         if self._launched_only:
             return False
-        kept = tuple(torch.empty_like(value, device=self.device) for value in given)
+        kept = tuple(uploaded(value, self.device).clone() for value in given)
         try:
             replay, returned, self.pool = capture(self.step, kept, self.pool)
         except RuntimeError as error:

@@ -31,6 +31,7 @@ from oacore.circuits.passes import Examples, Passes
 from oacore.circuits.search import Knob
 from oacore.circuits.ugs import UniformSampler
 from oacore.config.circuits import MaskFit
+from oacore.draws import uploaded
 from oacore.engine.buffers import MaskedPrompts
 from oacore.engine.clean import Batch
 from oacore.engine.masked import Engine
@@ -154,9 +155,10 @@ def sweep_over(model: Model, T: int, samples: int, n_prompts: int) -> learn._Swe
 
 def take_step(sweep: learn._Sweep, state: dict[str, Any]) -> None:
     """As `learn` does, without looking at what came of it."""
-    _, gradients, _ = sweep.gradients(state)
-    state["step"] += 1
-    sweep.descend(state, gradients)
+    drawn = [uploaded(part, sweep.device) for part in sweep.draw(int(state["step"]))]
+    _, gradients, _ = sweep.gradients(state, *drawn)
+    state["step"] = state["step"] + 1
+    sweep.descend(state, gradients, float(state["step"]))
 
 
 def step_of(gpu: Gpu, make: Callable[[], learn._Sweep], counting: list[Sent]) -> Sent:

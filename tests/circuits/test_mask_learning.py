@@ -186,7 +186,9 @@ def test_topk_probabilities_add_up_to_the_budget():
     assert sampler.schedule(0.0, 50)[0].item() == pytest.approx(0.73 * 50, abs=1e-4)
     for share in (0.1, 0.3, 1.0):
         scheduled = sampler.schedule(share, 50)
-        torch.testing.assert_close(sampler.probability({"logit": logit}, scheduled).sum(1), scheduled, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            sampler.probability({"logit": logit}, scheduled).sum(1), scheduled, atol=1e-6, rtol=0
+        )
     assert torch.equal(scheduled, budget)
     torch.testing.assert_close(sampler.score({"logit": logit}).sum(1), budget.float().double(), atol=1e-4, rtol=0)
 

@@ -60,12 +60,18 @@ def steps(gpu: Gpu, family: str) -> Iterator[tuple[str, Callable[[], object]]]:
         given = (sampler, KNOBS, [1e-2, 1e-3], passes, replacements, scales, "kl", MASKS, ablation == "optimal")
         with gpu.watched():
             sweep = learn._Sweep(*given)
-            state = sweep.initial_state() | {"step": 0}
+            state = sweep.initial_state()
+            drawn = [part.to(gpu.device) for part in sweep.draw(0)]
+            number = torch.ones((), dtype=torch.float64).to(gpu.device)
 
-        def mask_step(sweep: learn._Sweep = sweep, state: dict[str, object] = state) -> None:
-            _, gradients, _ = sweep.gradients(state)
-            state["step"] += 1
-            sweep.descend(state, gradients)
+        def mask_step(
+            sweep: learn._Sweep = sweep,
+            state: dict[str, torch.Tensor] = state,
+            drawn: list[torch.Tensor] = drawn,
+            number: torch.Tensor = number,
+        ) -> None:
+            _, gradients, _ = sweep.gradients(state, *drawn)
+            sweep.descend(state, gradients, number)
 
         yield name, mask_step
     graph = setting.engine.graph
@@ -117,12 +123,15 @@ def _gradient_of(module: object, fit: Callable[..., object], *given: object, **m
         gradient: Callable[..., torch.Tensor],
         validate: object,
         settings: OptimalFit,
+        draw: Callable[[int], tuple[torch.Tensor, ...]] | None = None,
         **_: object,
     ) -> descent.Descent:
         rows = list(range(len(start)))
         with _disable_current_modes():
             index = torch.arange(len(start))
-        gradient(descent.Running(index.to(start.device), rows), start, 0)
+            drawn = (0,) if draw is None else draw(0)
+        drawn = [value.to(start.device) if isinstance(value, torch.Tensor) else value for value in drawn]
+        gradient(descent.Running(index.to(start.device), rows), start, *drawn)
         none = torch.zeros(0)
         return descent.Descent(start, none, none, none, none, none, none)
 
