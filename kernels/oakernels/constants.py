@@ -32,6 +32,27 @@ def ablated_shares(masks: Tensor, n_rows: int, n_fits: int) -> Tensor:
     return shares.unflatten(0, (n_fits, -1))
 
 
+def summed_tokens(dx: Tensor, n_runs: int, out: Tensor) -> None:
+    """What `gradient_of_sums` takes: dx [J, B, T, d] summed over the tokens and the B / n_runs rows of each run, into
+    out [n_runs, J, d], in its dtype.
+    """
+    by_run = dx.flatten(1, 2).unflatten(1, (n_runs, -1))
+    torch.sum(by_run, 2, dtype=out.dtype, out=out.transpose(0, 1))
+
+
+def gradient_of_sums(shares: Tensor, sums: Tensor) -> Tensor:
+    """`constant_gradient` of all destinations at once, for Q = 1, from what `summed_tokens` has summed of each.
+
+    Args:
+        shares: [Fc, g, J, S].
+        sums: [Fc g, J, d].
+
+    Returns:
+        [Fc, S, 1, d].
+    """
+    return (shares.flatten(1, 2).mT @ sums.view(len(shares), -1, sums.shape[-1]))[:, :, None]
+
+
 def constant_gradient(shares: Tensor, dx: Tensor) -> Tensor:
     """Gradient of the constants of a mix: shares times dx, summed over destinations and rows.
 

@@ -34,10 +34,13 @@ def project(
     y = x.new_empty(*x.shape[:3], projection.weight.shape[2]) if out is None else out
     with matmul_precision(precision):
         torch.bmm(x.flatten(1, 2), projection.weight, out=y.flatten(1, 2))
+    bias = None if projection.bias is None else projection.bias[:, None, None]
+    if rstd is not None and bias is not None and y.device.type != "cpu":
+        return torch.addcmul(bias, y, rstd[..., None], out=y)
     if rstd is not None:
         y *= rstd[..., None]
-    if projection.bias is not None:
-        y += projection.bias[:, None, None]
+    if bias is not None:
+        y += bias
     return y
 
 

@@ -94,9 +94,9 @@ class Buffer(ABC):
         """A base [F, Q, d] as a mix takes it: [F, 1 or q, d] if rows come in runs, else [B, 1 or q, d]."""
         return base if self.rows.in_runs else base[self.rows.owner]
 
-    def negated(self, values: Tensor) -> Tensor:
-        """Minus the replacements [F, n, Q, d] of n sources, for each row: [n, B or 1, 1 or q, d]."""
-        return -(values if len(values) == 1 else values[self.rows.owner]).transpose(0, 1)
+    def of_rows(self, values: Tensor) -> Tensor:
+        """The replacements [F, n, Q, d] of n sources, for each row: [n, B or 1, 1 or q, d]."""
+        return (values if len(values) == 1 else values[self.rows.owner]).transpose(0, 1)
 
     def hidden(self, window: int | None) -> Tensor:
         """Which of T keys, BOS counted, queries of a layer with this window do not see: bool [q, T] or [B, 1, T]; made
@@ -160,11 +160,11 @@ class LastPosition(Buffer):
         """Each row's at its last position, if the base has positions."""
         return super().base(base) if base.shape[1] == 1 else base[self.rows.owner, self.rows.last][:, None]
 
-    def negated(self, values: Tensor) -> Tensor:
+    def of_rows(self, values: Tensor) -> Tensor:
         """Each row's at its last position, if the values have positions."""
         if values.shape[2] == 1:
-            return super().negated(values)
-        return -values[self.rows.owner, :, self.rows.last].transpose(0, 1)[:, :, None]
+            return super().of_rows(values)
+        return values[self.rows.owner, :, self.rows.last].transpose(0, 1)[:, :, None]
 
     @property
     def query(self) -> Tensor:

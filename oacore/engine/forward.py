@@ -6,6 +6,8 @@ the last block computes that position alone.
 Symbols: B rows, T tokens, H heads, KV key/value heads, k head width, d model width, V vocabulary.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,8 +37,14 @@ def embed_tokens(model: Model, tokens: Tensor) -> Tensor:
     """Token embedding [..., d] as it enters the residual, without positions."""
     embedded = model.W_E[tokens]
     if model.embed_scale != 1.0:
-        embedded = embedded * torch.tensor(model.embed_scale, dtype=embedded.dtype, device=embedded.device)
+        embedded = embedded * _rounded(model.embed_scale, embedded.dtype)
     return embedded
+
+
+@cache
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    """The number as this dtype has it, on the host: a step that a GPU replays uploads nothing."""
+    return float(torch.tensor(number, dtype=dtype))
 
 
 def add_positions(model: Model, embedded: Tensor) -> Tensor:

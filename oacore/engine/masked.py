@@ -166,7 +166,9 @@ class Engine:
         if gradient:
             values = 2 * (inner * d + temporaries) + L * (5 * H * k + probabilities + 3 * f + 4 * d)
             values += J * d if keep_inputs else 0
-        return (values * n_tokens + S * J + 4 * S * d + 5 * model.d_vocab) * torch.finfo(model.dtype).bits // 8
+        fp32 = J * d if gradient and keep_inputs and self.layers_at_once < L else 0  # sums over tokens for constants
+        n_bytes = torch.finfo(model.dtype).bits // 8
+        return (values * n_tokens + S * J + 4 * S * d + 5 * model.d_vocab) * n_bytes + 4 * fp32
 
 
 class _MaskedForward(torch.autograd.Function):

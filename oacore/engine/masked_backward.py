@@ -10,7 +10,7 @@ Symbols: as in masked_pass.py.
 from collections.abc import Iterator
 
 import torch
-from oakernels.constants import ablated_shares, constant_gradient
+from oakernels.constants import ablated_shares, constant_gradient, gradient_of_sums, summed_tokens
 from oakernels.masked_mix_backward import mix_backward
 from oakernels.operands import Operands
 from oakernels.projection import project_backward
@@ -40,12 +40,18 @@ class Backward:
         self.setup, self.forward, self.graph_masks = setup, forward, masks
         self.d_masks = torch.zeros_like(forward.masks)
         self.d_constants: Tensor | None = None
+        self.token_sums: Tensor | None = None
         if constants:
             self.d_constants = torch.zeros_like(forward.replacement, dtype=masks.dtype)
             read = masks if destinations is None else masks[:, destinations]
             no_edge = setup.no_edge if destinations is None else setup.no_edge[destinations]
             n_fits, n_rows = len(self.d_constants), len(setup.rows)
             self.ablated = ablated_shares(read.masked_fill(no_edge, 1.0), n_rows, n_fits)
+            # Where layers come in groups, on a GPU, all destinations give it in one product. In one group, on a CPU, it
+            # is added up read by read: sums in another order would not have the bits that were recorded.
+            if self.d_constants.shape[2] == 1 and forward.inputs is not None:
+                _, n_runs, n_read, _ = self.ablated.shape
+                self.token_sums = self.d_constants.new_zeros((n_fits * n_runs, n_read, self.d_constants.shape[3]))
 
     def run(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of masks [M, J, S] and constants [F, S, Q, d] from that of the residual [B, d]."""
@@ -62,6 +68,8 @@ class Backward:
             last.hand_back(every)
             for layer in reversed(layers):
                 self._block(layer, self.forward.blocks.pop(), every)
+        if self.token_sums is not None:
+            self.d_constants = gradient_of_sums(self.ablated, self.token_sums)
         if plan.sources is None or plan.destinations is None:
             return self.d_masks.to(self.graph_masks.dtype), self.d_constants
         full = torch.zeros_like(self.graph_masks)
@@ -130,7 +138,9 @@ class Backward:
         """
         if buffer.opened.start < n:
             self._mix_of(dx, rows, slice(buffer.opened.start, n), buffer)
-        if self.d_constants is not None:
+        if self.token_sums is not None:
+            summed_tokens(dx, len(self.token_sums), self.token_sums[:, rows])
+        elif self.d_constants is not None:
             per_position = self.d_constants.shape[2] > 1
             where = buffer.extended(dx) if per_position else dx.sum(2, dtype=accumulator_dtype(dx.dtype))
             self.d_constants += constant_gradient(self.ablated[:, :, rows], where)

@@ -69,7 +69,8 @@ class Forward:
     def __init__(self, setup: MaskedPass, masks: Tensor, replacement: Tensor, *, keep: bool):
         self.setup, self.replacement, self.keep = setup, replacement, keep
         plan, rows = setup.plan, setup.rows
-        self.masks = masks if plan.sources is None else masks[:, plan.destinations][:, :, plan.sources]
+        masks = masks if plan.sources is None else masks[:, plan.destinations][:, :, plan.sources]
+        self.masks = masks if masks.device.type == "cpu" else _aligned(masks)
         self.every = EveryPosition(rows, plan.layers[-1].first_source, replacement)
         self.last = LastPosition(rows, plan.n_sources, replacement)
         # All inputs at every position, over which their gradients are written for the sources whose turn comes later.
@@ -83,8 +84,8 @@ class Forward:
     def run(self) -> Tensor:
         """The residual [B, d] that the final norm reads at each row's last position."""
         rows, replacement = self.setup.rows, self.replacement
-        replaced = self.every.negated(replacement[:, :1])[0]
-        torch.add(rows.prompts.input[rows.prompt], replaced, out=self.every.delta[0])
+        replaced = self.every.of_rows(replacement[:, :1])[0]
+        torch.sub(rows.prompts.input[rows.prompt], replaced, out=self.every.delta[0])
         base = replacement[:, 0]  # [F or P, Q, d] what replaces all sources so far, and biases
         *inner, final = self.setup.plan.layers
         for layer in inner:
@@ -134,7 +135,7 @@ class Forward:
             q, k, v = (first, *rest[0].split(KV)) if rest else first.split((H, KV, KV))
             tape.written = attend(layer, buffer, q, k, v)
         target, written = buffer.delta[layer.first_source : layer.mlp_source], tape.written.detach()
-        target.copy_(buffer.negated(values))
+        torch.neg(buffer.of_rows(values).expand_as(target), out=target)
         if layer.folded.block.attention_post_norm is None:
             target.flatten(1, 2).baddbmm_(written.flatten(1, 2), layer.write)
         else:
@@ -181,4 +182,10 @@ class Forward:
         with torch.set_grad_enabled(self.keep):
             out = masked_mlp(self.setup.model.activation, layer.folded, x)
         tape.mlp = x, out
-        torch.add(out.detach(), buffer.negated(value)[0], out=buffer.delta[m])
+        torch.sub(out.detach(), buffer.of_rows(value)[0], out=buffer.delta[m])
+
+
+def _aligned(masks: Tensor) -> Tensor:
+    """Masks [M, J, S] whose rows begin at multiples of 32 bytes, as GPUs' products and wide loads like them."""
+    padded = masks.new_empty((*masks.shape[:2], -(-masks.shape[2] // 8) * 8))[..., : masks.shape[2]]
+    return padded.copy_(masks)

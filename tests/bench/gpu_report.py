@@ -190,7 +190,6 @@ def step(report: Report) -> None:
                     report.row(f"{arithmetic}, {backend}, graph", ms=ms, peak_gb=peak_gb)
     if DEVICE.type != "cuda":
         report.row("graph", skipped="needs CUDA")
-    report.row("plain with padded masks", skipped="masks are not padded to multiples of 8 yet")
 
 
 def timed(call: Callable[[], object], repeats: int = 10) -> tuple[float, float]:

@@ -6,6 +6,7 @@ what it is made of, so that a real GPU launches fewer.
 """
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,10 +72,16 @@ class _Watch(TorchDispatchMode):
             overwritten = name in ("copy_", "fill_", "zero_") or options.get("beta") == 0  # its first operand, not read
             read = tree_leaves((args[1:] if overwritten else args, kwargs))
             tensors = [leaf for leaf in (*read, *tree_leaves(result)) if isinstance(leaf, torch.Tensor)]
-            self.sent.n_bytes[name] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.sent.n_bytes[name] += sum(map(_bytes, tensors))
             if (formula := flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))) is not None:
                 self.sent.flop += formula(*args, **options, out_val=result)
         return result
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Of its memory, which an expanded tensor goes over more than once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride or not size) * tensor.element_size()
 
 
 def _places(tree: Any) -> set[str]:

@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(
 # in another way.
 LAUNCHES = {
     "gpt2": {
-        "ugs optimal": 581,
-        "ugs counterfactual": 596,
-        "hcgs optimal": 614,
-        "refit": 425,
+        "ugs optimal": 582,
+        "ugs counterfactual": 587,
+        "hcgs optimal": 619,
+        "refit": 415,
         "optimal": 783,
         "tracing": 416,
         "oca": 83,
@@ -32,10 +32,10 @@ LAUNCHES = {
         "whitened descent": 45,
     },
     "llama": {
-        "ugs optimal": 720,
-        "ugs counterfactual": 846,
-        "hcgs optimal": 753,
-        "refit": 564,
+        "ugs optimal": 725,
+        "ugs counterfactual": 841,
+        "hcgs optimal": 762,
+        "refit": 558,
         "optimal": 1591,
         "tracing": 795,
         "oca": 180,
@@ -43,10 +43,10 @@ LAUNCHES = {
         "whitened descent": 45,
     },
     "gemma2": {
-        "ugs optimal": 870,
-        "ugs counterfactual": 1073,
-        "hcgs optimal": 903,
-        "refit": 714,
+        "ugs optimal": 874,
+        "ugs counterfactual": 1068,
+        "hcgs optimal": 911,
+        "refit": 708,
         "optimal": 1963,
         "tracing": 959,
         "oca": 226,
@@ -54,10 +54,10 @@ LAUNCHES = {
         "whitened descent": 45,
     },
     "neox-parallel": {
-        "ugs optimal": 665,
-        "ugs counterfactual": 761,
-        "hcgs optimal": 698,
-        "refit": 509,
+        "ugs optimal": 666,
+        "ugs counterfactual": 752,
+        "hcgs optimal": 703,
+        "refit": 499,
         "optimal": 1139,
         "tracing": 636,
         "oca": 78,
@@ -66,7 +66,9 @@ LAUNCHES = {
     },
 }
 SLACK = 1.05  # for other releases
-UPLOADS = 12  # of a step, all from pinned memory: drawn prompts, and in tracing which places are restored where
+# Of a step, all from pinned memory: drawn prompts, and in tracing which places are restored where. The others are
+# replayed as CUDA graphs, which upload nothing; the two of a refit are its inputs, drawn and uploaded by this test.
+UPLOADS = {"optimal": 12, "tracing": 12, "refit": 2}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def sent():
 def test_a_step_never_waits_and_launches_no_more_than_before(sent, family, step):
     found = sent[family, step]
     assert found["waits"] == {}
-    assert found["uploads"] <= UPLOADS
+    assert found["uploads"] <= UPLOADS.get(step, 0)
     assert 0 < found["launches"] <= SLACK * LAUNCHES[family][step]
 
 

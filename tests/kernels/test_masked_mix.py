@@ -18,7 +18,7 @@ from kernel_cases import (
 )
 from masked_autograd import masked_mix
 from oakernels import Operands, ablated_shares, constant_gradient, masked_mix_backward, mix, mix_and_scale, mix_backward
-from oakernels.constants import ABLATED
+from oakernels.constants import ABLATED, gradient_of_sums, summed_tokens
 from oakernels.runtime import run
 
 NAMES = ("x", "d_base", "d_masks", "d_delta", "d_constants")
@@ -101,6 +101,23 @@ def test_the_threshold_of_the_constants() -> None:
     masks = torch.tensor([[[0.0, 5e-4, ABLATED, 2e-3, 1.0]]])
     gradient = constant_gradient(ablated_shares(masks, 1, n_fits=1), torch.ones(1, 1, 1))
     assert gradient.flatten().tolist() == pytest.approx([1, 1 - 5e-4, 0, 0, 0])
+
+
+@pytest.mark.parametrize("n_masks", [2, 6, 12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_constants_gradient_of_all_destinations_at_once(n_masks: int, dtype: torch.dtype) -> None:
+    """Two fits of six rows, of fewer, as many and more masks than fits: what reads give one by one, added up."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(n_masks, 7, 5, generator=generator).round().double()
+    shares = ablated_shares(masks, 12, n_fits=2)
+    dx = torch.randn(7, 12, 3, 4, generator=generator, dtype=torch.float64).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    sums = torch.full((shares.shape[0] * shares.shape[1], 7, 4), torch.nan, dtype=wide)
+    wanted = torch.zeros(2, 5, 1, 4, dtype=torch.float64)
+    for rows in (slice(0, 3), slice(3, 7)):
+        summed_tokens(dx[rows], len(sums), sums[:, rows])
+        wanted += constant_gradient(shares[:, :, rows], dx[rows].double().sum(2))
+    torch.testing.assert_close(gradient_of_sums(shares.to(wide), sums).double(), wanted, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
