@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Where Python is told to keep no such files, every import would compile anew: there pip does it.
 PIP := --quiet --disable-pip-version-check $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 
-.PHONY: help install demo test test-kill test-rounding test-slurm gpu lint site unlock clean
+.PHONY: help install demo test test-kill test-rounding test-slurm gpu gpu-wheels lint site unlock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,8 +34,20 @@ test-slurm: .venv/.installed-slurm ## bring up a SLURM of two nodes on this mach
 test-rounding: .venv/.installed-dev ## the numeric tests and the tiny run as other CPUs round, with two threads; SELECT="..." for some of it
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/rounding --numprocesses 2 -k "$(SELECT)"
 
-gpu: ## right, and how fast, on a GPU: installs nothing, takes PYTHON with torch, triton and what oacore imports; writes docs/gpu/
-	$(PYTHON) tests/bench/gpu_report.py
+gpu: ## right, and how fast, on a GPU: PYTHON has torch and triton; the rest is there, or in .gpu-wheels; writes docs/gpu/
+	if [ -d .gpu-wheels ]; then $(PYTHON) -m pip install $(PIP) --no-index --no-deps --upgrade --target .gpu-wheels/site .gpu-wheels/*.whl; fi
+	PYTHONPATH=$(CURDIR)/.gpu-wheels/site $(PYTHON) tests/bench/gpu_report.py
+
+# What a machine with PyTorch's own image lacks. Not all that transformer_lens names: what it imports.
+WHEELS := transformer-lens|datasets|dill|multiprocess|pydantic|pydantic_core|annotated-types|typing_extensions|typing-inspection|h5py|safetensors
+
+gpu-wheels: .venv/.installed ## what `make gpu` needs on a machine without network (Python 3.12, x86-64), into .gpu-wheels: take the folder along
+	rm -rf .gpu-wheels && mkdir .gpu-wheels
+	$(BIN)/pip freeze --exclude-editable | grep -E '^($(WHEELS))==' > .gpu-wheels/names.txt
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(addprefix --platform=,manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64) \
+		--requirement .gpu-wheels/names.txt --dest .gpu-wheels
+	du -sh .gpu-wheels
 
 lint: .venv/.installed-dev ## format check, lint, types, workflow lint
 	$(BIN)/ruff format --check .

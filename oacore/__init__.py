@@ -11,7 +11,7 @@ The house, from the top down; imports point down:
 * `ablation/  circuits/  tracing/  lenses/  vision/`, the experiments: each has its science, figures and part of
   the report, and none knows another
 * `inputs`: the gated model and a task's prompts for all of them; `engine/`: clean and masked passes, statistics, parity
-* `models/`: weights, hub, residual graph, demo; `tasks/`: prompts; `fits/`: descent, resume, record;
+* `models/`: weights, hub, residual graph, demo; `tasks/`: prompts; `fits/`: descent, replayed steps, resume, record;
   `report/`: numbers, figures, page; `jobs`: every job and its files
 * `store/`: artefacts with checksums and provenance, HDF5, locks, paths, code hashes
 * `config/`: the settings, and the registry rows that names in them come from

@@ -1,8 +1,10 @@
 """How far fits end above one of many times the steps, with a config's own settings.
 
     python tests/bench/bench_fits.py --config config/demo.yaml --task ioi --kind refit --every 6
+    PYTHONPATH=tests python tests/bench/bench_fits.py --kind planted --task chain-0
 
-Needs a run of the config up to `circuits` (refit), `activations` (optimal) or `lens_activations` (oca). Every
+Needs a run of the config up to `circuits` (refit), `activations` (optimal) or `lens_activations` (oca); `planted` fits
+constants of planted circuits that lack one of their edges, and takes no more of a config than `circuits.refit`. Every
 `--every`-th fit is made twice from the same start: by the config's settings, and with `--times` their cap on steps and
 a fifth of their tolerance. Prints for each its steps and validation loss, what it says is left, and how far above the
 long fit it is.
@@ -10,6 +12,7 @@ long fit it is.
 
 import argparse
 
+import numpy as np
 import torch
 
 from oacore.ablation.components import components_of
@@ -81,7 +84,26 @@ def oca(config: Config, task: str, every: int) -> tuple[OptimalFit, list[str], o
     return opened.settings.oca, names, lambda settings: fit_lens(row, "", opened.sources, settings)[1]
 
 
-KINDS = {"refit": refit, "optimal": optimal, "oca": oca}
+def planted(config: Config, task: str, every: int) -> tuple[OptimalFit, list[str], object]:
+    """The constants of a planted circuit without every n-th of its edges, each alone; `task` is its name and seed."""
+    from bench_planted import CIRCUITS, Setting
+
+    name, _, seed = task.partition("-")
+    circuit = CIRCUITS[name](int(seed))
+    setting, edges = Setting(circuit, ABLATION), np.argwhere(circuit.true_edges)[::every]
+    masks = torch.from_numpy(circuit.true_edges).float().repeat(len(edges), 1, 1)
+    for row, (destination, source) in enumerate(edges):
+        masks[row, destination, source] = 0
+
+    def fit(settings: OptimalFit) -> Descent:
+        passes, start = setting.passes, setting.replacements.start
+        return refit_constants(passes, passes, start, setting.scales, masks, settings, names=names)[1]
+
+    names = [f"{task} without {destination},{source}" for destination, source in edges]
+    return config.circuits.refit, names, fit
+
+
+KINDS = {"refit": refit, "optimal": optimal, "oca": oca, "planted": planted}
 
 
 def main() -> None:

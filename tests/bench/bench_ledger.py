@@ -35,6 +35,7 @@ from oacore.draws import uploaded
 from oacore.engine.buffers import MaskedPrompts
 from oacore.engine.clean import Batch
 from oacore.engine.masked import Engine
+from oacore.fits.replayed import Replayed
 from oacore.models.weights import Model, Norm, _map_tensors
 
 SIZES = (12, 12, 768, 64, 50257, 21, 12, 5)
@@ -159,6 +160,18 @@ def take_step(sweep: learn._Sweep, state: dict[str, Any]) -> None:
     _, gradients, _ = sweep.gradients(state, *drawn)
     state["step"] = state["step"] + 1
     sweep.descend(state, gradients, float(state["step"]))
+
+
+def replayed_steps(sweep: learn._Sweep, state: dict[str, Any]) -> Callable[[int], object]:
+    """A call of a number takes that step, as a graph where a device replays: without looking at what came of it."""
+
+    def take(number: float | torch.Tensor, *drawn: torch.Tensor) -> tuple[torch.Tensor]:
+        losses, gradients, _ = sweep.gradients(state, *drawn)
+        sweep.descend(state, gradients, number)
+        return (losses,)
+
+    taken = Replayed(take, sweep.device)
+    return lambda step: taken(step + 1, *sweep.draw(step))
 
 
 def step_of(gpu: Gpu, make: Callable[[], learn._Sweep], counting: list[Sent]) -> Sent:

@@ -2,10 +2,10 @@
 
     PYTHONPATH=.:kernels python3 tests/bench/gpu_report.py [--small] [--out FOLDER] [SECTION ...]
 
-It needs Python, torch, triton and what oacore imports (on a bare machine: pydantic, transformer-lens and their needs as
-wheels), no network and no Snakemake. Every section is a process with a time limit; after each the table is written
-anew, so that a run that is cut off still tells. On a GPU the table is also docs/gpu/{device}.md; `--small` runs tiny
-shapes on a CPU, to try the script itself, and its numbers mean nothing.
+It needs Python, torch, triton and what oacore imports (on a bare machine `make gpu` takes the wheels that
+`make gpu-wheels` has fetched elsewhere), no network and no Snakemake. Every section is a process with a time limit;
+after each the table is written anew, so that a run that is cut off still tells. On a GPU the table is also
+docs/gpu/{device}.md; `--small` runs tiny shapes on a CPU, to try the script itself, and its numbers mean nothing.
 """
 
 import argparse
@@ -211,29 +211,49 @@ def timed(call: Callable[[], object], repeats: int = 10) -> tuple[float, float]:
 
 
 def learn(report: Report) -> None:
-    """A step of `learn`, from drawing masks to Adam, by the clock and by the profiler: launches, and waits."""
+    """A step of `learn`, from drawing masks to Adam, launched and replayed as a CUDA graph, by the clock and by the
+    profiler, and whether both come to the same.
+    """
     import torch
-    from bench_ledger import sweep_of, take_step
+    from bench_ledger import replayed_steps, sweep_of
     from roofline import DEVICE
-    from torch.profiler import ProfilerActivity, profile
+
+    from oacore.fits.replayed import SWITCH
 
     sweep = sweep_of(DEVICE, report.sizes)
-    state = sweep.initial_state()
-    ms, peak_gb = timed(partial(take_step, sweep, state), 3 if report.small else 10)
-    report.row("one step, fp32", ms=ms, peak_gb=peak_gb)
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (DEVICE.type == "cuda")]
-    with profile(activities=activities) as profiler:
-        take_step(sweep, state)
-        if DEVICE.type == "cuda":
+    states = {"launched": sweep.initial_state(), "replayed": sweep.initial_state()}
+    for way, state in states.items():
+        os.environ[SWITCH] = "0" if way == "launched" else "1"
+        taken, steps = replayed_steps(sweep, state), iter(range(1000))
+        call = partial(lambda taken, steps: taken(next(steps)), taken, steps)
+        ms, peak_gb = timed(call, 3 if report.small else 20)
+        report.row(f"a whole step, {way}", ms=ms, peak_gb=peak_gb)
+        counts = launches_of(call)
+        report.row(f"a whole step, {way}, as the profiler sees it", **counts)
+    pairs = [(states["launched"][name], value) for name, value in states["replayed"].items()]
+    furthest = max(float((one.double() - other.double()).abs().max()) for one, other in pairs if one.numel())
+    same = all(torch.equal(one, other) for one, other in pairs)
+    report.row("replayed against launched steps", largest_difference=furthest, same_bits=same)
+
+
+def launches_of(call: Callable[[], object]) -> dict[str, int]:
+    """What the host does in a call: launches of kernels and of graphs, and waits, of which one ends the profile."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
+        call()
+        if on_gpu:
             torch.cuda.synchronize()
     counts = {event.key: event.count for event in profiler.key_averages()}
-    launched = sum(count for key, count in counts.items() if re.search("LaunchKernel|cuLaunch", key))
-    waits = sum(count for key, count in counts.items() if re.search("Synchronize", key))
-    report.row(
-        "one step", launches=launched, aten_calls=sum(n for key, n in counts.items() if key.startswith("aten::"))
-    )
-    report.row("waits of one step and of the profiler's end", waits=waits)
-    report.row("a whole step of learn as a graph", skipped="its random numbers and step counter are the host's")
+    named = {
+        "kernels": "LaunchKernel|cuLaunchKernel",
+        "graphs": "GraphLaunch",
+        "waits": "Synchronize",
+        "aten": "^aten::",
+    }
+    return {name: sum(n for key, n in counts.items() if re.search(pattern, key)) for name, pattern in named.items()}
 
 
 def yardstick(report: Report) -> None:
@@ -348,7 +368,8 @@ def main() -> None:
         return SECTIONS[given.sections[0]](Report(given.out, given.sections[0], given.small))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "rows.jsonl").unlink(missing_ok=True)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1"}
+    places = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": ""} if given.small else {}
     ends = {}
     for section in given.sections:

@@ -464,8 +464,8 @@ MODULES = {
     "prompts vision_model": "draws",
     "activations removal": "engine/activations engine/prompts engine/statistics",
     "activations": "stages/activations",
-    "optimal interaction_ranking removal tracing_fit lens_fit vision": "fits/descent fits/record fits/resume "
-    "fits/watch fits/whitening metrics",
+    "optimal interaction_ranking removal tracing_fit lens_fit vision": "fits/descent fits/record fits/replayed "
+    "fits/resume fits/watch fits/whitening metrics",
     "optimal": "ablation/ablate ablation/components ablation/optimal stages/optimal",
     "gaps circuits interaction_ranking removal tracing lens_evaluation vision": "fits/convergence",
     "gaps": "ablation/gaps ablation/replacements stages/gaps",
