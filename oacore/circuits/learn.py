@@ -250,13 +250,12 @@ class _Sweep:
     @torch.no_grad()
     def descend(self, state: State, gradients: dict[str, Tensor], number: float | Tensor) -> None:
         """Adam's step of this number, in place."""
-        rates = dict.fromkeys(self.parameters, (self.rates, self.sampler.betas))
+        groups = [(self.parameters, [self.rates] * len(self.parameters), self.sampler.betas)]
         if self.train_constants:
-            for name, scale in zip(CONSTANTS, self.scales, strict=True):
-                rates[name] = scale * self.settings.constants_rate, CONSTANTS_BETAS
-        for name, (rate, betas) in rates.items():
-            moments = state[f"{name}/first"], state[f"{name}/second"]
-            adam_step(state[name], *moments, gradients[name], number, rate, betas)
+            groups.append((CONSTANTS, [scale * self.settings.constants_rate for scale in self.scales], CONSTANTS_BETAS))
+        for names, rates, betas in groups:
+            values, firsts, seconds = ([state[name + part] for name in names] for part in ("", "/first", "/second"))
+            adam_step(values, firsts, seconds, [gradients[name] for name in names], number, rates, betas)
 
     def masks(self, state: State) -> Masks:
         """What the sweep has learned."""

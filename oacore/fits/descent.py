@@ -79,20 +79,28 @@ EACH = ("best", "best_loss", "left", "n_steps", "converged")  # of every fit of 
 
 
 def adam_step(
-    value: Tensor,
-    first: Tensor,
-    second: Tensor,
-    gradient: Tensor,
+    values: list[Tensor],
+    firsts: list[Tensor],
+    seconds: list[Tensor],
+    gradients: list[Tensor],
     step: float | Tensor,
-    rate: Tensor,
+    rates: list[Tensor],
     betas: tuple[float, float] = BETAS,
 ) -> None:
-    """Adam's step number `step` >= 1, which changes value, first and second moment; `rate` broadcasts: torch.optim has
-    one per tensor.
+    """Adam's step number `step` >= 1, which changes values, first and second moments, of several tensors in one launch
+    for each operation.
+
+    Args:
+        rates: each broadcasts against its values: torch.optim has one number per tensor.
     """
-    first.lerp_(gradient, 1 - betas[0])
-    second.lerp_(gradient.square(), 1 - betas[1])
-    value -= rate * (first / (1 - betas[0] ** step) / ((second / (1 - betas[1] ** step)).sqrt() + EPSILON))
+    torch._foreach_lerp_(firsts, gradients, 1 - betas[0])
+    torch._foreach_lerp_(seconds, torch._foreach_mul(gradients, gradients), 1 - betas[1])
+    sizes = torch._foreach_div(seconds, 1 - betas[1] ** step)
+    torch._foreach_sqrt_(sizes)
+    torch._foreach_add_(sizes, EPSILON)
+    directions = torch._foreach_div(firsts, 1 - betas[0] ** step)
+    torch._foreach_div_(directions, sizes)
+    torch._foreach_sub_(values, torch._foreach_mul(rates, directions))
 
 
 def sgd_step(value: Tensor, momentum: Tensor, gradient: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +244,7 @@ def _initial_state(start: Tensor, loss: Tensor, settings: OptimalFit) -> State:
 
 def _adam(state: State, rows: Tensor, gradient: Tensor, rate: Tensor, step: float | Tensor) -> None:
     value, first, second = (state[name][rows] for name in ("value", "first", "second"))
-    adam_step(value, first, second, gradient, step, rate)
+    adam_step([value], [first], [second], [gradient], step, [rate])
     state["first"][rows], state["second"][rows], state["value"][rows] = first, second, value
 
 
