@@ -30,6 +30,7 @@ SPACE = (
     "detach",
     "_unsafe_view",
 )  # no launch
+PICKS = ("index", "index_select", "gather", "index_put_")
 
 
 def register() -> torch.device:
@@ -70,8 +71,10 @@ class _Watch(TorchDispatchMode):
         elif NAME in made and not function.is_view and name.rstrip("_") not in SPACE:
             self.sent.launches[name] += 1
             overwritten = name in ("copy_", "fill_", "zero_") or options.get("beta") == 0  # its first operand, not read
-            read = tree_leaves((args[1:] if overwritten else args, kwargs))
-            tensors = [leaf for leaf in (*read, *tree_leaves(result)) if isinstance(leaf, torch.Tensor)]
+            read, written = tree_leaves((args[1:] if overwritten else args, kwargs)), tree_leaves(result)
+            if name in PICKS:  # what is picked is read and written, and not all that it is picked from
+                read = written = tree_leaves(args[2] if name == "index_put_" else result)
+            tensors = [leaf for leaf in (*read, *written) if isinstance(leaf, torch.Tensor)]
             self.sent.n_bytes[name] += sum(map(_bytes, tensors))
             if (formula := flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))) is not None:
                 self.sent.flop += formula(*args, **options, out_val=result)
