@@ -1,4 +1,5 @@
-"""Attention and MLP of a masked pass, on folded weights: ordinary autograd, between mixes whose backward is by hand.
+"""Attention and MLP of a masked pass, on folded weights: ordinary autograd, between mixes whose backward is by hand. On
+a GPU attention and the RMS scale are operations of their own (`fused`).
 
 Symbols: B rows, T tokens, t = T - 1 after BOS, q = t or 1 query positions, H heads, KV key/value heads, k head width,
 d model width.
