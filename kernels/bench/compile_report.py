@@ -4,8 +4,8 @@ each, how it multiplies, and how many of its loads are 16 bytes wide.
     python kernels/bench/compile_report.py [--csv]
 
 The shapes are those of GPT-2-small (up to 37 destinations of a layer, k 64) and an 8B Llama (49 destinations, d 4096,
-k 128, up to 1057 sources). They share their tiles, which depend on J, dtype and precision alone; d and k are multiples
-of 16 in both.
+k 128, up to 1057 sources). They share the tiles of mixes and projections, which depend on J, dtype and precision alone;
+d and k are multiples of 16 in both. Attention has 32 keys of k 64 or 64 of k 128 in a tile.
 Variants: `full`, as the engine runs them: all optional operands given, masks that start anywhere and whose rows are of
 any length; `aligned`: masks that start at multiples of 16 bytes, in rows of multiples of 16; `bare`: no optional
 operands; `ones`: every size is 1, which Triton compiles in as a constant.
@@ -24,9 +24,12 @@ from itertools import product
 
 import torch
 import triton  # type: ignore[import-untyped]
+from oakernels.attention import attend_kernel, attend_tiles
+from oakernels.attention_backward import attend_backward_kernel, attend_backward_tiles
 from oakernels.masked_mix import mix_kernel, mix_tiles
 from oakernels.masked_mix_backward import MIX_BACKWARD_TILES, mix_backward_kernel
 from oakernels.projection import PROJECT_BACKWARD_TILES, project_backward_kernel
+from oakernels.rms import rms_backward_kernel, rms_kernel, rms_tiles
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.backends.nvidia.compiler import get_ptxas  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
@@ -35,11 +38,25 @@ KERNELS = {
     "mix": mix_kernel,
     "mix_backward": mix_backward_kernel,
     "project_backward": project_backward_kernel,
+    "attend": attend_kernel,
+    "attend_backward": attend_backward_kernel,
+    "rms": rms_kernel,
+    "rms_backward": rms_backward_kernel,
+}
+SIZES = {
+    "mix": (16, 64),
+    "mix_backward": (1,),
+    "project_backward": (1,),
+    **dict.fromkeys(("attend", "attend_backward"), (32, 64)),
+    **dict.fromkeys(("rms", "rms_backward"), (768, 4096)),
 }
 ARITHMETIC = {"ieee": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"), "bf16": (torch.bfloat16, "ieee")}
-OPTIONAL = ("rstd", "bias")
+WITHOUT_PRODUCTS = ("rms", "rms_backward")
+OPTIONAL = {"mix": ("rstd",), "project_backward": ("bias",), "attend": ("softcap",), "attend_backward": ("softcap",)}
 SUMS = ("rstd", "masks", "partial")  # fp32 whatever the dtype
-POINTERS = ("x", "base", "delta", "dx", "d_delta", "y", "dy", "weight", *OPTIONAL, *SUMS)
+POINTERS = ("x", "base", "delta", "dx", "d_delta", "y", "dy", "weight", "bias", *SUMS)
+POINTERS += ("z", "dz", "q", "dq", "dk", "dv", "key", "value", "clean_keys", "clean_values")
+OF_NO_DTYPE = {"first": "*i64", "hidden": "*i1", "eps": "fp32", "scale": "fp32", "softcap": "fp32"}
 ALIGNED = ("d", "k", "n")
 ARCHITECTURES = (80, 90, 100)
 FAILED = "does not compile"
@@ -50,7 +67,7 @@ class Build:
     """A kernel as one launch would have it compiled."""
 
     kernel: str
-    destinations: int  # of a program
+    size: int  # destinations of a program, or 1; of attention its keys; of the RMS scale its numbers
     arithmetic: str
     arch: int
     variant: str  # full, aligned, bare or ones
@@ -63,7 +80,7 @@ class Report:
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    products: str  # wgmma, tcgen05 (sm_100), mma or fma
+    products: str  # wgmma, tcgen05 (sm_100), mma or fma; none
     wide_loads: int  # of 16 bytes, in the code as it stands
     loads: int  # from global memory, all
     to_nearest: bool  # factors are rounded to TF32, not cut off
@@ -71,23 +88,29 @@ class Report:
 
 def builds() -> list[Build]:
     """What the report has a line or a part of one for."""
-    sizes = {"mix": (16, 64), "mix_backward": (1,), "project_backward": (1,)}
-    each = [(kernel, J) for kernel in KERNELS for J in sizes[kernel]]
-    full = [
-        Build(kernel, J, arithmetic, arch, "full")
-        for (kernel, J), arithmetic, arch in product(each, ARITHMETIC, ARCHITECTURES)
+    each = [
+        (kernel, size, arithmetic)
+        for kernel, sizes in SIZES.items()
+        for size, arithmetic in product(sizes, ARITHMETIC)
+        if not (kernel in WITHOUT_PRODUCTS and arithmetic == "tf32")
     ]
-    variants = product(KERNELS, ("aligned", "bare", "ones"))
-    return full + [Build(kernel, max(sizes[kernel]), "tf32", 90, variant) for kernel, variant in variants]
+    full = [Build(*kind, arch, "full") for kind, arch in product(each, ARCHITECTURES)]
+    with_products = [kernel for kernel in KERNELS if kernel not in WITHOUT_PRODUCTS]
+    variants = product(with_products, ("aligned", "bare", "ones"))
+    return full + [Build(kernel, max(SIZES[kernel]), "tf32", 90, variant) for kernel, variant in variants]
 
 
 def tiles(build: Build) -> dict[str, int]:
     """The build's tile sizes and launch options."""
     dtype, precision = ARITHMETIC[build.arithmetic]
     return {
-        "mix": lambda: mix_tiles(build.destinations, dtype, precision),
+        "mix": lambda: mix_tiles(build.size, dtype, precision),
         "mix_backward": lambda: MIX_BACKWARD_TILES,
         "project_backward": lambda: PROJECT_BACKWARD_TILES,
+        "attend": lambda: attend_tiles(20, build.size, 2 * build.size, dtype, precision),
+        "attend_backward": lambda: attend_backward_tiles(build.size, 2 * build.size, dtype, precision),
+        "rms": lambda: rms_tiles(build.size),
+        "rms_backward": lambda: rms_tiles(build.size),
     }[build.kernel]()
 
 
@@ -101,20 +124,21 @@ def compile_one(build: Build) -> Report:
         "PRECISION": precision,
         "UP": False,
     }
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    options["enable_fp_fusion"] = True
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[index,] = "constexpr", constants[name]
-        elif build.variant == "bare" and name in OPTIONAL and not (name == "rstd" and build.kernel != "mix"):
+        elif build.variant == "bare" and name in OPTIONAL.get(build.kernel, ()):
             signature[name], values[index,] = "constexpr", None
         elif name in POINTERS:
             element = "fp32" if name in SUMS or dtype == torch.float32 else "bf16"
             signature[name] = f"*{element}"
             if name != "masks" or build.variant == "aligned":
                 attributes[index,] = [["tt.divisibility", 16]]
-        elif name == "eps":
-            signature[name] = "fp32"
+        elif name in OF_NO_DTYPE:
+            signature[name] = OF_NO_DTYPE[name]
         elif build.variant == "ones" and not kernel.params[index].do_not_specialize:
             signature[name], values[index,] = "constexpr", 1
         else:
@@ -130,7 +154,8 @@ def compile_one(build: Build) -> Report:
     registers, spilled = _assemble(compiled.asm["ptx"], build.arch)
     ptx = compiled.asm["ptx"]
     kinds = {"wgmma.mma": "wgmma", "tcgen05.mma": "tcgen05", "mma.sync": "mma"}
-    products = next((kind for instruction, kind in kinds.items() if instruction in ptx), "fma")
+    without = "none" if build.kernel in WITHOUT_PRODUCTS else "fma"
+    products = next((kind for instruction, kind in kinds.items() if instruction in ptx), without)
     wide, loads = _loads(ptx)
     return Report(registers, spilled, compiled.metadata.shared, products, wide, loads, "cvt.rna.tf32.f32" in ptx)
 
@@ -170,11 +195,11 @@ def main() -> None:
         ]
     if markdown:
         print("registers / bytes spilled / KiB of shared memory / how products are made / loads of 16 bytes, of all")
-        print("| kernel | destinations | arithmetic | variant |" + "".join(f" sm_{arch} |" for arch in ARCHITECTURES))
+        print("| kernel | size | arithmetic | variant |" + "".join(f" sm_{arch} |" for arch in ARCHITECTURES))
         print("|" + "---|" * (4 + len(ARCHITECTURES)))
         lines: dict[tuple[str, ...], dict[int, str]] = {}
         for row in rows:
-            key = tuple(str(row[name]) for name in ("kernel", "destinations", "arithmetic", "variant"))
+            key = tuple(str(row[name]) for name in ("kernel", "size", "arithmetic", "variant"))
             entry = f"{row['registers']} / {row['spilled_bytes']} / {row['shared_bytes'] / 1024:g} / {row['products']}"
             entry += f" / {row['wide_loads']}, {row['loads']}"
             lines.setdefault(key, {})[row["arch"]] = entry

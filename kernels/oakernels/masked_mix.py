@@ -15,10 +15,10 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from oakernels.operands import Operands, check_contiguous
+from oakernels.rms import rms_scale
 from oakernels.runtime import (
     INTERPRETED,
     Precision,
-    accumulator_dtype,
     factor,
     in_one_batch,
     matmul_precision,
@@ -61,7 +61,7 @@ def mix_and_scale(
     x = _checked_output(base, operands, out)
 
     def eager(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, _rms_scale(_mix_eager(base, operands, x), eps)
+        return x, rms_scale(_mix_eager(base, operands, x), eps)
 
     def fused(x: Tensor) -> tuple[Tensor, Tensor]:
         rstd = x.new_empty(x.shape[:3], dtype=torch.float32)
@@ -78,12 +78,6 @@ def _checked_output(base: Tensor, operands: Operands, out: Tensor | None) -> Ten
         return operands.delta.new_empty(operands.mixed_shape)
     check_contiguous("out", out, operands.mixed_shape, operands.delta.dtype)
     return out
-
-
-def _rms_scale(x: Tensor, eps: float) -> Tensor:
-    """(mean_d x^2 + eps)^-1/2 of x [..., d], without a copy of x: [...]."""
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=accumulator_dtype(x.dtype))
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _mix_eager(base: Tensor, operands: Operands, x: Tensor) -> Tensor:

@@ -126,18 +126,22 @@ _FLAG = "fp32_precision" if hasattr(torch.backends.cuda.matmul, "fp32_precision"
 _VALUES = {"ieee": "ieee", "tf32": "tf32"} if _FLAG == "fp32_precision" else {"ieee": False, "tf32": True}
 
 
+def current_precision() -> Precision:
+    """How this process has cuBLAS multiply fp32 operands now."""
+    return "tf32" if getattr(torch.backends.cuda.matmul, _FLAG) == _VALUES["tf32"] else "ieee"
+
+
 @contextmanager
 def matmul_precision(precision: Precision) -> Iterator[None]:
     """Let cuBLAS round fp32 operands to TF32, or not, within this block."""
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision {precision!r}; allowed: ieee, tf32")
-    matmul = torch.backends.cuda.matmul
-    before = "tf32" if getattr(matmul, _FLAG) == _VALUES["tf32"] else "ieee"
-    setattr(matmul, _FLAG, _VALUES[precision])
+    before = current_precision()
+    setattr(torch.backends.cuda.matmul, _FLAG, _VALUES[precision])
     try:
         yield
     finally:
-        setattr(matmul, _FLAG, _VALUES[before])
+        setattr(torch.backends.cuda.matmul, _FLAG, _VALUES[before])
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,5 @@
-"""Attention and MLP of a masked pass, on folded weights: ordinary autograd, between mixes whose backward is by hand.
+"""Attention and MLP of a masked pass, on folded weights: ordinary autograd, between mixes whose backward is by hand. On
+a GPU attention and the RMS scale are operations of their own (`fused`).
 
 Symbols: B rows, T tokens, t = T - 1 after BOS, q = t or 1 query positions, H heads, KV key/value heads, k head width,
 d model width.
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oacore.engine import fused
 from oacore.engine.buffers import Buffer
 from oacore.engine.folded import Folded, Layer
 from oacore.engine.forward import normalise, rotate
@@ -32,16 +34,26 @@ def attend(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Ten
     q, k = _head_norm(block.query_norm, q), _head_norm(block.key_norm, k)
     if (of_keys := prompts.rotary[layer.number]) is not None:
         q, k = rotate(q, *buffer.at_queries(of_keys)), rotate(k, *of_keys)
-    bos = (clean[buffer.rows.first].transpose(0, 1)[layer.groups][:, :, None] for clean in prompts.bos[layer.number])
-    k, v = (torch.cat(pair, 2) for pair in zip(bos, (k, v), strict=True))  # [KV, B, T, k]
-    if layer.key_of_head is not None:
-        k, v = k[layer.key_of_head], v[layer.key_of_head]
-    z = _attention(block, q, k, v, buffer.hidden(block.window))
+    z = (
+        fused.attention(layer, buffer, q, k, v)
+        if fused.fuses_attention(layer, q, k)
+        else _over_bos(layer, buffer, q, k, v)
+    )
     norm = block.attention_post_norm
     if norm is None:
         return z
     out = (z.flatten(1, 2) @ layer.write).unflatten(1, z.shape[1:3])  # [H, B, q, d]
     return post_norm(norm, out, out.sum(0))
+
+
+def _over_bos(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """z [H, B, q, k]; arguments as `attend`, normed and rotated."""
+    block, prompts = layer.folded.block, buffer.rows.prompts
+    bos = (clean[buffer.rows.first].transpose(0, 1)[layer.groups][:, :, None] for clean in prompts.bos[layer.number])
+    k, v = (torch.cat(pair, 2) for pair in zip(bos, (k, v), strict=True))  # [KV, B, T, k]
+    if layer.key_of_head is not None:
+        k, v = k[layer.key_of_head], v[layer.key_of_head]
+    return _attention(block, q, k, v, buffer.hidden(block.window))
 
 
 def _head_norm(norm: Norm | None, x: Tensor) -> Tensor:
@@ -54,7 +66,11 @@ def _head_norm(norm: Norm | None, x: Tensor) -> Tensor:
 def masked_mlp(activation: str, folded: Folded, x: Tensor) -> Tensor:
     """What the MLP writes [B, q, d], given its input [B, q, d]."""
     act, before, norm = ACTIVATIONS[activation], folded.block.mlp_norm, folded.block.mlp_post_norm
-    flat = (x if before is None else x * _rms_scale(x, before.eps)).flatten(0, 1)
+    if before is None:
+        scaled = x
+    else:
+        scaled = fused.rms_scale(x, before.eps) if fused.fuses(x) else x * _rms_scale(x, before.eps)
+    flat = scaled.flatten(0, 1)
     hidden = flat @ folded.W_in if folded.b_in is None else torch.addmm(folded.b_in, flat, folded.W_in)
     hidden = act(hidden) if folded.W_gate is None else act(flat @ folded.W_gate) * hidden
     out = hidden @ folded.W_out if folded.b_out is None else torch.addmm(folded.b_out, hidden, folded.W_out)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 import torch
 from bench_step import random_model
 from emulated import Gpu, Sent
-from oakernels import masked_mix, masked_mix_backward, projection
+from oakernels import attention, attention_backward, masked_mix, masked_mix_backward, projection, rms
 
 from oacore.circuits import learn
 from oacore.circuits.constants import Constants
@@ -64,11 +64,21 @@ class Counted:
             sent.n_bytes[self.name] += ADD * operands[3].numel() * operands[3].element_size()
         elif self.name == "mix_kernel":
             sent.flop += 2 * sizes["S"] * operands[0].numel()
-        else:
+        elif self.name == "project_backward_kernel":
             sent.flop += 2 * operands[0].numel() * sizes["k"]
+        elif self.name in ("attend_kernel", "attend_backward_kernel"):  # two products, or five
+            sent.flop += (4 if self.name == "attend_kernel" else 10) * operands[0].numel() * sizes["T"]
 
 
-KERNELS = {masked_mix: "mix_kernel", masked_mix_backward: "mix_backward_kernel", projection: "project_backward_kernel"}
+KERNELS = {
+    "mix_kernel": masked_mix,
+    "mix_backward_kernel": masked_mix_backward,
+    "project_backward_kernel": projection,
+    "attend_kernel": attention,
+    "attend_backward_kernel": attention_backward,
+    "rms_kernel": rms,
+    "rms_backward_kernel": rms,
+}
 
 
 @contextmanager
@@ -79,7 +89,7 @@ def forced(backend: str) -> Iterator[None]:
         return candidates[backend](target)
 
     with ExitStack() as stack:
-        for module in KERNELS:
+        for module in KERNELS.values():
             stack.enter_context(mock.patch.object(module, "run", run))
         yield
 
@@ -89,7 +99,7 @@ def with_kernels(sent: list[Sent]) -> Iterator[None]:
     """Every op runs its kernel, which counts into the last of `sent`."""
     with ExitStack() as stack:
         stack.enter_context(forced("triton"))
-        for module, name in KERNELS.items():
+        for name, module in KERNELS.items():
             stack.enter_context(mock.patch.object(module, name, Counted(name, sent)))
         yield
 

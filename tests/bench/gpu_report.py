@@ -138,7 +138,7 @@ def exactness(report: Report) -> None:
 
 def kernels(report: Report) -> None:
     """Every op of every backend against its roofline."""
-    for script in ("bench_masked_mix.py", "bench_projection.py"):
+    for script in ("bench_masked_mix.py", "bench_projection.py", "bench_blocks.py"):
         table = report.file.with_name(script + ".csv")
         shape = ["--shape", "5", "9", "4", "3", "32", "16", "--repeats", "2"] if report.small else []
         subprocess.run([sys.executable, str(ROOT / "kernels/bench" / script), "--csv", str(table), *shape], check=True)

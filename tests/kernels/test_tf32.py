@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from kernel_cases import BACKENDS, DEVICE, Problem, problem
-from oakernels import Projection, mix_and_scale, mix_backward, project_backward
+from oakernels import Attention, Projection, attend, attend_backward, mix_and_scale, mix_backward, project_backward
 from oakernels.runtime import INTERPRETED, factor
 from torch import Tensor
 
@@ -85,7 +85,26 @@ def projected_backward(p: Problem, precision: str) -> tuple[Tensor, ...]:
     )
 
 
-@pytest.mark.parametrize("op", [mixed, mixed_backward, projected_backward])
+def heads(p: Problem, precision: str) -> tuple[tuple[Tensor, ...], Attention]:
+    """q, k and v of two heads, and what goes with them."""
+    q, k, v, clean = p.delta.flatten()[: 4 * 240].view(4, 2, 3, 5, 8)
+    keys, values = clean.flatten()[:32].view(2, 1, 2, 8)
+    hidden = torch.ones(5, 6, dtype=torch.bool, device=DEVICE).triu(2)
+    first = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    return (q, k, v), Attention(keys, values, first, hidden, 0.5, None, precision, "triton")
+
+
+def attended(p: Problem, precision: str) -> tuple[Tensor, ...]:
+    operands, given = heads(p, precision)
+    return attend(*operands, given)[:1]
+
+
+def attended_backward(p: Problem, precision: str) -> tuple[Tensor, ...]:
+    operands, given = heads(p, precision)
+    return attend_backward(p.weight.flatten()[:240].view(2, 3, 5, 8), *operands, given, ())
+
+
+@pytest.mark.parametrize("op", [mixed, mixed_backward, projected_backward, attended, attended_backward])
 def test_triton_rounds_all_factors_of_its_products(op: Callable[[Problem, str], tuple[Tensor, ...]]) -> None:
     """Factors that are TF32 numbers already change nothing; those that are not, do."""
     p = problem(9, 40, 2, 3, 70, k=20, M=2).to(torch.float32)

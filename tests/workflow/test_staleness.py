@@ -477,10 +477,10 @@ MODULES = {
     "circuits removal": "circuits/circuit circuits/search",
     "circuits interaction_ranking": "circuits/judge",
     "circuits interaction_ranking removal": "circuits/constants circuits/evaluate circuits/numbers "
-    "circuits/passes circuits/replacements circuits/task engine/buffers engine/folded engine/masked "
-    "engine/masked_backward engine/masked_blocks engine/masked_pass "
-    "oakernels/choices oakernels/constants oakernels/masked_mix oakernels/masked_mix_backward oakernels/operands "
-    "oakernels/projection oakernels/runtime",
+    "circuits/passes circuits/replacements circuits/task engine/buffers engine/folded engine/fused "
+    "engine/masked engine/masked_backward engine/masked_blocks engine/masked_pass oakernels/attention "
+    "oakernels/attention_backward oakernels/choices oakernels/constants oakernels/masked_mix "
+    "oakernels/masked_mix_backward oakernels/operands oakernels/projection oakernels/rms oakernels/runtime",
     "circuit_figures": "circuits/drawing circuits/fronts circuits/plots circuits/stability stages/circuit_figures",
     "interaction_ranking": "interactions/edges interactions/ranking stages/interaction_ranking",
     "interactions": "interactions/effects stages/interactions",
