@@ -297,7 +297,7 @@ class Refit(OptimalFit):
     learning_rate: float = Field(
         0.2, gt=0, description="Adam step as a round begins, in standard deviations of a source's output"
     )
-    batch_size: int = Field(8, ge=1, description="prompts a step, shared by all circuits")
+    batch_size: int = Field(16, ge=1, description="prompts a step, shared by all circuits")
 
 
 class Circuits(Settings):
