@@ -28,7 +28,7 @@ def fuses_attention(layer: Layer, q: Tensor, k: Tensor) -> bool:
     return fuses(q) and isinstance(layer.heads, slice) and k.shape[2] < MAX_KEYS
 
 
-def attention(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def fused_attention(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """z [H, B, q, k] of q [H, B, q, k] and of k and v [KV, B, t, k], which follow the clean first token's."""
     block, rows = layer.folded.block, buffer.rows
     keys, values = rows.prompts.bos[layer.number]
@@ -45,7 +45,7 @@ def attention(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> 
     return z
 
 
-def rms_scale(x: Tensor, eps: float) -> Tensor:
+def fused_rms_scale(x: Tensor, eps: float) -> Tensor:
     """x [..., d] times (mean x^2 + eps)^-1/2."""
     y: Tensor = _RmsScale.apply(x, eps)
     return y

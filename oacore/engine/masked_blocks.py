@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oacore.engine import fused
 from oacore.engine.buffers import Buffer
 from oacore.engine.folded import Folded, Layer
 from oacore.engine.forward import normalise, rotate
+from oacore.engine.fused import fused_attention, fused_rms_scale, fuses, fuses_attention
 from oacore.models.weights import ACTIVATIONS, Block, Norm
 
 MATH_ATTENTION = 64
@@ -34,11 +34,8 @@ def attend(layer: Layer, buffer: Buffer, q: Tensor, k: Tensor, v: Tensor) -> Ten
     q, k = _head_norm(block.query_norm, q), _head_norm(block.key_norm, k)
     if (of_keys := prompts.rotary[layer.number]) is not None:
         q, k = rotate(q, *buffer.at_queries(of_keys)), rotate(k, *of_keys)
-    z = (
-        fused.attention(layer, buffer, q, k, v)
-        if fused.fuses_attention(layer, q, k)
-        else _over_bos(layer, buffer, q, k, v)
-    )
+    over_bos = fused_attention if fuses_attention(layer, q, k) else _over_bos
+    z = over_bos(layer, buffer, q, k, v)
     norm = block.attention_post_norm
     if norm is None:
         return z
@@ -66,15 +63,18 @@ def _head_norm(norm: Norm | None, x: Tensor) -> Tensor:
 def masked_mlp(activation: str, folded: Folded, x: Tensor) -> Tensor:
     """What the MLP writes [B, q, d], given its input [B, q, d]."""
     act, before, norm = ACTIVATIONS[activation], folded.block.mlp_norm, folded.block.mlp_post_norm
-    if before is None:
-        scaled = x
-    else:
-        scaled = fused.rms_scale(x, before.eps) if fused.fuses(x) else x * _rms_scale(x, before.eps)
-    flat = scaled.flatten(0, 1)
+    flat = _rms_scaled(before, x).flatten(0, 1)
     hidden = flat @ folded.W_in if folded.b_in is None else torch.addmm(folded.b_in, flat, folded.W_in)
     hidden = act(hidden) if folded.W_gate is None else act(flat @ folded.W_gate) * hidden
     out = hidden @ folded.W_out if folded.b_out is None else torch.addmm(folded.b_out, hidden, folded.W_out)
     return (out if norm is None else post_norm(norm, out, out)).unflatten(0, x.shape[:2])
+
+
+def _rms_scaled(norm: Norm | None, x: Tensor) -> Tensor:
+    """x [..., d] times its RMS scale; x itself where there is no norm."""
+    if norm is None:
+        return x
+    return fused_rms_scale(x, norm.eps) if fuses(x) else x * _rms_scale(x, norm.eps)
 
 
 def post_norm(norm: Norm, x: Tensor, scaled_by: Tensor) -> Tensor:

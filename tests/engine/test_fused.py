@@ -9,7 +9,7 @@ from conftest import random_hf
 from oakernels.attention import MAX_KEYS, Attention
 from test_masked_forward import batch_of, constants_of, random_masks
 
-from oacore.engine import fused
+from oacore.engine import fused, masked_blocks
 from oacore.engine.masked import Engine
 from oacore.models.load import canonical
 
@@ -22,10 +22,16 @@ def model(request):
     return canonical(random_hf(request.param).double())
 
 
+def fuse(monkeypatch, yes):
+    """As on a GPU, or as on a CPU."""
+    for module in (fused, masked_blocks):
+        monkeypatch.setattr(module, "fuses", lambda x: yes)
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Counts the calls of both operations."""
-    monkeypatch.setattr(fused, "fuses", lambda x: True)
+    fuse(monkeypatch, True)
     with (
         mock.patch.object(fused, "attend", wraps=fused.attend) as attend,
         mock.patch.object(fused, "rms_scaled", wraps=fused.rms_scaled) as rms_scaled,
@@ -46,7 +52,7 @@ def test_a_pass_is_the_same_as_by_plain_autograd(model, monkeypatch, as_on_a_gpu
     found = computed(Engine(model, layers_at_once=2), masks)
     norms = sum(block.mlp_norm is not None for block in model.blocks)
     assert (as_on_a_gpu.attend.call_count, as_on_a_gpu.rms_scaled.call_count) == (model.n_layers, norms)
-    monkeypatch.setattr(fused, "fuses", lambda x: False)
+    fuse(monkeypatch, False)
     for value, expected in zip(found, computed(Engine(model), masks), strict=True):
         torch.testing.assert_close(value, expected, atol=1e-9, rtol=1e-9)
     assert as_on_a_gpu.attend.call_count == model.n_layers
@@ -86,4 +92,4 @@ def test_gradcheck_of_attention(softcap, last):
 
 def test_gradcheck_of_the_rms_scale():
     x = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: fused.rms_scale(x, 1e-2), x)
+    assert torch.autograd.gradcheck(lambda x: fused.fused_rms_scale(x, 1e-2), x)
