@@ -20,6 +20,8 @@ from oacore.circuits.topk import TopKSampler
 from oacore.circuits.ugs import UniformSampler
 from oacore.config.base import OptimalFit
 from oacore.config.circuits import MaskFit
+from oacore.engine import fused, masked_blocks
+from oacore.engine.masked import Engine
 from oacore.errors import UserError
 from oacore.fits import descent, replayed
 from oacore.fits.descent import descend
@@ -32,17 +34,21 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def setting():
-    return Setting()
+    setting = Setting()
+    setting.engine = Engine(setting.model, layers_at_once=2)
+    return setting
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Passes leave nothing out by what masks hold, and pruning waits for nothing."""
+    """Passes leave nothing out by what masks hold, pruning waits for nothing, and operations are fused."""
     gradients = Passes.gradients
     monkeypatch.setattr(
         Passes, "gradients", lambda self, *given, **options: gradients(self, *given, **options | {"skip_dead": False})
     )
     monkeypatch.setattr(Edges, "prune", Edges.on_paths)
+    for module in (fused, masked_blocks):
+        monkeypatch.setattr(module, "fuses", lambda x: True)
 
 
 def launched(monkeypatch):
