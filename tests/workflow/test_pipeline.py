@@ -5,6 +5,7 @@ computing them.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from oacore.jobs import VISION_TABLES, jobs
 from oacore.models.load import load
 from oacore.runner import run_stage
 from oacore.store.housekeeping import NEEDED
+from oacore.store.items import FOLDER
 from oacore.store.layout import Layout, circuit_file
 from oacore.store.provenance import Provenance
 from oacore.store.reader import Reader
@@ -782,6 +784,7 @@ def fresh(finished, tmp_path):
     }
     values["ablation"] |= {"methods": ["mean", "counterfactual", "optimal"], "tasks": ["ioi"]}
     values["circuits"] |= {"methods": ["ugs"], "ablations": ["optimal"], "seeds": [0]}
+    values["interactions"]["ablations"] = ["mean"]
     del values["removal"], values["tracing"], values["lenses"], values["vision"]  # of other tasks
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -821,6 +824,8 @@ def test_ctrl_c_in_a_fit_and_the_next_run_goes_on(fresh, tmp_path):
     stopped.
     """
     path, layout, theirs = fresh
+    # What comes before is there; of items, the fit's own would be among them.
+    shutil.copytree(theirs.model_dir, layout.model_dir, ignore=shutil.ignore_patterns(FOLDER))
     command = [
         sys.executable,
         "-m",
