@@ -18,22 +18,27 @@ N_THREADS = int(
 )  # tiny models: a second thread only waits; for `make test-rounding`
 torch.set_num_threads(N_THREADS)
 
-# The longest files go first. The first one makes the tiny run, for three minutes; the four after it want none, so that
+# The longest files go first. The first one makes the tiny run, for three minutes; the eight after it want none, so that
 # the other worker need not wait.
 LONGEST = (
     "test_pipeline.py",
-    "test_compile.py",
     "test_notebooks.py",
-    "test_extending.py",
-    "test_stories.py",
-    "test_staleness.py",
-    "test_increments.py",
-    "test_sharing.py",
     "test_planted_discovery.py",
-    "test_kill.py",
-    "test_emulated.py",
+    "test_compile.py",
+    "test_stories.py",
+    "test_study.py",
+    "test_extending.py",
     "test_poison.py",
+    "test_emulated.py",
+    "test_increments.py",
+    "test_staleness.py",
+    "test_sharing.py",
+    "test_kill.py",
     "test_estimate.py",
+    "test_plan.py",
+    "test_corrupted_files.py",
+    "test_docs.py",
+    "test_comparison.py",
 )
 
 

@@ -74,7 +74,8 @@ def svg_of(figure: Figure) -> str:
     """The figure as an SVG document."""
     with styled():
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once: a second pass would move the axes by a hair
+        # Laid out once: a second pass would move the axes by a hair, and with an engine each format is drawn twice.
+        figure.set_layout_engine(None)
         drawn = StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return drawn.getvalue()

@@ -98,14 +98,14 @@ CASES = {
 
 def brute_force_mix(base: Tensor, masks: Tensor, delta: Tensor) -> Tensor:
     """x [J, B, T, d] from its definition, one entry of [J, B, T] at a time."""
-    (S, B, T, d), J = delta.shape, masks.shape[1]
+    (_, B, T, d), J = delta.shape, masks.shape[1]
     x = [torch.zeros(d, dtype=torch.float64)] * (J * B * T)
     for j in range(J):
         for b in range(B):
             m = masks[b // (B // len(masks)), j]
             for t in range(T):
                 r = base[b // (B // len(base)), t if base.shape[1] > 1 else 0]
-                x[(j * B + b) * T + t] = r + sum(m[s] * delta[s, b, t] for s in range(S))
+                x[(j * B + b) * T + t] = r + m @ delta[:, b, t]
     return torch.stack(x).view(J, B, T, d)
 
 
@@ -121,17 +121,16 @@ def brute_force_read(p: Problem, base: Tensor, masks: Tensor, delta: Tensor, eps
 
 
 def brute_force_constants(p: Problem, dx: Tensor) -> Tensor:
-    """The constants' gradient [Fc, S, Qc, d], entry by entry from its definition."""
+    """The constants' gradient [Fc, S, Qc, d], an entry of [J, B, T] at a time from its definition."""
     gradient = torch.zeros_like(p.constants)
     J, B, T, _ = dx.shape
-    Fc, S, Qc, _ = p.constants.shape
+    Fc, _, Qc, _ = p.constants.shape
     for b in range(B):
-        for t in range(T):
-            for j in range(J):
-                for s in range(S):
-                    m = p.masks[b // (B // len(p.masks)), j, s]
-                    if m < 1e-3:
-                        gradient[b // (B // Fc), s, t if Qc > 1 else 0] += (1 - m) * dx[j, b, t]
+        for j in range(J):
+            m = p.masks[b // (B // len(p.masks)), j]
+            shares = torch.where(m < 1e-3, 1 - m, 0)
+            for t in range(T):
+                gradient[b // (B // Fc), :, t if Qc > 1 else 0] += shares[:, None] * dx[j, b, t]
     return gradient
 
 

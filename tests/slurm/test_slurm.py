@@ -24,7 +24,7 @@ TINY = ROOT / "tests/configs/tiny.yaml"
 
 # The test cluster instead of the user's; it keeps no accounts, and nobody waits for its file system.
 OVERLAY = ["--workflow-profile", "slurm", "--default-resources", "slurm_partition=main", "--latency-wait", "10"]
-OVERLAY += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "3"]
+OVERLAY += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"]
 
 FIT = "rule_optimal_wildcards_ioi_optimal"  # the plugin's comment of that job
 VARIES = (".pareto.csv.seal", ".lock", ".jobs.lock")  # how long something took, and who had a lock
@@ -43,7 +43,7 @@ def cluster():
 
 @pytest.fixture
 def config(tmp_path):
-    """One task; relative folders, so that reports name the same."""
+    """One task, and three jobs that want a GPU at once; relative folders, so that reports name the same."""
     values = yaml.safe_load(TINY.read_text())
     # auto: rules ask for a GPU, and where torch finds none they compute on the CPU.
     values |= {
@@ -54,27 +54,33 @@ def config(tmp_path):
     }
     values["ablation"] |= {"methods": ["mean", "optimal"], "tasks": ["ioi"]}
     values["circuits"] |= {"methods": ["ugs", "hcgs"], "ablations": ["optimal"], "seeds": [0]}
-    del values["removal"], values["tracing"], values["lenses"], values["vision"]  # of other tasks
+    for section in ("interactions", "removal", "tracing", "lenses", "vision"):  # more jobs of the same kind
+        del values[section]
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
-def start(config, folder, *options):
-    """Snakemake in an empty folder of its own."""
-    folder.mkdir()
-    command = [sys.executable, "-m", "snakemake", "--directory", folder, "--configfile", config, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(folder / "out.txt", "w") as out:
-        return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=environment)
+@pytest.fixture
+def start():
+    """Start Snakemake in an empty folder of its own; what still runs at the end of the test is killed."""
+    started = []
+
+    def start(config, folder, *options):
+        folder.mkdir()
+        command = [sys.executable, "-m", "snakemake", "--directory", folder, "--configfile", config, *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(folder / "out.txt", "w") as out:
+            started.append(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=environment))
+        return started[-1]
+
+    yield start
+    for workflow in started:
+        workflow.kill()
 
 
 def finish(workflow, folder):
-    try:
-        status = workflow.wait(timeout=900)
-    finally:
-        workflow.kill()
-    assert status == 0, (folder / "out.txt").read_text()[-5000:]
+    assert workflow.wait(timeout=900) == 0, (folder / "out.txt").read_text()[-5000:]
 
 
 def slurm_jobs():
@@ -114,12 +120,10 @@ def content(path):
     return path.read_bytes()
 
 
-def test_a_cancelled_job_and_a_drained_node_leave_the_same_bits(cluster, config, tmp_path):
+def test_a_cancelled_job_and_a_drained_node_leave_the_same_bits(cluster, start, config, tmp_path):
     local, remote = tmp_path / "local", tmp_path / "slurm"
-    finish(
-        start(config, local, "--cores", "2", "--resources", "gpu=2"),
-        local,
-    )
+    # At the same time as the other, which mostly waits for SLURM.
+    alone = start(config, local, "--cores", "1", "--resources", "gpu=1")
 
     checkpoint = remote / Layout(load_config(config)).ablation("ioi", ".constants-optimal-checkpoint-fit.safetensors")
     workflow = start(config, remote, *OVERLAY)
@@ -130,6 +134,7 @@ def test_a_cancelled_job_and_a_drained_node_leave_the_same_bits(cluster, config,
     (cancelled,) = (job for job in slurm_jobs() if job["Comment"] == FIT)
     subprocess.run(["scancel", cancelled["JobId"]], check=True)
     finish(workflow, remote)
+    finish(alone, local)
 
     jobs = slurm_jobs()
     assert {job["JobId"] for job in jobs if job["JobState"] != "COMPLETED"} == {cancelled["JobId"]}

@@ -31,7 +31,7 @@ LONG = {"first_round": 5, "tolerance": 1e-6}
 STAGES = {
     "optimal": (
         {"task": "ioi", "method": "optimal"},
-        {"ablation": {"optimal": LONG | {"max_steps": 155}}},
+        {"ablation": {"optimal": LONG | {"max_steps": 75}}},
         lambda layout: [layout.constants("ioi", "optimal")],
         lambda layout: layout.ablation("ioi", ".constants-optimal-checkpoint-fit.safetensors"),
         5,
