@@ -23,5 +23,8 @@ def prompts_of_step(n_prompts: int, size: int, seed: int, step: int) -> Tensor:
 
 
 def uploaded(drawn: Tensor, device: torch.device | str) -> Tensor:
-    """The same on a device, without waiting for it: a GPU copies pinned memory while it computes."""
-    return drawn.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else drawn.to(device)
+    """The same on a device, without waiting for it: a GPU copies pinned memory while it computes. What is drawn there
+    stays as it is.
+    """
+    pinned = drawn.device.type == "cpu" and torch.device(device).type == "cuda"
+    return drawn.pin_memory().to(device, non_blocking=True) if pinned else drawn.to(device)

@@ -47,6 +47,7 @@ class Replayed:
         self.step, self.device, self.pool = step, device, None
         self._launched: set[object] = set()
         self._captured: dict[object, tuple[Tensors, Callable[[], None], Tensors]] = {}
+        self._launches_all = False
 
     def __call__(self, *inputs: Tensor | float) -> Tensors:
         """What the step returns; on a CPU from the inputs as they are."""
@@ -59,31 +60,25 @@ class Replayed:
             return self.step(*(uploaded(value, self.device) for value in given))
         kept, replay, returned = self._captured[shapes]
         for memory, value in zip(kept, given, strict=True):
-            memory.copy_(_sendable(value), non_blocking=True)
+            memory.copy_(uploaded(value, self.device), non_blocking=True)
         replay()
         return tuple(value.clone() for value in returned)  # the next replay overwrites them
 
     def _capture(self, shapes: object, given: Tensors) -> bool:
         """Whether the step could be captured: one that does not fit into memory twice goes on being launched."""
-        if self._launched_only:
+        if self._launches_all:
             return False
         kept = tuple(uploaded(value, self.device).clone() for value in given)
         try:
             replay, returned, self.pool = capture(self.step, kept, self.pool)
         except RuntimeError as error:
-            self._launched_only = True
+            self._launches_all = True
             cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(f"warning: a step can't be captured as a CUDA graph, going on without: {cause}", file=sys.stderr)
             return False
         self._captured[shapes] = kept, replay, returned
         return True
 
-    _launched_only = False
-
 
 def _tensor(value: Tensor | float) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-
-
-def _sendable(value: Tensor) -> Tensor:
-    return value.pin_memory() if value.device.type == "cpu" and torch.cuda.is_available() else value

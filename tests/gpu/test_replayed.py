@@ -20,6 +20,7 @@ from oacore.circuits.topk import TopKSampler
 from oacore.circuits.ugs import UniformSampler
 from oacore.config.base import OptimalFit
 from oacore.config.circuits import MaskFit
+from oacore.draws import uploaded
 from oacore.engine import fused, masked_blocks
 from oacore.engine.masked import Engine
 from oacore.errors import UserError
@@ -174,3 +175,13 @@ def test_a_switch_launches_every_step(monkeypatch):
     assert replayed.replays(torch.device("cuda")) and not replayed.replays(CPU)
     monkeypatch.setenv(replayed.SWITCH, "0")
     assert not replayed.replays(torch.device("cuda"))
+
+
+def test_what_is_drawn_on_the_device_is_not_pinned(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+    here, there = torch.ones(2), torch.ones(2, device="meta")
+    assert uploaded(there, "cuda") is there and pinned == []
+    assert uploaded(here, "cuda") is here and pinned == [here]
+    assert uploaded(here, "cpu") is here and len(pinned) == 1
