@@ -17,7 +17,7 @@ def folded_weights_bytes(s: Sizes) -> float:
     return s.number_bytes * s.n_layers * s.d_model * (s.z + 2 * s.kv + s.hidden + writers)
 
 
-def row_bytes(s: Sizes, t: int, *, gradient: bool, keep_inputs: bool) -> int:
+def row_bytes(s: Sizes, t: int, *, gradient: bool, keep_inputs: bool, gpu: bool = False) -> int:
     """One row of a masked pass, which is what `Engine.row_bytes` says: a test holds the two together. If the engine
     imported this one, a change of any estimate would make the engine's results stale.
     """
@@ -32,7 +32,8 @@ def row_bytes(s: Sizes, t: int, *, gradient: bool, keep_inputs: bool) -> int:
             + L * (5 * s.z + 2 * s.n_heads * (t + 1) + 3 * f + 4 * d)
             + (J * d if keep_inputs else 0)
         )
-    return (values * t + S * J + 4 * S * d + 5 * s.d_vocab) * s.number_bytes
+    sums = FP32 * J * d if gpu and gradient and keep_inputs else 0  # over tokens, for the constants' gradient
+    return (values * t + S * J + 4 * S * d + 5 * s.d_vocab) * s.number_bytes + sums
 
 
 def sources_bytes(s: Sizes, n: float, t: int) -> tuple[float, float]:
@@ -62,7 +63,7 @@ def rows_at_once(case: Case, t: int, B: int, apart: int, *, gradient: bool) -> t
     memory_bytes = pass_bytes(case)
 
     def fitting(keep: bool) -> int:
-        return max(1, int(memory_bytes // row_bytes(case.sizes, t, gradient=gradient, keep_inputs=keep)))
+        return max(1, int(memory_bytes // row_bytes(case.sizes, t, gradient=gradient, keep_inputs=keep, gpu=case.gpu)))
 
     alone = B if case.gpu else B // apart
     keep = fitting(True) >= min(alone, ROWS_WORTH_KEEPING)
@@ -73,7 +74,7 @@ def masked_pass(case: Case, t: int, B: int, apart: int, *, gradient: bool) -> Pa
     """Rows of one part: `Engine.row_bytes` without its logits, which are in fp32."""
     s = case.sizes
     rows, keep = rows_at_once(case, t, B, apart, gradient=gradient)
-    of_row = row_bytes(s, t, gradient=gradient, keep_inputs=keep) - 4 * s.d_vocab * s.number_bytes
+    of_row = row_bytes(s, t, gradient=gradient, keep_inputs=keep, gpu=case.gpu) - 4 * s.d_vocab * s.number_bytes
     return {"masked pass": rows * of_row, "logits": logits_bytes(s, rows)}
 
 

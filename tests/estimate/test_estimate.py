@@ -116,11 +116,10 @@ def test_sizes_weights_and_rows_are_the_models_own(family):
     matrices = {tensor.data_ptr(): tensor.numel() for tensor in named_tensors(model).values() if tensor.dim() > 1}
     biases = 3 * model.n_layers * s.z
     assert s.n_weights <= sum(matrices.values()) <= s.n_weights + biases
-    engine = Engine(model)
-    for gradient, keep in ((False, False), (True, False), (True, True)):
-        assert masked.row_bytes(s, 9, gradient=gradient, keep_inputs=keep) == engine.row_bytes(
-            9, gradient=gradient, keep_inputs=keep
-        )
+    for gpu, engine in ((False, Engine(model)), (True, Engine(model, layers_at_once=2))):
+        for gradient, keep in ((False, False), (True, False), (True, True)):
+            of_pass = {"gradient": gradient, "keep_inputs": keep}
+            assert masked.row_bytes(s, 9, **of_pass, gpu=gpu) == engine.row_bytes(9, **of_pass)
     own = {id(tensor) for block in model.blocks for tensor in (block.W_O, block.W_out)}
     folded = [
         part
