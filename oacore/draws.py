@@ -23,8 +23,10 @@ def prompts_of_step(n_prompts: int, size: int, seed: int, step: int) -> Tensor:
 
 
 def uploaded(drawn: Tensor, device: torch.device | str) -> Tensor:
-    """The same on a device, without waiting for it: a GPU copies pinned memory while it computes. What is drawn there
-    stays as it is.
-    """
-    pinned = drawn.device.type == "cpu" and torch.device(device).type == "cuda"
-    return drawn.pin_memory().to(device, non_blocking=True) if pinned else drawn.to(device)
+    """The same on a device, without waiting for it. What is drawn there stays as it is."""
+    return sendable(drawn, device).to(device, non_blocking=True)
+
+
+def sendable(drawn: Tensor, device: torch.device | str) -> Tensor:
+    """The same in memory that a device can copy while it computes: pinned, where a GPU is to copy from the host."""
+    return drawn.pin_memory() if drawn.device.type == "cpu" and torch.device(device).type == "cuda" else drawn

@@ -35,10 +35,15 @@ def project(
     with matmul_precision(precision):
         torch.bmm(x.flatten(1, 2), projection.weight, out=y.flatten(1, 2))
     bias = None if projection.bias is None else projection.bias[:, None, None]
-    if rstd is not None and bias is not None and y.device.type != "cpu":
-        return torch.addcmul(bias, y, rstd[..., None], out=y)
+    return _scaled(y, None if rstd is None else rstd[..., None], bias, at_once=y.device.type != "cpu")
+
+
+def _scaled(y: Tensor, rstd: Tensor | None, bias: Tensor | None, *, at_once: bool) -> Tensor:
+    """y * rstd + bias, in place; at once it rounds once, and so otherwise than a CPU's recorded numbers."""
+    if rstd is not None and bias is not None and at_once:
+        return torch.addcmul(bias, y, rstd, out=y)
     if rstd is not None:
-        y *= rstd[..., None]
+        y *= rstd
     if bias is not None:
         y += bias
     return y

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oacore.draws import uploaded
+from oacore.draws import sendable, uploaded
 
 Tensors = tuple[Tensor, ...]
 SWITCH = "OACORE_CUDA_GRAPHS"  # 0: every step is launched
@@ -60,7 +60,7 @@ class Replayed:
             return self.step(*(uploaded(value, self.device) for value in given))
         kept, replay, returned = self._captured[shapes]
         for memory, value in zip(kept, given, strict=True):
-            memory.copy_(uploaded(value, self.device), non_blocking=True)
+            memory.copy_(sendable(value, self.device), non_blocking=True)
         replay()
         return tuple(value.clone() for value in returned)  # the next replay overwrites them
 

@@ -9,6 +9,7 @@ from conftest import FAMILIES, random_hf
 from oacore.engine.clean import Batch, clean_pass
 from oacore.engine.forward import embed, logits_of, normalise, rotary_of, rotary_tables, rotate
 from oacore.engine.masked import Engine
+from oacore.engine.masked_pass import _aligned
 from oacore.models.load import canonical
 from oacore.models.weights import ACTIVATIONS
 
@@ -289,3 +290,10 @@ def test_replacements_of_prompts_are_data(gpt2):
     logits = engine.logits(engine.prompts(batch), rows, random_masks(gpt2, 3), values, rows)
     with pytest.raises(ValueError, match="only constants have a gradient"):
         logits.sum().backward()
+
+
+@pytest.mark.parametrize("n_sources", [5, 8])
+def test_rows_of_masks_begin_where_wide_loads_can(n_sources):
+    masks = torch.rand(3, 4, n_sources)
+    aligned = _aligned(masks)
+    assert torch.equal(aligned, masks) and aligned.stride() == (32, 8, 1)

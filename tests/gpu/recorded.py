@@ -74,6 +74,14 @@ def capture(
 
 
 @contextmanager
+def launching() -> Iterator[None]:
+    """Steps on the CPU go as on a GPU that can capture nothing: their inputs are its, and every step is launched."""
+    refused = mock.patch.object(replayed, "capture", side_effect=RuntimeError("nothing can be captured"))
+    with mock.patch.object(replayed, "replays", return_value=True), refused:
+        yield
+
+
+@contextmanager
 def replaying() -> Iterator[list[int]]:
     """Steps on the CPU go as on a GPU within this block; the list gets how many operations each capture had."""
     sizes: list[int] = []

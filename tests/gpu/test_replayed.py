@@ -4,11 +4,10 @@ replay runs no Python.
 
 import math
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
-from recorded import replaying
+from recorded import launching, replaying
 from test_mask_learning import Setting
 
 from oacore.circuits.edges import Edges
@@ -52,12 +51,6 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, "fuses", lambda x: True)
 
 
-def launched(monkeypatch):
-    """As `replaying`, but nothing can be captured."""
-    monkeypatch.setattr(replayed, "replays", lambda device: True)
-    monkeypatch.setattr(replayed, "capture", mock.Mock(side_effect=RuntimeError("no")))
-
-
 @pytest.mark.parametrize(
     ("sampler", "ablation"),
     [
@@ -69,14 +62,14 @@ def launched(monkeypatch):
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_learned_masks(setting, as_on_a_gpu, monkeypatch, sampler, ablation):
+def test_learned_masks(setting, as_on_a_gpu, sampler, ablation):
     learn = partial(setting.learn, sampler, KNOBS, ablation, settings=MASKS)
     plain = learn()
     with replaying() as captured:
         ours = learn()
     assert len(captured) == 1 and captured[0] > 100, "one graph for all steps but the first"
-    launched(monkeypatch)
-    theirs = learn()
+    with launching():
+        theirs = learn()
     for name in ("scores", "step_losses", "step_sizes"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         torch.testing.assert_close(getattr(ours, name), getattr(plain, name), atol=1e-5, rtol=1e-4)
@@ -101,8 +94,8 @@ def test_refitted_constants_through_whitened_rounds(setting, as_on_a_gpu, monkey
     with replaying() as captured:
         ours = refit()
     assert len(captured) == len(fits.round_ends) == 3
-    launched(monkeypatch)
-    theirs = refit()
+    with launching():
+        theirs = refit()
     for name in ("best", "curve_losses", "left"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
         torch.testing.assert_close(getattr(ours, name), getattr(plain, name), atol=1e-4, rtol=1e-3)
@@ -116,14 +109,14 @@ def bowl(draw, gradient, **more):
     return descend(*given, names="ab", key="rate", draw=draw, **more)
 
 
-def test_a_number_that_is_not_finite_is_found_at_its_step(capsys):
+def test_a_number_that_is_not_finite_is_found_at_its_step():
     def draw(step):
         return (torch.tensor(math.nan if step == 17 else 1.0),)
 
     def gradient(running, values, factor):
-        return values * torch.tensor([[1.0], [0.0]]) + values * factor * torch.tensor([[0.0], [1.0]])
+        return torch.cat((values[:1], values[1:] * factor))
 
-    with replaying(), pytest.raises(UserError, match=r"step 18: not finite: gradient of a, b|gradient of b"):
+    with replaying(), pytest.raises(UserError, match=r"^step 18: not finite: gradient of b;"):
         bowl(draw, gradient)
 
 

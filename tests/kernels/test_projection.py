@@ -18,6 +18,7 @@ from kernel_cases import (
 )
 from masked_autograd import input_gradient, masked_read
 from oakernels import Projection, mix, mix_and_scale, mix_backward, project, project_backward
+from oakernels.projection import _scaled
 
 EPS = 1e-2  # large enough to matter
 NAMES = ("y", "d_base", "d_masks", "d_delta", "d_constants")
@@ -120,6 +121,18 @@ def test_gradcheck(case: str, store_inputs: bool) -> None:
         return masked_read(base, masks, delta, projection, store_inputs=store_inputs, backend="eager")
 
     assert torch.autograd.gradcheck(op, (*operands, masks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_and_bias_at_once(dtype: torch.dtype) -> None:
+    """As a GPU does: rounded once to the outputs' dtype."""
+    generator = torch.Generator().manual_seed(0)
+    y, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 4, 5, 6), (3, 1, 1, 6)))
+    rstd = torch.rand(3, 4, 5, 1, generator=generator)
+    wanted = y.double() * rstd + bias.double()
+    found = _scaled(y, rstd, bias, at_once=True)
+    assert found is y
+    torch.testing.assert_close(found, wanted.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
