@@ -184,6 +184,8 @@ def test_topk_probabilities_add_up_to_the_budget():
     assert torch.autograd.gradcheck(lambda x: (budgeted(x, budget) * weights).sum(1), logit, eps=1e-5, atol=1e-5)
     sampler = TopKSampler(budget)
     assert sampler.schedule(0.0, 50)[0].item() == pytest.approx(0.73 * 50, abs=1e-4)
+    assert torch.equal(sampler.schedule(0.5, 50), budget), "reached half-way through the fit"
+    assert sampler.schedule(0.25, 50)[0].item() == pytest.approx((0.73 * 50 * 3.0) ** 0.5)
     for share in (0.1, 0.3, 1.0):
         scheduled = sampler.schedule(share, 50)
         torch.testing.assert_close(
